@@ -1,0 +1,1 @@
+"""Tests of embedgrad; the folders mirror the project."""
