@@ -83,8 +83,23 @@ def interpreted() -> bool:
     return os.environ.get("TRITON_INTERPRET") == "1"
 
 
+_pretended: list[str] = []
+
+
+@contextmanager
+def pretending(arch: str) -> Iterator[None]:
+    """Inside, every device is of this architecture: for compiling ahead of time and for emulators."""
+    _pretended.append(arch)
+    try:
+        yield
+    finally:
+        _pretended.pop()
+
+
 def architecture(device: torch.device) -> str:
     """The name that rows use: "sm_90", "gfx942", or "interpreter" where no machine code runs."""
+    if _pretended:
+        return _pretended[-1]
     if interpreted() or device.type == "cpu":
         return "interpreter"
     return _gpu_architecture(device.index if device.index is not None else torch.cuda.current_device())
@@ -122,19 +137,37 @@ def options(kernel: str, arch: str, *, dtype: torch.dtype, **sizes: int) -> Opti
     dtype: of the elements that fill the tiles. sizes: what the table may depend on (head_dim, width, ...).
     Raises KeyError for a kernel that neither the table nor the heuristic knows.
     """
-    found = _looked_up(kernel, arch, dtype, tuple(sorted(sizes.items())))
+    found, row = _looked_up(kernel, arch, dtype, tuple(sorted(sizes.items())))
+    for used in _observers:
+        used.append((kernel, row))
     return {**found, **_overrides.get(kernel, {})}
 
 
 @lru_cache(maxsize=4096)
-def _looked_up(kernel: str, arch: str, dtype: torch.dtype, sizes: tuple[tuple[str, int], ...]) -> Options:
+def _looked_up(
+    kernel: str, arch: str, dtype: torch.dtype, sizes: tuple[tuple[str, int], ...]
+) -> tuple[Options, Row | None]:
     from .launch_table import ROWS, heuristic
 
     named = dict(sizes)
     for row in ROWS:
         if row.fits(kernel, arch, dtype, named):
-            return row.resolve(named)
-    return heuristic(kernel, arch, dtype.itemsize, named)
+            return row.resolve(named), row
+    return heuristic(kernel, arch, dtype.itemsize, named), None
+
+
+_observers: list[list[tuple[str, Row | None]]] = []
+
+
+@contextmanager
+def observed() -> Iterator[list[tuple[str, Row | None]]]:
+    """The (kernel, row) of every lookup made inside; None stands for the heuristic."""
+    used: list[tuple[str, Row | None]] = []
+    _observers.append(used)
+    try:
+        yield used
+    finally:
+        _observers.remove(used)
 
 
 def candidates(kernel: str, arch: str, *, dtype: torch.dtype, **sizes: int) -> list[Options]:

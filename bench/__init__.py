@@ -1,0 +1,1 @@
+"""Benchmarks: one file per question asked; `python -m bench NAME` answers it."""

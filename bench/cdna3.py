@@ -1,0 +1,228 @@
+"""Runs Triton kernels as real MI300X (gfx942, CDNA3) machine code on a machine without a GPU, and counts instructions.
+
+Triton compiles ahead of time for gfx942; a checkout of the tinygrad repository (MIT), named by the environment variable
+TINYGRAD_REPO, holds an emulator of that instruction set under test/mockgpu. This module puts the two together: it lays
+out the kernel arguments, starts the work-groups, mends the emulator's known gaps and counts what is executed. Nothing
+of that repository is contained here. It needs a C compiler named clang. Worked with triton 3.9 and tinygrad of August
+2026.
+
+    with cdna3.emulated() as executions:
+        tree_attention(q, k, v, ...)  # a launcher, with tensors on the CPU: every kernel it starts is emulated
+    executions[0].counts  # executed instructions by name, per wavefront
+
+Wavefronts run one after another between barriers, so a missing barrier may or may not show: this is no race detector.
+Not covered by the emulator: float atomics, 32x32 MFMA (hence matrix_instr_nonkdim=16), xf32 (fp32 products need
+input_precision="ieee"), buffer instructions (switched off), timing.
+"""
+
+import ctypes
+import functools
+import os
+import re
+import struct
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from .capture import Launch, intercepted
+
+ARCH, WAVE = "gfx942", 64
+_SPARE_REGISTER = 255
+_LDS_GRANULE = 512
+
+KINDS = ("matrix", "vector", "scalar", "global", "shared", "other")
+_PREFIXES = (
+    ("v_mfma", "matrix"),
+    ("v_", "vector"),
+    ("s_", "scalar"),
+    ("global_", "global"),
+    ("flat_", "global"),
+    ("scratch_", "global"),
+    ("ds_", "shared"),
+)
+# Types of kernel arguments: struct format; its size is its alignment.
+_FORMATS = {
+    "i1": "b", "i8": "b", "u8": "B", "i16": "h", "u16": "H", "i32": "i", "u32": "I", "i64": "q", "u64": "Q",
+    "fp32": "f", "f32": "f", "fp64": "d", "f64": "d",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Execution:
+    """One kernel launch that was emulated; counts: executed instructions by name, summed over wavefronts."""
+
+    name: str
+    grid: tuple[int, int, int]
+    warps: int
+    counts: Counter[str]
+
+    def by_kind(self) -> dict[str, int]:
+        """Executed instructions by kind (KINDS)."""
+        found = dict.fromkeys(KINDS, 0)
+        for name, n in self.counts.items():
+            found[next((kind for start, kind in _PREFIXES if name.startswith(start)), "other")] += n
+        return found
+
+    def matrix_operations(self) -> int:
+        """Operations (a multiply-add is two) that the executed matrix instructions did, useful or not."""
+        total = 0
+        for name, n in self.counts.items():
+            shape = re.search(r"_(\d+)x(\d+)x(\d+)", name) if name.startswith("v_mfma") else None
+            if shape:
+                rows, columns, depth = (int(x) for x in shape.groups())
+                total += 2 * rows * columns * depth * n
+        return total
+
+
+def unavailable() -> str | None:
+    """Why nothing can be emulated here, or None."""
+    repository = os.environ.get("TINYGRAD_REPO")
+    if not repository:
+        return "TINYGRAD_REPO is not set (a checkout of tinygrad, which holds the gfx942 emulator)"
+    if not (Path(repository) / "test" / "mockgpu" / "amd" / "emu.py").is_file():
+        return "TINYGRAD_REPO names no tinygrad checkout with test/mockgpu/amd/emu.py"
+    return None
+
+
+class _Step:
+    """What the emulator's loop expects of a compiled instruction, with all its buffers handed through and counted."""
+
+    def __init__(self, name: str, run: Any, wanted: list[int], shuffled: int | None) -> None:
+        self.name, self.run, self.wanted, self.shuffled = name, run, wanted, shuffled
+        self.fxn, self.arg, self.globals = self, self, [0, 1, 2, 3, 4, 5]
+
+    def __call__(self, *buffers: Any) -> None:
+        if self.shuffled is not None:
+            registers, row = buffers[1].value, WAVE * 4
+            ctypes.memmove(registers + _SPARE_REGISTER * row, registers + self.shuffled * row, row)
+        _executed[self.name] += 1
+        self.run(*[buffers[i] for i in self.wanted])
+
+
+_executed: Counter[str] = Counter()
+
+
+@functools.cache
+def _emulator() -> Any:
+    """tinygrad's emulator with its gaps mended."""
+    reason = unavailable()
+    if reason:
+        raise RuntimeError(reason)
+    sys.path.insert(0, os.environ["TINYGRAD_REPO"])
+    from test.mockgpu.amd import emu
+
+    compile_at, lanes_of = emu._decode_at, emu._dpp16_ctrl
+
+    def decode_at(pc: int, arch: str) -> Any:
+        raw = bytes((ctypes.c_char * 16).from_address(pc).raw)
+        instruction = emu.decode_inst(raw, arch)
+        # A lane shuffle that writes the register it reads: the emulator goes lane by lane and would read its own
+        # results, so the source goes through a register that the kernel does not use.
+        shuffles = "DPP16" in type(instruction).__name__ and hasattr(instruction, "vdst")
+        source = raw[4] if shuffles and raw[4] == instruction.vdst.offset & 255 else None
+        if source is not None:
+            ctypes.c_ubyte.from_address(pc + 4).value = _SPARE_REGISTER
+        (program, runtime), _ = compile_at(pc, arch)
+        step = _Step(str(instruction).split("(")[0], runtime.fxn, program.arg.globals, source)
+        return (step, step), instruction
+
+    def lane_shuffle(lane: Any, control: int, row_mask: Any, bank_mask: Any, wave_size: int) -> Any:
+        """row_bcast:15 and row_bcast:31, which the emulator takes for something else."""
+        source, enabled, valid = lanes_of(lane, control, row_mask, bank_mask, wave_size)
+        number = lane.cast(emu.dtypes.int)
+
+        def constant(value: int) -> Any:
+            return emu._c(value, emu.dtypes.int)
+
+        if control == 0x142:
+            return (number & constant(~15)) - constant(1), enabled, constant(16) <= number
+        if control == 0x143:
+            return number * constant(0) + constant(31), enabled, constant(32) <= number
+        return source, enabled, valid
+
+    emu._decode_at, emu._dpp16_ctrl = decode_at, lane_shuffle
+    return emu
+
+
+def _packed(launch: Launch) -> bytes:
+    """The kernel argument segment: what is not a constant, each aligned to its size."""
+    packed = b""
+    for name, kind in launch.signature.items():
+        value = launch.arguments[name]
+        if kind == "constexpr":
+            continue
+        if kind.startswith("*"):
+            if value.device.type != "cpu":
+                raise ValueError(
+                    f"argument {name} of {launch.name} is on {value.device}; the emulator reads CPU memory"
+                )
+            form, value = "Q", value.data_ptr()
+        else:
+            form = _FORMATS[kind]
+        size = struct.calcsize(form)
+        packed += b"\0" * (-len(packed) % size) + struct.pack("<" + form, value)
+    return packed + b"\0" * (-len(packed) % 8 + 64)  # Triton's own scratch pointers follow, unused
+
+
+def _user_registers(properties: int, arguments: int) -> list[int]:
+    """The scalar registers that the hardware fills before a wavefront starts, by the descriptor's enable bits."""
+    values: list[int] = []
+    pointer = [arguments & 0xFFFFFFFF, arguments >> 32]
+    for bit, words in ((1, [0] * 4), (2, [0] * 2), (4, [0] * 2), (8, pointer), (16, [0] * 2), (32, [0] * 2)):
+        if properties & bit:
+            values += words
+    return values
+
+
+def execute(launch: Launch) -> Execution:
+    """Compile one captured launch for gfx942 and run it over its grid on the tensors it was given, in place."""
+    emu = _emulator()
+    from tinygrad.runtime.autogen import amdgpu_kd
+    from tinygrad.runtime.support.elf import elf_loader
+
+    compiled = launch.compile()
+    used = re.search(r"\.num_vgpr, (\d+)", compiled.asm["amdgcn"])
+    if used is None or int(used[1]) > _SPARE_REGISTER:
+        raise RuntimeError(f"{launch.name} leaves no vector register free, which lane shuffles need in the emulator")
+    image, sections, _ = elf_loader(compiled.asm["hsaco"])
+    read_only = next(s.header.sh_addr for s in sections if s.name == ".rodata")
+    kind = amdgpu_kd.llvm_amdhsa_kernel_descriptor_t
+    descriptor = kind.from_buffer_copy(bytes(image[read_only : read_only + ctypes.sizeof(kind)]))
+    code = ctypes.create_string_buffer(bytes(image), len(image))
+    entry = ctypes.addressof(code) + read_only + descriptor.kernel_code_entry_byte_offset
+    packed = _packed(launch)
+    arguments = ctypes.create_string_buffer(packed, len(packed))
+    at = ctypes.addressof(arguments)
+    granules = -(-compiled.metadata.shared // _LDS_GRANULE)
+    resources = descriptor.compute_pgm_rsrc2 & ~(0x1FF << 15) | (granules & 0x1FF) << 15
+    _executed.clear()
+    warps = int(compiled.metadata.num_warps)
+    emu.run_asm(
+        entry, len(image), *launch.grid, warps * WAVE, 1, 1, at, rsrc2=resources,
+        scratch_size=descriptor.private_segment_fixed_size, arch="cdna",
+        user_data=_user_registers(descriptor.kernel_code_properties, at),
+    )  # fmt: skip
+    return Execution(launch.name, launch.grid, warps, Counter(_executed))
+
+
+@contextmanager
+def emulated() -> Iterator[list[Execution]]:
+    """Inside, every Triton launch is compiled for gfx942 and emulated on CPU tensors; yields what was executed."""
+    _emulator()
+    executions: list[Execution] = []
+
+    def handle(launch: Launch) -> None:
+        if torch.Size(launch.grid).numel():
+            executions.append(execute(launch))
+
+    with triton.knobs.amd.scope():
+        triton.knobs.amd.use_buffer_ops = False
+        with intercepted(ARCH, handle, matrix_instr_nonkdim=16):
+            yield executions
