@@ -1,0 +1,373 @@
+"""What a run is told: `OptimizeConfig` for the optimiser, `RunConfig` for a whole run of the command line.
+
+Every refusal is a ConfigError of one sentence that names the key, its value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
+
+from embedgrad.errors import ConfigError, TemplateError
+from embedgrad.template import Template
+from embedgrad.trust_region import CosineCone, TrustRegion
+
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+_SHOWN = 4  # more wrong keys than this are counted, not listed
+
+
+def _not_bool(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("should be a number, not true or false")
+    return value
+
+
+def _bytes(value: object) -> object:
+    if not isinstance(value, str):
+        return _not_bool(value)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", value.lower())
+    if match is None:
+        raise ValueError("should be a number of bytes, or a text such as 800MB or 2GiB")
+    return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+def _folder_name(value: str) -> str:
+    if not value.strip() or value in (".", "..") or any(sign in value for sign in "/\\\0"):
+        raise ValueError(f"should be the name of one folder, not {value!r}")
+    return value
+
+
+def _region(value: object) -> object:
+    """A region as it is, a name ("none"), or a mapping with `kind` and that kind's numbers."""
+    if isinstance(value, str):
+        value = {"kind": value}
+    if isinstance(value, Mapping):
+        try:
+            return TrustRegion.from_dict(value)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+    return value
+
+
+def _template(value: object) -> object:
+    """None or "system" (the default, the prompt as the system turn), "plain", or a mapping as Template.from_json."""
+    if value is None or value == "system" or isinstance(value, Template):
+        return None if value == "system" else value
+    if isinstance(value, str):
+        value = {"kind": value}
+    if not isinstance(value, Mapping):
+        raise ValueError('should be "system", "plain", or a mapping with messages or text')
+    try:
+        return Template.from_json(value)
+    except TemplateError as error:
+        raise ValueError(str(error)) from error
+
+
+Int = Annotated[int, BeforeValidator(_not_bool)]
+Float = Annotated[float, BeforeValidator(_not_bool)]
+Bytes = Annotated[int, BeforeValidator(_bytes), Field(ge=1)]
+Share = Annotated[float, BeforeValidator(_not_bool), Field(ge=0, lt=1)]
+Region = Annotated[
+    TrustRegion, BeforeValidator(_region), PlainSerializer(lambda region: region.describe(), return_type=dict[str, Any])
+]
+
+
+class _RefusesInWords(ModelMetaclass):
+    """Turns pydantic's error into a ConfigError where a section is built directly, as in `OptimizeConfig(steps=0)`.
+
+    Sections inside sections are built by pydantic itself, so that the outermost one sees the whole path of a key.
+    """
+
+    def __call__(cls, *arguments: Any, **values: Any) -> Any:
+        try:
+            return super().__call__(*arguments, **values)
+        except ValidationError as error:
+            raise ConfigError(_sentence(error, cls)) from None  # type: ignore[arg-type]
+
+
+class _Section(BaseModel, metaclass=_RefusesInWords):
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+
+
+class OptimizeConfig(_Section):
+    """How a prompt is optimised. Immutable; values outside their range raise ConfigError."""
+
+    steps: Annotated[Int, Field(ge=1)] | None = None  # optimiser steps; or:
+    epochs: Annotated[Int, Field(ge=1)] | None = None  # passes over the training data; neither: one epoch
+    batch_size: Annotated[Int, Field(ge=1)] = 16
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: Annotated[Float, Field(gt=0)] = 2e-3
+    betas: tuple[Share, Share] = (0.9, 0.999)  # adamw
+    eps: Annotated[Float, Field(gt=0)] = 1e-8  # adamw
+    momentum: Share = 0.0  # sgd
+    weight_decay: Annotated[Float, Field(ge=0)] = 0.0  # towards zero, not towards the anchor
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: Annotated[Int, Field(ge=0)] = 0
+    clip_norm: Annotated[Float, Field(gt=0)] | None = None  # bound of the whole gradient's Euclidean norm
+    trust_region: Region = CosineCone()
+    validate_every: Annotated[Int, Field(ge=1)] | None = None  # steps; default: a tenth of the run
+    select_by: Literal["accuracy", "loss"] = "accuracy"  # the better loss decides between equal accuracies
+    patience: Annotated[Int, Field(ge=1)] | None = None  # stop after so many validations without a better one
+    checkpoint_every: Annotated[Int, Field(ge=1)] = 10  # steps
+    seed: Annotated[Int, Field(ge=0)] = 0
+    memory_policy: Literal["auto", "all", "mlp", "layer"] = "auto"
+    memory_budget: Bytes | None = None  # bytes, or a text such as "2GiB"
+    save_last: bool = True  # also save the prompt of the last step
+
+    @model_validator(mode="after")
+    def _one_length(self) -> OptimizeConfig:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("steps and epochs are two ways to say one thing: give one of them")
+        return self
+
+    def total_steps(self, examples: int) -> int:
+        """Optimiser steps of a run over so many training examples."""
+        return self.steps if self.steps is not None else (self.epochs or 1) * self.steps_per_epoch(examples)
+
+    def steps_per_epoch(self, examples: int) -> int:
+        """Batches of one pass over the data; the last one is shorter where batch_size does not divide `examples`."""
+        return -(-examples // self.batch_size)
+
+    def validation_interval(self, examples: int) -> int:
+        """Steps from one validation to the next."""
+        return self.validate_every or max(1, self.total_steps(examples) // 10)
+
+
+class ModelSection(_Section):
+    """Which model, and how it computes; the arguments of `load_model`."""
+
+    path: str
+    dtype: Literal["float32", "float64", "bfloat16", "float16"] | None = None
+    backend: str = "auto"
+    device: str = "auto"
+    weights: str = "auto"
+
+
+class PromptSection(_Section):
+    """The text that is optimised, or a file that holds it (used as it is, less its final line break)."""
+
+    text: str | None = None
+    file: str | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> PromptSection:
+        if (self.text is None) == (self.file is None):
+            raise ValueError("should give either text or file")
+        return self
+
+
+class FileSection(_Section):
+    """A JSON-lines file of examples, one object per line."""
+
+    path: str
+    limit: Annotated[Int, Field(ge=1)] | None = None  # only the first so many
+
+
+class SplitSection(_Section):
+    """How many examples of the shuffled file each part gets."""
+
+    train: Annotated[Int, Field(ge=1)]
+    validation: Annotated[Int, Field(ge=0)] = 0
+    test: Annotated[Int, Field(ge=0)] = 0
+    seed: Annotated[Int, Field(ge=0)] = 0
+
+
+class DataSection(_Section):
+    """Either files for train, validation and test, or one `path` and a `split`; and the names of the fields."""
+
+    train: FileSection | None = None
+    validation: FileSection | None = None
+    test: FileSection | None = None
+    path: str | None = None
+    split: SplitSection | None = None
+    query: str = "query"
+    target: str = "target"
+    labels: tuple[str, ...] | None = None  # all answers there are: then the test also reports the best-label accuracy
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_of_files(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        parts = ("train", "validation", "test")
+        return {k: {"path": v} if k in parts and isinstance(v, str) else v for k, v in values.items()}
+
+    @model_validator(mode="after")
+    def _one_way(self) -> DataSection:
+        if (self.path is None) == (self.train is None):
+            raise ValueError("should give either train (a file), or path and split")
+        if (self.path is None) != (self.split is None):
+            raise ValueError("should give path and split together")
+        if self.path is not None and (self.validation is not None or self.test is not None):
+            raise ValueError("should give either files for validation and test, or path and split")
+        return self
+
+
+class RunSection(_Section):
+    """Where the run's folder is: folder/name; the name's default is the configuration file's."""
+
+    name: Annotated[str, AfterValidator(_folder_name)] | None = None
+    folder: str = "runs"
+
+
+class SamplingSection(_Section):
+    """How answers are generated; temperature 0 takes the likeliest token."""
+
+    max_new_tokens: Annotated[Int, Field(ge=1)] = 256
+    temperature: Annotated[Float, Field(ge=0)] = 0.0
+    top_k: Annotated[Int, Field(ge=0)] = 0
+    top_p: Annotated[Float, Field(gt=0, le=1)] = 1.0
+    min_p: Annotated[Float, Field(ge=0, le=1)] = 0.0
+    seed: Annotated[Int, Field(ge=0)] = 0
+    stop: tuple[str, ...] = ()
+
+
+class RunConfig(_Section):
+    """A configuration file of `embedgrad optimize`."""
+
+    model: ModelSection
+    prompt: PromptSection
+    template: Annotated[
+        Template | None, BeforeValidator(_template), PlainSerializer(lambda t: t and yaml.safe_load(t.to_json()))
+    ] = None
+    data: DataSection
+    optimize: OptimizeConfig = OptimizeConfig()
+    run: RunSection = RunSection()
+    sampling: SamplingSection = SamplingSection()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        return {k: {_SHORT[k]: v} if k in _SHORT and isinstance(v, str) else v for k, v in values.items()}
+
+
+# `model: X` means `model: {path: X}`, and so on, also before an override that reaches inside
+_SHORT = {"model": "path", "prompt": "text", "trust_region": "kind"}
+_SHORT |= dict.fromkeys(("train", "validation", "test"), "path")
+
+
+def load_run_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a YAML file and apply overrides such as "optimize.steps=30", whose values are YAML too.
+
+    Raises ConfigError: a file that is missing or not YAML, an unknown key (with the nearest known one), a wrong value.
+    """
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the configuration {path} is not UTF-8 text (byte {error.start}).") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the configuration {path} is not YAML: {_yaml_problem(error)}.") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"the configuration {path} should be a mapping with model, prompt and data.")
+    for override in overrides:
+        _override(values, override)
+    try:
+        config = RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{path}: {_sentence(error, RunConfig)}") from None
+    if config.run.name is None:
+        config = config.model_copy(update={"run": config.run.model_copy(update={"name": path.stem})})
+    return config
+
+
+def expand_path(path: str) -> Path:
+    """`path` with ~ and $VARIABLES replaced; relative paths count from the current folder."""
+    return Path(os.path.expandvars(os.path.expanduser(path)))
+
+
+def _yaml_problem(error: yaml.YAMLError) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    return f"{problem} (line {mark.line + 1}, column {mark.column + 1})" if mark is not None else str(problem)
+
+
+def _override(values: dict[Any, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    names = key.strip().split(".")
+    if not separator or not all(names):
+        raise ConfigError(f"--set {override!r} should look like section.key=value, for example optimize.steps=30.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"the value of --set {override!r} is not YAML: {_yaml_problem(error)}.") from error
+    section = values
+    for name in names[:-1]:
+        inner = section.get(name)
+        if isinstance(inner, str) and name in _SHORT:
+            inner = section[name] = {_SHORT[name]: inner}
+        elif inner is None:
+            inner = section[name] = {}
+        if not isinstance(inner, dict):
+            raise ConfigError(f"--set {override!r}: {name} is {inner!r} and has no settings of its own.")
+        section = inner
+    section[names[-1]] = value
+
+
+def _sentence(error: ValidationError, section: type[BaseModel]) -> str:
+    problems = [_problem(one, section) for one in error.errors(include_url=False)]
+    more = len(problems) - _SHOWN
+    return "; ".join(problems[:_SHOWN]) + (f"; and {more} more" if more > 0 else "") + "."
+
+
+def _problem(error: Any, section: type[BaseModel]) -> str:
+    path = ".".join(str(part) for part in error["loc"])
+    kind, value = error["type"], error["input"]
+    if kind == "extra_forbidden":
+        known = _keys_beside(section, error["loc"])
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, 1)
+        hint = f"did you mean {near[0]!r}" if near else f"known are {', '.join(known)}"
+        return f"{path} is not a setting; {hint}"
+    if kind == "missing":
+        return f"{path} is missing"
+    if kind == "value_error":
+        reason = str(error["ctx"]["error"]).rstrip(".")
+        return f"{path}: {reason}" if path else reason
+    if kind == "model_type":
+        return f"{path} is {_shown(value)}, but should be a mapping"
+    if kind == "string_type":
+        return f"{path} is {_shown(value)}, but should be text (in quotes where YAML reads it as something else)"
+    reason = error["msg"].replace("Input should", "should")
+    return f"{path} is {_shown(value)}, but {reason}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _keys_beside(section: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """The known keys of the section in which the key at `location` stands."""
+    for name in location[:-1]:
+        field = section.model_fields.get(str(name))
+        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())] if field is not None else []
+        inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if not inner:
+            return []
+        section = inner[0]
+    return list(section.model_fields)
