@@ -1,0 +1,125 @@
+"""Opens a checkpoint on disk: configuration, tokenizer, and tensors whose names and shapes have been checked."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from embedgrad.errors import ModelError
+from embedgrad.model.config import ModelConfig
+from embedgrad.model.fields import read_object
+from embedgrad.model.gguf_file import GgufFile
+from embedgrad.model.hub import name_of
+from embedgrad.model.safetensors_files import SafetensorsFiles
+from embedgrad.model.tokenizer import Tokenizer
+
+
+class TensorSource(Protocol):
+    """Where a checkpoint's tensors come from. Names are those of Hugging Face checkpoints."""
+
+    def names(self) -> list[str]:
+        """All tensors, in the file's order."""
+        ...
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor, without reading any."""
+        ...
+
+    def get(self, name: str) -> torch.Tensor:
+        """The tensor on the CPU in a float type: a view into the mapped file, or new float32 values (quantised)."""
+        ...
+
+    def raw(self, name: str) -> tuple[str, torch.Tensor] | None:
+        """GGUF only: the block type's name and the blocks, uint8 [rows, bytes per row]; None elsewhere."""
+        ...
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """An opened model on disk. `name` is for people and for prompt files: hub id, folder name or file name."""
+
+    config: ModelConfig
+    tokenizer: Tokenizer
+    name: str
+    tensors: TensorSource
+
+
+def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Open a Hugging Face folder, a .gguf file, or a folder that holds one .gguf file.
+
+    Reads headers, configuration and tokenizer; tensors are read when they are asked for. Raises ModelError.
+    """
+    path = Path(path)
+    try:
+        if not path.exists():
+            raise ModelError(f"{path} does not exist; give a model folder, a .gguf file or a hub id.")
+        if path.is_file():
+            return _read_gguf(path)
+        if (path / "config.json").is_file():
+            return _read_folder(path)
+        files = sorted(path.glob("*.gguf"))
+    except OSError as error:
+        raise ModelError(f"{path} cannot be read: {error.strerror or error}.") from error
+    if len(files) == 1:
+        return _read_gguf(files[0])
+    if files:
+        raise ModelError(f"{path} holds {len(files)} .gguf files; give the path of one of them.")
+    raise ModelError(f"{path} is not a model folder: it has neither config.json nor a .gguf file.")
+
+
+def _read_folder(folder: Path) -> Checkpoint:
+    where = folder / "config.json"
+    config = ModelConfig.from_hf(read_object(where), str(where))
+    tensors = SafetensorsFiles(folder)
+    _check_tensors(tensors, config, str(folder))
+    tokenizer = Tokenizer.from_folder(folder)
+    _check_vocabulary(tokenizer, config, str(folder))
+    return Checkpoint(config, tokenizer, name_of(folder), tensors)
+
+
+def _read_gguf(path: Path) -> Checkpoint:
+    tensors = GgufFile(path)
+    config = ModelConfig.from_gguf(tensors.metadata, str(path), tensors.shapes(), tensors.rope_divisors())
+    tensors.set_heads(config.num_heads, config.num_kv_heads)
+    _check_tensors(tensors, config, str(path))
+    tokenizer = Tokenizer.from_gguf(tensors.metadata, str(path))
+    _check_vocabulary(tokenizer, config, str(path))
+    return Checkpoint(config, tokenizer, path.stem, tensors)
+
+
+def _check_tensors(tensors: TensorSource, config: ModelConfig, where: str) -> None:
+    found, expected = tensors.shapes(), config.shapes()
+    missing = [name for name in expected if name not in found]
+    if missing:
+        more = f" and {len(missing) - 1} more tensors" if len(missing) > 1 else ""
+        raise ModelError(f"{where} lacks {missing[0]}{more}, which its configuration calls for.")
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise ModelError(f"{where}: {name} has shape {list(found[name])}; its configuration says {list(shape)}.")
+    extra = [name for name in found if name not in expected]
+    if config.tied and extra == ["lm_head.weight"] and _is_tied(tensors):
+        extra = []
+    if extra == ["lm_head.weight"]:
+        raise ModelError(
+            f'{where}: "tie_word_embeddings" is true, but lm_head.weight differs from the embedding; set it to false '
+            f"to use lm_head.weight."
+        )
+    if extra:
+        more = f" and {len(extra) - 1} more tensors" if len(extra) > 1 else ""
+        raise ModelError(f"{where} holds {extra[0]}{more}, for which its configuration has no place.")
+
+
+def _is_tied(tensors: TensorSource) -> bool:
+    return torch.equal(tensors.get("lm_head.weight"), tensors.get("model.embed_tokens.weight"))
+
+
+def _check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, where: str) -> None:
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ModelError(
+            f"{where}: the tokenizer makes ids up to {tokenizer.vocab_size - 1}, but the embedding has "
+            f"{config.vocab_size} rows; they do not belong together."
+        )

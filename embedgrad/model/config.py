@@ -1,0 +1,389 @@
+"""What a checkpoint's configuration says, in the terms of section 4 of the design; nothing that matters is skipped.
+
+A field that would change the result and is not understood is a ModelError that names the field and its value.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from embedgrad.errors import ModelError
+from embedgrad.model.fields import Fields, short
+
+ARCHITECTURES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3")
+
+# What transformers' config classes assume where config.json leaves a field out.
+_HF_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": {"num_key_value_heads": None, "head_dim": None, "max_position_embeddings": 2048},
+    "mistral": {"num_key_value_heads": 8, "head_dim": None, "max_position_embeddings": 131072},
+    "qwen2": {"num_key_value_heads": 32, "head_dim": None, "max_position_embeddings": 32768},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768},
+}
+_DEFAULT_WINDOW = 4096
+_DEFAULT_MAX_WINDOW_LAYERS = 28
+_DEFAULT_ROPE_THETA = 10000.0
+_MOST_LAYERS = 4096
+
+
+def _words(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# Fields with no say in what the frozen model computes: bookkeeping, initialisation, training only, generation settings
+# (a run has its own), ids that the tokenizer reads, and switches that choose between equal ways of computing.
+_HARMLESS = _words(
+    """
+    architectures model_type transformers_version dtype torch_dtype _name_or_path name_or_path _commit_hash
+    transformers.js_config unsloth_version unsloth_fixed is_llama_config tokenizer_class task_specific_params
+    finetuning_task id2label label2id num_labels problem_type prefix keys_to_ignore_at_inference license
+    initializer_range attention_dropout tie_last_hidden_states pretraining_tp use_cache cache_implementation
+    attn_implementation _attn_implementation _attn_implementation_internal _attn_implementation_autoset
+    _experts_implementation _experts_implementation_internal use_bfloat16 torchscript tf_legacy_loss
+    output_hidden_states output_attentions output_scores output_logits return_dict use_return_dict
+    return_dict_in_generate chunk_size_feed_forward tie_encoder_decoder
+    bos_token_id eos_token_id pad_token_id unk_token_id sep_token_id decoder_start_token_id
+    max_length max_new_tokens min_length min_new_tokens do_sample early_stopping max_time num_beams num_beam_groups
+    temperature top_k top_p min_p typical_p epsilon_cutoff eta_cutoff diversity_penalty repetition_penalty
+    encoder_repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
+    num_return_sequences forced_bos_token_id forced_eos_token_id remove_invalid_values suppress_tokens
+    begin_suppress_tokens exponential_decay_length_penalty renormalize_logits penalty_alpha stop_strings
+    """
+)
+_ROPE_KEYS = _words(
+    """
+    rope_type type rope_theta factor low_freq_factor high_freq_factor original_max_position_embeddings
+    partial_rotary_factor
+    """
+)
+_GGUF_HARMLESS = _words(
+    """
+    context_length block_count embedding_length feed_forward_length attention.head_count attention.head_count_kv
+    attention.layer_norm_rms_epsilon attention.key_length attention.value_length rope.freq_base rope.dimension_count
+    rope.scaling.type rope.scaling.factor rope.scaling.original_context_length rope.scaling.finetuned
+    rope.scale_linear vocab_size tensor_data_layout pooling_type
+    """
+)
+# GGUF fields that have one value which says nothing new.
+_GGUF_NEUTRAL: dict[str, object] = {
+    "expert_count": 0,
+    "expert_used_count": 0,
+    "attention.causal": True,
+    "attention.sliding_window": 0,
+    "rope.scaling.attn_factor": 1.0,
+    "use_parallel_residual": False,
+    "logit_scale": 1.0,
+}
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Rotary position embedding. `kind`: default, linear (every frequency / factor), llama3 (low frequencies / factor,
+    smooth in between; Llama 3.1), divisors (frequency i / divisors[i], as GGUF files store llama3 scaling)."""
+
+    theta: float
+    kind: str = "default"
+    factor: float = 1.0
+    low_freq_factor: float = 1.0
+    high_freq_factor: float = 4.0
+    original_max_position: int = 0
+    divisors: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes and switches of one decoder.
+
+    `windows[l]` is layer l's sliding window: a token at position p sees keys with p - position < window; None = all.
+    """
+
+    family: str
+    num_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    vocab_size: int
+    rms_eps: float
+    rope: RopeConfig
+    tied: bool
+    qkv_bias: bool
+    output_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    windows: tuple[int | None, ...]
+    max_position: int
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any], where: str) -> ModelConfig:
+        """Read the contents of a config.json; `where` names the file in messages. Raises ModelError."""
+        fields = Fields(config, where)
+        family = _hf_family(config, where)
+        defaults = _HF_DEFAULTS[family]
+        hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
+        layers = fields.integer("num_hidden_layers", most=_MOST_LAYERS)
+        kv_heads = fields.integer("num_key_value_heads", defaults["num_key_value_heads"], none=heads)
+        activation = fields.take("hidden_act", "silu")
+        if activation not in ("silu", "swish"):
+            raise ModelError(f'{where}: "hidden_act" is {activation!r}; supported is "silu".')
+        has_bias_switch = family in ("llama", "qwen3")
+        attention_bias = fields.boolean("attention_bias", False) if has_bias_switch else False
+        max_position = fields.integer("max_position_embeddings", defaults["max_position_embeddings"])
+        result = cls(
+            family=family,
+            num_layers=layers,
+            hidden_size=hidden,
+            intermediate_size=fields.integer("intermediate_size"),
+            num_heads=heads,
+            num_kv_heads=kv_heads,
+            head_dim=fields.integer("head_dim", defaults["head_dim"], none=hidden // heads),
+            vocab_size=fields.integer("vocab_size"),
+            rms_eps=fields.number("rms_norm_eps", 1e-6),
+            rope=_hf_rope(fields, max_position),
+            tied=fields.boolean("tie_word_embeddings", False),
+            qkv_bias=attention_bias or family == "qwen2",
+            output_bias=attention_bias,
+            mlp_bias=fields.boolean("mlp_bias", False) if family == "llama" else False,
+            qk_norm=family == "qwen3",
+            windows=_hf_windows(fields, family, layers),
+            max_position=max_position,
+        )
+        fields.refuse_the_rest(_HARMLESS)
+        return result._checked(where)
+
+    @classmethod
+    def from_gguf(
+        cls,
+        metadata: Mapping[str, Any],
+        where: str,
+        shapes: Mapping[str, tuple[int, ...]],
+        rope_divisors: tuple[float, ...] = (),
+    ) -> ModelConfig:
+        """Read GGUF metadata. `shapes`: canonical tensor name -> shape (which says what is tied and what has a bias);
+        `rope_divisors`: contents of `rope_freqs.weight` where the file has it. Raises ModelError."""
+        family = metadata.get("general.architecture")
+        if family not in GGUF_ARCHITECTURES:
+            raise ModelError(
+                f"{where}: architecture {family!r} is not supported; supported are {', '.join(GGUF_ARCHITECTURES)}."
+            )
+        prefix = f"{family}."
+        fields = Fields({k[len(prefix) :]: v for k, v in metadata.items() if k.startswith(prefix)}, where, prefix)
+        hidden, heads = fields.integer("embedding_length"), fields.integer("attention.head_count", same=True)
+        layers = fields.integer("block_count", most=_MOST_LAYERS)
+        head_dim = fields.integer("attention.key_length", None, none=hidden // heads)
+        for name in ("attention.value_length", "rope.dimension_count"):
+            if fields.integer(name, head_dim) != head_dim:
+                raise ModelError(f"{where}: {prefix}{name} is {fields.take(name)}, and {head_dim} is supported here.")
+        embedding = shapes.get("model.embed_tokens.weight", ())
+        for name, value in _GGUF_NEUTRAL.items():
+            fields.expect(name, value)
+        result = cls(
+            family=str(family),
+            num_layers=layers,
+            hidden_size=hidden,
+            intermediate_size=fields.integer("feed_forward_length", same=True),
+            num_heads=heads,
+            num_kv_heads=fields.integer("attention.head_count_kv", heads, same=True),
+            head_dim=head_dim,
+            vocab_size=embedding[0] if embedding else fields.integer("vocab_size"),
+            rms_eps=fields.number("attention.layer_norm_rms_epsilon"),
+            rope=_gguf_rope(fields, rope_divisors),
+            tied="lm_head.weight" not in shapes,
+            qkv_bias="model.layers.0.self_attn.q_proj.bias" in shapes,
+            output_bias="model.layers.0.self_attn.o_proj.bias" in shapes,
+            mlp_bias="model.layers.0.mlp.up_proj.bias" in shapes,
+            qk_norm=family == "qwen3",
+            windows=(None,) * layers,
+            max_position=fields.integer("context_length"),
+        )
+        fields.refuse_the_rest(_GGUF_HARMLESS)
+        return result._checked(where)
+
+    def _checked(self, where: str) -> ModelConfig:
+        if self.num_heads % self.num_kv_heads:
+            raise ModelError(
+                f"{where}: {self.num_heads} query heads cannot share {self.num_kv_heads} key/value heads evenly."
+            )
+        if self.head_dim % 2:
+            raise ModelError(f"{where}: the head size {self.head_dim} is odd, and rotary embedding needs an even one.")
+        if self.rope.divisors and len(self.rope.divisors) != self.head_dim // 2:
+            raise ModelError(
+                f"{where}: rope_freqs.weight has {len(self.rope.divisors)} values; {self.head_dim // 2} are right."
+            )
+        return self
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Canonical name -> shape of every tensor that a checkpoint of this configuration holds."""
+        hidden, ffn = self.hidden_size, self.intermediate_size
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        linear = [
+            ("self_attn.q_proj", q, hidden, self.qkv_bias),
+            ("self_attn.k_proj", kv, hidden, self.qkv_bias),
+            ("self_attn.v_proj", kv, hidden, self.qkv_bias),
+            ("self_attn.o_proj", hidden, q, self.output_bias),
+            ("mlp.gate_proj", ffn, hidden, self.mlp_bias),
+            ("mlp.up_proj", ffn, hidden, self.mlp_bias),
+            ("mlp.down_proj", hidden, ffn, self.mlp_bias),
+        ]
+        norms = [("input_layernorm", hidden), ("post_attention_layernorm", hidden)]
+        if self.qk_norm:
+            norms += [("self_attn.q_norm", self.head_dim), ("self_attn.k_norm", self.head_dim)]
+        result: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, hidden)}
+        for layer in range(self.num_layers):
+            prefix = f"model.layers.{layer}."
+            for name, rows, columns, bias in linear:
+                result[f"{prefix}{name}.weight"] = (rows, columns)
+                if bias:
+                    result[f"{prefix}{name}.bias"] = (rows,)
+            for name, size in norms:
+                result[f"{prefix}{name}.weight"] = (size,)
+        result["model.norm.weight"] = (hidden,)
+        if not self.tied:
+            result["lm_head.weight"] = (self.vocab_size, hidden)
+        return result
+
+
+def inverse_frequencies(config: ModelConfig, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Angular frequency of each rotated pair, radians per position: [head_dim / 2] in `dtype` (float32 or float64).
+
+    RoFormer (arXiv 2104.09864) eq. 15, theta^(-2i/D); linear scaling after Chen et al. (arXiv 2306.15595); llama3
+    scaling as Llama 3.1 defines it. In float32 computed in the order transformers computes it, so that bits agree.
+    """
+    rope, dim = config.rope, config.head_dim
+    frequency = 1.0 / (rope.theta ** (torch.arange(0, dim, 2, dtype=dtype) / dim))  # [D/2]
+    if rope.kind == "linear":
+        return frequency / rope.factor
+    if rope.kind == "divisors":
+        return frequency / torch.tensor(rope.divisors, dtype=dtype)
+    if rope.kind != "llama3":
+        return frequency
+    longest = rope.original_max_position / rope.low_freq_factor
+    shortest = rope.original_max_position / rope.high_freq_factor
+    wavelength = 2 * math.pi / frequency
+    scaled = torch.where(wavelength > longest, frequency / rope.factor, frequency)
+    span = rope.high_freq_factor - rope.low_freq_factor
+    smooth = (rope.original_max_position / wavelength - rope.low_freq_factor) / span
+    between = (1 - smooth) * scaled / rope.factor + smooth * scaled
+    return torch.where(~(wavelength < shortest) * ~(wavelength > longest), between, scaled)
+
+
+def _hf_family(config: Mapping[str, Any], where: str) -> str:
+    names = config.get("architectures")
+    if names is None and isinstance(config.get("model_type"), str):
+        names = [name for name, family in ARCHITECTURES.items() if family == config["model_type"]]
+        names = names or [f"model_type {config['model_type']}"]
+    name = names[0] if isinstance(names, list) and len(names) == 1 else names
+    family = ARCHITECTURES.get(name) if isinstance(name, str) else None
+    if family is None:
+        raise ModelError(
+            f"{where}: architecture {short(name)} is not supported; supported are {', '.join(ARCHITECTURES)}."
+        )
+    if config.get("model_type", family) != family:
+        raise ModelError(
+            f'{where}: "model_type" is {short(config["model_type"])} and "architectures" says {name}; '
+            f"they should name the same family."
+        )
+    return family
+
+
+def _hf_rope(fields: Fields, max_position: int) -> RopeConfig:
+    """Both spellings: `rope_theta` beside `rope_scaling`, or `rope_parameters` with everything inside."""
+    where = fields.where
+    old, new = fields.take("rope_scaling"), fields.take("rope_parameters")
+    for name, value in (("rope_scaling", old), ("rope_parameters", new)):
+        if value is not None and not isinstance(value, dict):
+            raise ModelError(f'{where}: "{name}" is {short(value)}; it should be an object or null.')
+    if old and new and old != new:
+        raise ModelError(f'{where}: "rope_scaling" and "rope_parameters" differ; only one of them should be there.')
+    inside = dict(old or new or {})
+    name = "rope_scaling" if old else "rope_parameters"
+    outer_theta, outer_original = fields.take("rope_theta"), fields.take("original_max_position_embeddings")
+    if inside.get("rope_theta") is None:
+        inside["rope_theta"] = _DEFAULT_ROPE_THETA if outer_theta is None else outer_theta
+    parameters = Fields(inside, where, f"{name}.")
+    parameters.refuse_the_rest(_ROPE_KEYS)
+    for scope in (fields, parameters):
+        scope.expect("partial_rotary_factor", 1.0)
+    theta = parameters.number("rope_theta")
+    kind = inside.get("rope_type") or inside.get("type") or "default"
+    if kind == "default":
+        return RopeConfig(theta)
+    if kind == "linear":
+        return RopeConfig(theta, "linear", parameters.number("factor"))
+    if kind != "llama3":
+        raise ModelError(
+            f"{where}: rotary scaling of type {short(kind)} is not supported; supported are default, linear, llama3."
+        )
+    if outer_original is not None:
+        inside["original_max_position_embeddings"] = outer_original
+    low, high = parameters.number("low_freq_factor"), parameters.number("high_freq_factor")
+    if low >= high:
+        raise ModelError(f"{where}: {name}.low_freq_factor {low} should be smaller than high_freq_factor {high}.")
+    original = parameters.integer("original_max_position_embeddings", max_position)
+    return RopeConfig(theta, "llama3", parameters.number("factor"), low, high, original)
+
+
+def _hf_windows(fields: Fields, family: str, layers: int) -> tuple[int | None, ...]:
+    """Sliding window per layer, as transformers derives it."""
+    if family == "llama":
+        return (None,) * layers
+    if family == "mistral":
+        window = fields.take("sliding_window", _DEFAULT_WINDOW)
+        return (None if window is None else fields.integer("sliding_window", _DEFAULT_WINDOW),) * layers
+    sliding = fields.boolean("use_sliding_window", False)
+    size = fields.take("sliding_window", _DEFAULT_WINDOW)
+    window = fields.integer("sliding_window", _DEFAULT_WINDOW) if sliding and size is not None else None
+    first = fields.take("max_window_layers", _DEFAULT_MAX_WINDOW_LAYERS)
+    types = fields.take("layer_types")
+    if types is None:
+        if window is None:
+            return (None,) * layers
+        if not isinstance(first, int) or isinstance(first, bool):
+            raise ModelError(f'{fields.where}: "max_window_layers" is {short(first)}; it should be a whole number.')
+        return tuple(window if layer >= first else None for layer in range(layers))
+    known = ("full_attention", "sliding_attention")
+    if not isinstance(types, list) or len(types) != layers or any(kind not in known for kind in types):
+        raise ModelError(
+            f'{fields.where}: "layer_types" is {short(types)}; it should name one of {known[0]} and {known[1]} for '
+            f"each of the {layers} layers."
+        )
+    if window is None and "sliding_attention" in types:
+        raise ModelError(
+            f'{fields.where}: "layer_types" has sliding_attention, but "use_sliding_window" and "sliding_window" give '
+            f"no window."
+        )
+    return tuple(window if kind == "sliding_attention" else None for kind in types)
+
+
+def _gguf_rope(fields: Fields, divisors: tuple[float, ...]) -> RopeConfig:
+    theta = fields.number("rope.freq_base", _DEFAULT_ROPE_THETA)
+    kind = fields.take("rope.scaling.type", "none")
+    legacy = fields.take("rope.scale_linear")
+    if kind == "none" and legacy not in (None, 1.0):
+        kind = "linear"
+    if kind not in ("none", "linear"):
+        raise ModelError(
+            f"{fields.where}: rotary scaling of type {short(kind)} is not supported; supported are none, linear, and "
+            f"llama3 as rope_freqs.weight."
+        )
+    if kind == "linear":
+        factor = fields.number("rope.scaling.factor" if "rope.scaling.factor" in fields.values else "rope.scale_linear")
+        if divisors:
+            return RopeConfig(theta, "divisors", divisors=tuple(factor * value for value in divisors))
+        return RopeConfig(theta, "linear", factor)
+    if any(not 0 < value < math.inf for value in divisors):
+        raise ModelError(f"{fields.where}: rope_freqs.weight should hold positive numbers.")
+    return (
+        RopeConfig(theta, "divisors", divisors=divisors) if any(value != 1 for value in divisors) else RopeConfig(theta)
+    )

@@ -1,0 +1,94 @@
+"""Typed access to fields of untrusted JSON or metadata; every refusal names the field and its value."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from embedgrad.errors import ModelError
+
+_LARGEST_INT = 2**31 - 1
+
+
+class Fields:
+    """Typed access to a mapping of untrusted values; remembers what was asked for."""
+
+    def __init__(self, values: Mapping[str, Any], where: str, prefix: str = "") -> None:
+        self.values, self.where, self.prefix = values, where, prefix
+        self.known: set[str] = set()
+
+    def take(self, name: str, default: Any = None) -> Any:
+        self.known.add(name)
+        return self.values.get(name, default)
+
+    def integer(
+        self, name: str, default: Any = "", *, none: int | None = None, most: int = _LARGEST_INT, same: bool = False
+    ) -> int:
+        """A whole number in [1, most]; `none` stands for null; `same`: a list of equal numbers counts as one."""
+        value = self.take(name, default)
+        if same and isinstance(value, (list, tuple)) and value and all(item == value[0] for item in value):
+            value = value[0]
+        if value is None and none is not None:
+            return none
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= most:
+            self._refuse(name, f"a whole number from 1 to {most}")
+        return int(value)
+
+    def number(self, name: str, default: float | None = None) -> float:
+        value = self.take(name, default)
+        if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+            self._refuse(name, "a positive number")
+        try:
+            return float(value)
+        except OverflowError:
+            self._refuse(name, "a positive number")
+            raise
+
+    def boolean(self, name: str, default: bool) -> bool:
+        value = self.take(name, default)
+        if value is None:
+            return default
+        if not isinstance(value, bool):
+            self._refuse(name, "true or false")
+        return bool(value)
+
+    def expect(self, name: str, value: object) -> None:
+        found = self.take(name, value)
+        if found is not None and found != value:
+            raise ModelError(f'{self.where}: "{self.prefix}{name}" is {short(found)}; supported is {value!r} only.')
+
+    def refuse_the_rest(self, harmless: frozenset[str]) -> None:
+        for name, value in self.values.items():
+            if name in self.known or name in harmless or value is None or value is False:
+                continue
+            raise ModelError(
+                f'{self.where}: "{self.prefix}{name}" is {short(value)}; this field is not understood, and '
+                f"ignoring it could change what the model computes."
+            )
+
+    def _refuse(self, name: str, right: str) -> None:
+        if self.values.get(name) is None:
+            raise ModelError(f'{self.where}: "{self.prefix}{name}" is missing; it should be {right}.')
+        found = short(self.values[name])
+        raise ModelError(f'{self.where}: "{self.prefix}{name}" is {found}; it should be {right}.')
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file. Raises ModelError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise ModelError(f"{path} is not readable JSON; fetch it again.") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path} should hold a JSON object.")
+    return value
+
+
+def short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 200 else text[:200] + "..."
