@@ -24,6 +24,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from functools import lru_cache
 
 import torch
@@ -49,7 +50,7 @@ class Fit:
 class Row:
     """Parameters of one kernel on one architecture, for elements of some widths and sizes up to a limit.
 
-    kernel: name, as the launcher asks for it. arch: "sm_80", "gfx942", ...; "*" fits all.
+    kernel: name, as the launcher asks for it; arch: "sm_80", "gfx942", ...; both may be patterns ("sm_*").
     options: constexpr block sizes, num_warps, num_stages (and waves_per_eu on AMD). reason: why these.
     bytes: element sizes this row is for (empty: all). at_most: inclusive limits on named sizes.
     """
@@ -63,8 +64,8 @@ class Row:
 
     def fits(self, kernel: str, arch: str, dtype: torch.dtype, sizes: dict[str, int]) -> bool:
         return (
-            kernel == self.kernel
-            and self.arch in ("*", arch)
+            fnmatchcase(kernel, self.kernel)
+            and fnmatchcase(arch, self.arch)
             and (not self.bytes or dtype.itemsize in self.bytes)
             and all(name in sizes and sizes[name] <= limit for name, limit in self.at_most.items())
         )
@@ -176,7 +177,7 @@ def candidates(kernel: str, arch: str, *, dtype: torch.dtype, **sizes: int) -> l
 
     wanted = [options(kernel, arch, dtype=dtype, **sizes)]
     for row in ROWS:
-        if row.fits(kernel, row.arch, dtype, sizes):
+        if row.fits(kernel, row.arch, dtype, sizes) and row.arch != "interpreter":
             common = {k: v for k, v in row.resolve(sizes).items() if k != "waves_per_eu"}
             if common not in wanted and common.keys() == {k for k in wanted[0] if k != "waves_per_eu"}:
                 wanted.append(common)

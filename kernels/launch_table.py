@@ -2,17 +2,21 @@
 
 Kernels and the keys their rows have, besides num_warps and num_stages:
 
-    tree_attention_forward, tree_attention_backward_dq       BLOCK_Q, BLOCK_K           sizes: head_dim
-    tree_attention_backward_dkv                              BLOCK_Q, BLOCK_K, CHUNK    sizes: head_dim
-        CHUNK: queries that one program of the split launch walks (a multiple of BLOCK_Q)
-    decode_attention                                         BLOCK_B, BLOCK_K, CHUNK    sizes: head_dim
-        BLOCK_B: sequences × query heads of a group that share one read of the trunk; CHUNK: keys per split
-    rms_norm, rms_norm_backward                              BLOCK                      sizes: width (of a row)
-    rope, rope_backward                                      BLOCK_T                    sizes: head_dim
-    swiglu, swiglu_backward                                  BLOCK                      sizes: width (F)
-    embed, embed_backward, prompt_step                       BLOCK                      sizes: width (d)
-    linear_cross_entropy, linear_cross_entropy_backward      BLOCK_N, BLOCK_V, BLOCK_D  sizes: width (d)
-    quantized_linear, quantized_linear_backward              BLOCK_M, BLOCK_N, BLOCK_K  sizes: group, rows (of x)
+    tree_attention_forward, tree_attention_backward_dq   BLOCK_Q, BLOCK_K            sizes: head_dim
+    tree_attention_backward_dkv                          BLOCK_Q, BLOCK_K, PROGRAMS  sizes: head_dim
+    decode_attention                                     BLOCK_Q, BLOCK_K, PROGRAMS  sizes: head_dim
+    rms_norm, rms_norm_backward, prompt_step             BLOCK                       sizes: width (of a row)
+    rope, rope_backward                                  BLOCK_H                     sizes: head_dim
+    swiglu, swiglu_backward, embed, embed_backward       BLOCK                       sizes: width (of a row)
+    linear_cross_entropy                                 BLOCK_N, BLOCK_V, BLOCK_D, PROGRAMS    sizes: width (d)
+    linear_cross_entropy_merge                           BLOCK_N, BLOCK_D            sizes: width (d)
+    quantized_linear, quantized_linear_backward          BLOCK_M, BLOCK_N, BLOCK_K   sizes: as the launcher names them
+
+PROGRAMS: how many programs a long range (queries of a trunk key, keys, vocabulary) is shared out over. BLOCK_Q of the
+attention kernels counts rows, that is (query, head of the group) pairs. BLOCK_H: heads of one token.
+
+No row has been timed: there was no GPU. A row is chosen by what the compiler makes of it (`python -m bench kernels
+--static`: no spills, matrix instructions, 128-bit loads, occupancy) and by the instructions its gfx942 code executes.
 """
 
 from .launch import Fit, Options, Row, power_of_two
@@ -26,49 +30,90 @@ SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gf
 """Bytes of shared memory one block may have (CUDA C++ Programming Guide, compute capabilities; CDNA3 ISA, LDS)."""
 
 _SMALLEST_SHARED = 64 << 10
+_HALF, _FLOAT = (2,), (4,)
 
-ROWS: tuple[Row, ...] = ()
+_ROWWISE = (
+    Row(
+        "rope*", "sm_*", {"BLOCK_H": 16, "num_warps": 1, "num_stages": 1},
+        "a thread has several heads of the same columns and loads their cos and sin once; one warp, because a token's "
+        "heads are few",
+    ),
+    Row(
+        "rope*", "gfx942", {"BLOCK_H": 32, "num_warps": 1, "num_stages": 1},
+        "as on sm_*, with 64 lanes to a wavefront",
+    ),
+    Row(
+        "swiglu*", "sm_*", {"BLOCK": 1024, "num_warps": 4, "num_stages": 1},
+        "8 elements of 2 bytes a thread are one 128-bit load; one power of two over a row of 8,960 would idle 45 %",
+    ),
+    Row(
+        "swiglu*", "gfx942", {"BLOCK": 2048, "num_warps": 4, "num_stages": 1},
+        "8 elements a thread as on sm_*, with 64 lanes to a wavefront",
+    ),
+    Row(
+        "embed", "sm_*", {"BLOCK": 1024, "num_warps": 4, "num_stages": 1},
+        "one 128-bit load of 2-byte elements a thread",
+    ),
+    Row(
+        "embed", "gfx942", {"BLOCK": 2048, "num_warps": 4, "num_stages": 1},
+        "as on sm_*, with 64 lanes to a wavefront",
+    ),
+    Row(
+        "embed_backward", "sm_*", {"BLOCK": 256, "num_warps": 1, "num_stages": 1},
+        "only the prompt's rows have programs, so more and smaller ones; 8 elements a thread",
+    ),
+    Row(
+        "embed_backward", "gfx942", {"BLOCK": 512, "num_warps": 1, "num_stages": 1},
+        "as on sm_*, with 64 lanes to a wavefront",
+    ),
+)  # fmt: skip
+
+ROWS: tuple[Row, ...] = _ROWWISE
 
 _ATTENTION = ("tree_attention_forward", "tree_attention_backward_dq", "tree_attention_backward_dkv", "decode_attention")
-_ROWWISE = ("rms_norm", "rms_norm_backward", "swiglu", "swiglu_backward", "embed", "embed_backward", "prompt_step")
+_WHOLE_ROW = {"rms_norm": 512, "rms_norm_backward": 512, "prompt_step": 256}
+_ANY_BLOCK = ("swiglu", "swiglu_backward", "embed", "embed_backward")
+_PROGRAMS = 264
+"""Two waves over the 132 multiprocessors of an H100; close to one wave over the 304 compute units of an MI300X."""
 
 
 def heuristic(kernel: str, arch: str, element_bytes: int, sizes: dict[str, int]) -> Options:
-    """Parameters where no row fits: the largest usual tiles that leave shared memory for a second block.
+    """Parameters where no row fits: usual tiles, halved until two blocks fit into shared memory.
 
     Raises KeyError for an unknown kernel.
     """
     limit = SHARED_LIMIT.get(arch, _SMALLEST_SHARED)
     amd, interpreter = arch.startswith("gfx"), arch == "interpreter"
     stages = 1 if amd or interpreter else 2
-    if kernel in _ROWWISE:
-        block = Fit("width", 64, 8192).value(sizes) if "width" in sizes else 1024
-        return {"BLOCK": block, "num_warps": min(max(block // 512, 1), 8), "num_stages": 1}
+    small = interpreter or element_bytes > 2
+    programs = 8 if interpreter else _PROGRAMS
+    if kernel in _WHOLE_ROW:
+        block = Fit("width", 64, 8192).value(sizes)
+        return {"BLOCK": block, "num_warps": min(max(block // _WHOLE_ROW[kernel], 1), 16), "num_stages": 1}
+    if kernel in _ANY_BLOCK:
+        return {"BLOCK": 1024, "num_warps": 4, "num_stages": 1}
     if kernel in ("rope", "rope_backward"):
-        return {"BLOCK_T": 4, "num_warps": 4, "num_stages": 1}
+        return {"BLOCK_H": 16, "num_warps": 1, "num_stages": 1}
     if kernel in _ATTENTION:
-        return _attention(kernel, limit, element_bytes, sizes, stages, interpreter)
-    if kernel.startswith("linear_cross_entropy"):
-        small = interpreter or element_bytes > 2
+        found = _attention(limit, element_bytes, sizes, stages, interpreter)
+        split = kernel in ("tree_attention_backward_dkv", "decode_attention")
+        return {**found, "PROGRAMS": programs} if split else found
+    if kernel == "linear_cross_entropy_merge":
+        return {"BLOCK_N": 16, "BLOCK_D": 128, "num_warps": 4, "num_stages": 1}
+    if kernel == "linear_cross_entropy":
         n, v = (32, 64) if small else (64, 128)
-        return {"BLOCK_N": n, "BLOCK_V": v, "BLOCK_D": 32, "num_warps": 4, "num_stages": stages}
+        tiles = {"BLOCK_N": n, "BLOCK_V": v, "BLOCK_D": 32, "PROGRAMS": programs}
+        return {**tiles, "num_warps": 4, "num_stages": stages}
     if kernel.startswith("quantized_linear"):
-        m = 16 if sizes.get("rows", 64) <= 16 else 32 if interpreter or element_bytes > 2 else 64
+        m = 16 if sizes.get("rows", 64) <= 16 else 32 if small else 64
         return {"BLOCK_M": m, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": stages}
     raise KeyError(f"no launch parameters for a kernel named {kernel!r}")
 
 
-def _attention(
-    kernel: str, limit: int, element_bytes: int, sizes: dict[str, int], stages: int, interpreter: bool
-) -> Options:
+def _attention(limit: int, element_bytes: int, sizes: dict[str, int], stages: int, interpreter: bool) -> Options:
     width = power_of_two(max(sizes.get("head_dim", 128), 16))
     block = 16 if interpreter else 64
     # q, do, k and v tiles, twice for a second block on the same multiprocessor.
     while block > 16 and 4 * block * width * element_bytes * stages * 2 > limit:
         block //= 2
-    common = {"BLOCK_K": block, "num_warps": 4, "num_stages": stages}
-    if kernel == "decode_attention":
-        return {"BLOCK_B": 16, "CHUNK": 4 * block if interpreter else 512, **common}
-    if kernel == "tree_attention_backward_dkv":
-        return {"BLOCK_Q": block, "CHUNK": 4 * block if interpreter else 512, **common}
-    return {"BLOCK_Q": block, **common}
+    return {"BLOCK_Q": block, "BLOCK_K": block, "num_warps": 4, "num_stages": stages}

@@ -16,6 +16,10 @@ from . import harness
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "needs_no_launch: launches no kernel in this process")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Without the interpreter and without a GPU no kernel of this folder can be launched."""
     if INTERPRETED or torch.cuda.is_available():

@@ -1,0 +1,192 @@
+"""Compiles every kernel for GPUs that are not here and reads the machine code: the static half of `bench kernels`.
+
+Each specimen's launcher is called once for each target on tensors that exist only as shapes; what it would launch is
+compiled ahead of time. Roofline times come from data-sheet rates (machines.py) and the bytes and operations that the
+result needs at least; no GPU time has been measured.
+"""
+
+import argparse
+import multiprocessing
+import os
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+ARCHES = ("sm_80", "sm_90", "sm_100", "gfx942")
+QUICK_ARCHES = ("sm_90", "gfx942")
+
+Row = dict[str, Any]
+
+
+def wanted_names(args: argparse.Namespace) -> list[str]:
+    """The specimens to compile: all, or those of --only and --dtype; --quick keeps one type and one model."""
+    from .specimens import specimens
+
+    types = args.dtype or (["bfloat16"] if args.quick else None)
+    found = [s for s in specimens() if args.only in s.name and (not types or s.name.rsplit("/", 1)[1] in types)]
+    if args.quick:
+        found = list({s.op: s for s in reversed(found)}.values())[::-1]
+    return [s.name for s in found]
+
+
+def _compile_one(job: tuple[str, str]) -> list[Row]:
+    """The rows of one specimen on one target: one for each distinct kernel it launches."""
+    from embedgrad.kernels import launch as launch_parameters
+    from embedgrad.kernels.launch_table import ROWS
+
+    from .capture import captured
+    from .machine_code import inspect
+    from .machines import LIMITS, MACHINES, occupancy
+    from .specimens import specimens
+
+    warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
+    name, arch = job
+    specimen = next(s for s in specimens() if s.name == name)
+    with launch_parameters.observed() as used:
+        launches = captured(specimen.run, arch)
+    cost = specimen.cost(launches)
+    roofline = {
+        m.name: 1e6 * max(cost.least / m.bandwidth, cost.useful / _rate(m, specimen.matrix, specimen.dtype))
+        for m in MACHINES
+    }
+    rows = []
+    for launch in launches:
+        code = inspect(launch.compile(), arch)
+        warps = int(launch.options["num_warps"])
+        watched = not specimen.kernels or launch.name in specimen.kernels
+        rows.append(
+            {
+                "specimen": name,
+                "op": specimen.op,
+                "model": specimen.model,
+                "dtype": str(specimen.dtype).removeprefix("torch."),
+                "arch": arch,
+                "kernel": launch.name,
+                "grid": launch.grid,
+                "blocks": launch.blocks,
+                "warps": warps,
+                "stages": launch.options["num_stages"],
+                "registers": code.registers,
+                "spills": code.spills,
+                "shared": code.shared,
+                "shared_limit": LIMITS[arch].shared_block,
+                "occupancy": occupancy(arch, code.registers, code.shared, warps),
+                "matrix": dict(code.matrix),
+                "vector_loads": code.vector_loads,
+                "loads": {str(bits): n for bits, n in sorted(code.loads.items())},
+                "instructions": code.instructions,
+                "needs_matrix": watched and specimen.matrix and specimen.dtype.itemsize == 2,
+                "needs_vector_loads": watched and specimen.streaming,
+                "in_place": specimen.in_place,
+                "least_bytes": cost.least,
+                "moved_bytes": cost.moved,
+                "useful_operations": cost.useful,
+                "done_operations": cost.done,
+                "intensity": cost.useful / cost.least,
+                "roofline_us": roofline,
+                "table_rows": [ROWS.index(row) for _, row in used if row is not None],
+            }
+        )
+    return rows
+
+
+def _rate(machine: Any, matrix: bool, dtype: Any) -> float:
+    return float(machine.matrix_rate(dtype) if matrix else machine.vector_fp32)
+
+
+def compile_all(names: Iterable[str], arches: Iterable[str], jobs: int) -> list[Row]:
+    """Compile in `jobs` processes (each imports torch and Triton once); rows in the order of the names."""
+    work = [(name, arch) for arch in arches for name in names]
+    if jobs <= 1 or len(work) < 4:
+        return [row for job in work for row in _compile_one(job)]
+    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
+        return [row for rows in pool.imap(_compile_one, work, chunksize=4) for row in rows]
+
+
+def violations(rows: Iterable[Row]) -> list[str]:
+    """What the limits forbid, a sentence each: spills, too much shared memory, no matrix or wide instructions."""
+    found = []
+    for row in rows:
+        where = f"{row['specimen']} {row['kernel']} on {row['arch']}"
+        if row["spills"]:
+            found.append(f"{where}: {row['spills']} spills")
+        if row["shared"] > row["shared_limit"]:
+            found.append(f"{where}: {row['shared']} bytes of shared memory, the limit is {row['shared_limit']}")
+        if row["occupancy"] == 0:
+            found.append(f"{where}: not even one block fits a multiprocessor")
+        if row["needs_matrix"] and not row["matrix"]:
+            found.append(f"{where}: no matrix instruction")
+        if row["needs_vector_loads"] and row["vector_loads"] < 0.5:
+            found.append(f"{where}: only {row['vector_loads']:.0%} of the bytes loaded come in 128-bit loads")
+    return found
+
+
+def _human(count: float, unit: str) -> str:
+    for scale, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if count >= scale:
+            return f"{count / scale:.3g} {letter}{unit}"
+    return f"{count:.3g} {unit}"
+
+
+def print_code(rows: list[Row]) -> None:
+    """One line for each kernel and target."""
+    heads = (
+        "specimen",
+        "kernel",
+        "target",
+        "regs",
+        "spill",
+        "shared",
+        "occup.",
+        "128-bit",
+        "matrix instructions",
+        "blocks",
+    )
+    print("| " + " | ".join(heads) + " |\n|" + " --- |" * len(heads))
+    for row in rows:
+        matrix: Counter[str] = Counter(row["matrix"])
+        shown = ", ".join(f"{n} {name}" for name, n in matrix.most_common()) or "none"
+        blocks = " ".join(f"{k}={v}" for k, v in row["blocks"].items() if k.startswith("BLOCK"))
+        cells = (
+            row["specimen"], row["kernel"], row["arch"], row["registers"], row["spills"], row["shared"],
+            f"{row['occupancy']:.0%}", f"{row['vector_loads']:.0%}", shown,
+            f"{blocks} warps={row['warps']} stages={row['stages']}",
+        )  # fmt: skip
+        print("| " + " | ".join(str(c) for c in cells) + " |")
+
+
+def print_costs(rows: list[Row]) -> None:
+    """One line for each specimen, by count (of the first target compiled); roofline times of all machines."""
+    from .machines import MACHINES
+
+    heads = ["specimen", "least bytes", "moved / least", "operations", "done / useful", "operations per byte"]
+    heads += [f"{m.name}, µs" for m in MACHINES]
+    print("| " + " | ".join(heads) + " |\n|" + " --- |" * len(heads))
+    seen = set()
+    for row in rows:
+        if row["specimen"] in seen:
+            continue
+        seen.add(row["specimen"])
+        done = f"{row['done_operations'] / row['useful_operations']:.2f}" if row["useful_operations"] else "–"
+        cells = [
+            row["specimen"], _human(row["least_bytes"], "B"), f"{row['moved_bytes'] / row['least_bytes']:.2f}",
+            _human(row["useful_operations"], "op"), done, f"{row['intensity']:.1f}",
+            *(f"{row['roofline_us'][m.name]:.1f}" for m in MACHINES),
+        ]  # fmt: skip
+        print("| " + " | ".join(cells) + " |")
+
+
+def report(args: argparse.Namespace) -> list[Row]:
+    """Compile, print both tables and what breaks a limit."""
+    os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
+    rows = compile_all(wanted_names(args), args.arch or (QUICK_ARCHES if args.quick else ARCHES), args.jobs)
+    print_code(rows)
+    print("\nBytes and operations by count; times are rooflines of data-sheet rates, no GPU time has been measured.\n")
+    print_costs(rows)
+    broken = violations(rows)
+    print(f"\n{len(rows)} compiled kernels, {len(broken)} break a limit")
+    for sentence in broken:
+        print(sentence, file=sys.stderr)
+    return rows
