@@ -158,10 +158,10 @@ class ModelSection(_Section):
     """Which model, and how it computes; the arguments of `load_model`."""
 
     path: str
-    dtype: Literal["float32", "float64", "bfloat16", "float16"] | None = None
+    dtype: Literal["float32", "fp32", "float64", "fp64", "bfloat16", "bf16"] | None = None
     backend: str = "auto"
     device: str = "auto"
-    weights: str = "auto"
+    weights: Literal["auto", "compute", "stored"] = "auto"
 
 
 class PromptSection(_Section):

@@ -119,7 +119,7 @@ def test_unusable_optimiser_settings(values: dict[str, Any], words: list[str], t
         ({"prompt": "x"}, ["model is missing", "data is missing"]),
         (BASE | {"optimise": {}}, ["optimise", "did you mean 'optimize'"]),
         (BASE | {"model": 3}, ["model is 3", "mapping"]),
-        (BASE | {"model": {"path": "m", "dtype": "fp32"}}, ["model.dtype is 'fp32'", "'float32'"]),
+        (BASE | {"model": {"path": "m", "dtype": "int8"}}, ["model.dtype is 'int8'", "'float32'"]),
         (BASE | {"prompt": {}}, ["prompt", "text or file"]),
         (BASE | {"prompt": {"text": "a", "file": "b"}}, ["prompt", "text or file"]),
         (BASE | {"data": {"path": "d"}}, ["data", "path and split"]),

@@ -1,0 +1,53 @@
+"""Ctrl-C and SIGTERM as a request to stop at the next good moment."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+_REASONS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+
+
+class StopRequest:
+    """Whether somebody asked to stop, and how."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+
+    @property
+    def requested(self) -> bool:
+        """True from the first signal on."""
+        return self.reason is not None
+
+
+@contextlib.contextmanager
+def stop_on_signals(terminate: bool) -> Iterator[StopRequest]:
+    """Inside the block the first SIGINT (and SIGTERM, where `terminate`) only sets the request.
+
+    It also puts the handlers back that were there before, so that a second signal acts at once. Outside the main
+    thread, where Python allows no handlers, the request is never set.
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before: dict[signal.Signals, Any] = {}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def note(number: int, frame: FrameType | None) -> None:
+        request.reason = _REASONS[signal.Signals(number)]
+        restore()
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM) if terminate else (signal.SIGINT,):
+            before[number] = signal.signal(number, note)
+        yield request
+    finally:
+        restore()
