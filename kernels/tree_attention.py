@@ -37,6 +37,7 @@ from .tree_schedule import TreeSchedule
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2.0))
 NO_KEY = tl.constexpr(2**31 - 1)
+NOWHERE = tl.constexpr(-(2**30))  # a position before every query's window
 
 
 @triton.jit
@@ -48,15 +49,16 @@ def soft_capped(b_s, cap):
 
 
 @triton.jit
-def load_tile(p, o_row, o_d, stride_row, stride_d, m_row, D: tl.constexpr, ROWS_MASKED: tl.constexpr):
+def load_tile(
+    p, o_row, o_d, stride_row, stride_d, m_row, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS_MASKED: tl.constexpr
+):
     """[rows, BLOCK_D] from p + o_row · stride_row + o_d · stride_d; masked only where something can be outside."""
     p_tile = p + o_row[:, None] * stride_row + o_d[None, :] * stride_d
-    D_MASKED: tl.constexpr = D != o_d.shape[0]
-    if ROWS_MASKED and D_MASKED:
+    if ROWS_MASKED and BLOCK_D != D:
         b_tile = tl.load(p_tile, mask=m_row[:, None] & (o_d < D)[None, :], other=0.0)
     elif ROWS_MASKED:
         b_tile = tl.load(p_tile, mask=m_row[:, None], other=0.0)
-    elif D_MASKED:
+    elif BLOCK_D != D:
         b_tile = tl.load(p_tile, mask=(o_d < D)[None, :], other=0.0)
     else:
         b_tile = tl.load(p_tile)
@@ -64,16 +66,20 @@ def load_tile(p, o_row, o_d, stride_row, stride_d, m_row, D: tl.constexpr, ROWS_
 
 
 @triton.jit
-def visible(b_index, b_position, o_k, m_k, key_begin, key_end, key_position, window):
-    """[rows, BLOCK_K] which of the keys o_k each row's query sees; b_index: its tree index."""
-    # [BLOCK_K]; a key outside the array begins after every query
+def load_intervals(o_k, m_k, key_begin, key_end, key_position):
+    """[keys] begin, end and position of the keys o_k; one outside the array begins after every query."""
     b_begin = tl.load(key_begin + o_k, mask=m_k, other=NO_KEY)
     b_end = tl.load(key_end + o_k, mask=m_k, other=0)
-    # [rows, BLOCK_K]
-    m_seen = (b_begin[None, :] <= b_index[:, None]) & (b_index[:, None] < b_end[None, :])
-    if key_position is not None:
-        b_key_position = tl.load(key_position + o_k, mask=m_k, other=0)
-        m_seen = m_seen & (b_position[:, None] - b_key_position[None, :] < window)
+    b_position = tl.load(key_position + o_k, mask=m_k, other=NOWHERE) if key_position is not None else b_begin
+    return b_begin, b_end, b_position
+
+
+@triton.jit
+def visible(b_index, b_position, b_begin, b_end, b_key_position, window, WINDOW: tl.constexpr):
+    """Which queries see which keys: the query's tree index and position against the key's interval and position."""
+    m_seen = (b_begin <= b_index) & (b_index < b_end)
+    if WINDOW:
+        m_seen = m_seen & (b_position - b_key_position < window)
     return m_seen
 
 
@@ -90,8 +96,8 @@ def _forward_step(
     o_j = tl.arange(0, BLOCK_K)
     m_k = i_s + o_j < num_keys
     # [BLOCK_K, BLOCK_D]
-    b_k = load_tile(k + i_s.to(tl.int64) * stride_ks, o_j, o_d, stride_ks, stride_kd, m_k, D, MASKED)
-    b_v = load_tile(v + i_s.to(tl.int64) * stride_vs, o_j, o_d, stride_vs, stride_vd, m_k, D, MASKED)
+    b_k = load_tile(k + i_s.to(tl.int64) * stride_ks, o_j, o_d, stride_ks, stride_kd, m_k, D, BLOCK_D, MASKED)
+    b_v = load_tile(v + i_s.to(tl.int64) * stride_vs, o_j, o_d, stride_vs, stride_vd, m_k, D, BLOCK_D, MASKED)
     # [BLOCK_Q, BLOCK_K]
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
     if softcap is not None:
@@ -100,7 +106,11 @@ def _forward_step(
     else:
         to_base_2 = scale * LOG2E
     if MASKED:
-        m_seen = visible(b_index, b_position, i_s + o_j, m_k, key_begin, key_end, key_position, window)
+        b_begin, b_end, b_key_position = load_intervals(i_s + o_j, m_k, key_begin, key_end, key_position)
+        m_seen = visible(
+            b_index[:, None], b_position[:, None], b_begin[None, :], b_end[None, :], b_key_position[None, :],
+            window, key_position is not None,
+        )  # fmt: skip
         b_s = tl.where(m_seen, b_s, float("-inf"))
     # [BLOCK_Q]
     b_new = tl.maximum(b_m, tl.max(b_s, 1) * to_base_2)
@@ -138,7 +148,7 @@ def tree_attention_forward_kernel(
     b_position = tl.load(query_position + o_t, mask=m_r, other=0) if query_position is not None else b_index
     # [BLOCK_Q, BLOCK_D]
     q += i_g * GROUP * stride_qh
-    b_q = load_tile(q, o_t * stride_qt + o_h * stride_qh, o_d, 1, stride_qd, m_r, D, True)
+    b_q = load_tile(q, o_t * stride_qt + o_h * stride_qh, o_d, 1, stride_qd, m_r, D, BLOCK_D, True)
 
     b_o = tl.zeros([BLOCK_Q, BLOCK_D], dtype=tl.float32)
     b_m = tl.full([BLOCK_Q], float("-inf"), dtype=tl.float32)
