@@ -1,0 +1,116 @@
+# mypy: allow-untyped-defs
+"""SwiGLU on the fused gate/up buffer, and a backward that rebuilds the activation instead of storing it.
+
+    a = g σ(g) ⊙ u                                     (Shazeer, arXiv 2002.05202; SiLU as the gate)
+    dg = da ⊙ u ⊙ σ(g)(1 + g(1 − σ(g)))                du = da ⊙ g σ(g)
+
+g and u are the halves of one row of gate_up [T, 2F]. Arithmetic is fp32; g σ(g) is rounded to the buffer's type before
+the product with u, where transformers rounds it. Every program reads and writes the same elements, so the outputs
+may alias the inputs element for element. The down projection is frozen and needs no gradient, so the backward needs
+the activation only where the caller asks for it.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from . import checks, launch
+
+
+@triton.jit
+def swiglu_kernel(
+    gate_up_ptr, out_ptr, F, n_blocks, gate_up_row, gate_up_col, gate_up_half, out_row, out_col, BLOCK: tl.constexpr
+):  # fmt: skip
+    """One block of one row: out = round(g σ(g)) ⊙ u."""
+    pid = tl.program_id(0)
+    i_t = (pid // n_blocks).to(tl.int64)
+    o_f = (pid % n_blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m_f = o_f < F
+    p_gate = gate_up_ptr + i_t * gate_up_row + o_f * gate_up_col
+    # [BLOCK]
+    b_gate = tl.load(p_gate, mask=m_f, other=0.0)
+    b_up = tl.load(p_gate + gate_up_half, mask=m_f, other=0.0).to(tl.float32)
+    b_wide = b_gate.to(tl.float32)
+    b_silu = (b_wide * tl.sigmoid(b_wide)).to(b_gate.dtype).to(tl.float32)
+    tl.store(out_ptr + i_t * out_row + o_f * out_col, b_silu * b_up, mask=m_f)
+
+
+@triton.jit
+def swiglu_backward_kernel(
+    da_ptr, gate_up_ptr, out_ptr, a_ptr, F, n_blocks,
+    da_row, da_col, gate_up_row, gate_up_col, gate_up_half, out_row, out_col, out_half, a_row, a_col,
+    REBUILD: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One block of one row: out = [dg, du]; REBUILD: the activation a as well."""
+    pid = tl.program_id(0)
+    i_t = (pid // n_blocks).to(tl.int64)
+    o_f = (pid % n_blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m_f = o_f < F
+    p_gate = gate_up_ptr + i_t * gate_up_row + o_f * gate_up_col
+    # [BLOCK]
+    b_gate = tl.load(p_gate, mask=m_f, other=0.0)
+    b_up = tl.load(p_gate + gate_up_half, mask=m_f, other=0.0).to(tl.float32)
+    b_da = tl.load(da_ptr + i_t * da_row + o_f * da_col, mask=m_f, other=0.0).to(tl.float32)
+    b_wide = b_gate.to(tl.float32)
+    b_sigma = tl.sigmoid(b_wide)
+    b_silu = b_wide * b_sigma
+    p_out = out_ptr + i_t * out_row + o_f * out_col
+    # σ(1 + g(1 − σ)) = σ + gσ(1 − σ)
+    tl.store(p_out, b_da * b_up * (b_sigma + b_silu * (1.0 - b_sigma)), mask=m_f)
+    tl.store(p_out + out_half, b_da * b_silu, mask=m_f)
+    if REBUILD:
+        b_a = b_silu.to(b_gate.dtype).to(tl.float32) * b_up
+        tl.store(a_ptr + i_t * a_row + o_f * a_col, b_a, mask=m_f)
+
+
+def swiglu(gate_up: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
+    """out [T, F] = g σ(g) ⊙ u for gate_up = [g, u] [T, 2F]; float32, float16 or bfloat16, any strides.
+
+    Raises ValueError where shapes or types do not fit, or `out` is expanded.
+    """
+    rows, width = _halves(gate_up)
+    checks.shape("out", out, (rows, width))
+    checks.floating(gate_up=gate_up, out=out)
+    checks.writable(out=out)
+    options = launch.options("swiglu", launch.architecture(gate_up.device), dtype=gate_up.dtype, width=width)
+    blocks = triton.cdiv(width, options["BLOCK"])
+    swiglu_kernel[(rows * blocks,)](
+        gate_up, out, width, blocks, *gate_up.stride(), width * gate_up.stride(1), *out.stride(), **options
+    )  # fmt: skip
+    return out
+
+
+def swiglu_backward(
+    da: torch.Tensor, gate_up: torch.Tensor, *, out: torch.Tensor, activation: torch.Tensor | None = None
+) -> torch.Tensor:
+    """out [T, 2F] = [dg, du]; da [T, F] (may be expanded), gate_up [T, 2F]. `out` may be gate_up itself.
+
+    activation [T, F]: where given, it is rebuilt there (it may be da itself).
+    Raises ValueError where shapes or types do not fit, or an output is expanded.
+    """
+    rows, width = _halves(gate_up)
+    checks.shape("da", da, (rows, width))
+    checks.shape("out", out, gate_up.shape)
+    checks.floating(da=da, gate_up=gate_up, out=out)
+    checks.writable(out=out)
+    rebuilt = da if activation is None else activation
+    if activation is not None:
+        checks.shape("activation", activation, (rows, width))
+        checks.floating(activation=activation)
+        checks.writable(activation=activation)
+    options = launch.options("swiglu_backward", launch.architecture(da.device), dtype=gate_up.dtype, width=width)
+    blocks = triton.cdiv(width, options["BLOCK"])
+    swiglu_backward_kernel[(rows * blocks,)](
+        da, gate_up, out, rebuilt, width, blocks,
+        *da.stride(), *gate_up.stride(), width * gate_up.stride(1), *out.stride(), width * out.stride(1),
+        *rebuilt.stride(),
+        REBUILD=activation is not None, **options,
+    )  # fmt: skip
+    return out
+
+
+def _halves(gate_up: torch.Tensor) -> tuple[int, int]:
+    rows, double = gate_up.shape
+    if double % 2:
+        raise ValueError(f"gate_up has {double} columns, but its halves must be equally wide")
+    return rows, double // 2

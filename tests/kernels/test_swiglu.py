@@ -1,0 +1,109 @@
+"""SwiGLU and the backward that rebuilds the activation, against fp64."""
+
+import pytest
+import torch
+from embedgrad.kernels import launch
+from embedgrad.kernels.swiglu import swiglu, swiglu_backward
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from .harness import (
+    FLOAT_TYPES,
+    Layout,
+    awkward_sizes,
+    check_canaries,
+    guarded,
+    guarded_copy,
+    laid_out,
+    layouts,
+    normal,
+    same_bits,
+    strides_of,
+    three_way,
+)
+
+QUICK = settings(max_examples=25, deadline=None)
+SEEDS = st.integers(0, 2**31)
+SCALES = st.sampled_from([1.0, 30.0, 1e4])
+
+
+def plain(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=1)
+    return torch.nn.functional.silu(gate) * up
+
+
+def plain_backward(da: Tensor, gate_up: Tensor) -> Tensor:
+    x = gate_up.detach().clone().requires_grad_()
+    plain(x).backward(da)
+    assert x.grad is not None
+    return x.grad
+
+
+@QUICK
+@given(
+    SEEDS, awkward_sizes(1, 6), awkward_sizes(1, 50), st.sampled_from(FLOAT_TYPES), SCALES, layouts(),
+    layouts(expanded=False),
+)  # fmt: skip
+@example(0, 1, 1, torch.float32, 1e4, "contiguous", "contiguous")
+def test_swiglu(
+    seed: int, rows: int, width: int, dtype: torch.dtype, scale: float, layout: Layout, out_layout: Layout
+) -> None:
+    values = normal(seed, (rows, 2 * width))
+    values[:, :width] *= scale
+    gate_up = laid_out(values.to(dtype), layout)
+
+    def run() -> Tensor:
+        out = guarded((rows, width), dtype, strides=strides_of((rows, width), out_layout))
+        with launch.overridden("swiglu", BLOCK=16):
+            return swiglu(gate_up, out=out)
+
+    three_way(same_bits(run), plain(gate_up), plain(gate_up.double()))
+    check_canaries()
+
+
+@QUICK
+@given(
+    SEEDS, awkward_sizes(1, 6), awkward_sizes(1, 50), st.sampled_from(FLOAT_TYPES), SCALES, layouts(), st.booleans(),
+    st.sampled_from(["no", "own", "over da"]),
+)  # fmt: skip
+def test_swiglu_backward(
+    seed: int, rows: int, width: int, dtype: torch.dtype, scale: float, layout: Layout, in_place: bool, rebuild: str
+) -> None:
+    values = normal(seed, (rows, 2 * width))
+    values[:, :width] *= scale
+    gate_up, da = values.to(dtype), normal(seed + 1, (rows, width), dtype)
+    da = laid_out(da, "wide_rows" if rebuild == "over da" else layout)
+
+    def run() -> list[Tensor]:
+        source, gradient = laid_out(gate_up, "wide_rows"), guarded_copy(da)
+        out = source if in_place else guarded((rows, 2 * width), dtype)
+        activation = {"no": None, "own": guarded((rows, width), dtype), "over da": gradient}[rebuild]
+        with launch.overridden("swiglu_backward", BLOCK=16):
+            swiglu_backward(gradient, source, out=out, activation=activation)
+        return [out] if activation is None else [out, activation]
+
+    out, *activation = same_bits(run)
+    truth = plain_backward(da.double(), gate_up.double())
+    # plain torch in fp32, rounded once, as the kernel is: its fp16 arithmetic would be the weaker judge
+    three_way(out, plain_backward(da.float(), gate_up.float()).to(dtype), truth)
+    for a in activation:
+        three_way(a, plain(gate_up), plain(gate_up.double()))
+    check_canaries()
+
+
+def test_extreme_gates_are_finite() -> None:
+    gate_up = torch.tensor([[-1e4, 1e4, -100.0, 100.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0]])
+    out = swiglu(guarded_copy(gate_up), out=guarded((1, 5)))
+    assert torch.equal(out, torch.tensor([[0.0, 1e4, 0.0, 100.0, 0.0]]))
+    grad = swiglu_backward(torch.ones(1, 5), guarded_copy(gate_up), out=guarded((1, 10)))
+    assert torch.equal(grad[0, :5], torch.tensor([0.0, 1.0, 0.0, 1.0, 0.5]))
+
+
+def test_refusals() -> None:
+    with pytest.raises(ValueError, match="halves"):
+        swiglu(torch.zeros(2, 5), out=torch.zeros(2, 2))
+    with pytest.raises(ValueError, match="out has shape"):
+        swiglu(torch.zeros(2, 6), out=torch.zeros(2, 2))
+    with pytest.raises(ValueError, match="is expanded"):
+        swiglu_backward(torch.zeros(2, 3), torch.zeros(2, 6), out=torch.zeros(1, 6).expand(2, 6))
