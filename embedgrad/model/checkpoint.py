@@ -59,9 +59,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
             raise ModelError(f"{path} does not exist; give a model folder, a .gguf file or a hub id.")
         if path.is_file():
             return _read_gguf(path)
-        if (path / "config.json").is_file():
-            return _read_folder(path)
         files = sorted(path.glob("*.gguf"))
+        if (path / "config.json").is_file() and (not files or any(path.glob("*.safetensors"))):
+            return _read_folder(path)
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror or error}.") from error
     if len(files) == 1:

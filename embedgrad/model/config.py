@@ -159,6 +159,7 @@ class ModelConfig:
             windows=_hf_windows(fields, family, layers),
             max_position=max_position,
         )
+        fields.expect("pruned_heads", {})
         fields.refuse_the_rest(_HARMLESS)
         return result._checked(where)
 
@@ -289,7 +290,7 @@ def _hf_family(config: Mapping[str, Any], where: str) -> str:
         raise ModelError(
             f"{where}: architecture {short(name)} is not supported; supported are {', '.join(ARCHITECTURES)}."
         )
-    if config.get("model_type", family) != family:
+    if config.get("model_type") not in (None, family):
         raise ModelError(
             f'{where}: "model_type" is {short(config["model_type"])} and "architectures" says {name}; '
             f"they should name the same family."
@@ -369,10 +370,9 @@ def _hf_windows(fields: Fields, family: str, layers: int) -> tuple[int | None, .
 def _gguf_rope(fields: Fields, divisors: tuple[float, ...]) -> RopeConfig:
     theta = fields.number("rope.freq_base", _DEFAULT_ROPE_THETA)
     kind = fields.take("rope.scaling.type", "none")
-    legacy = fields.take("rope.scale_linear")
-    if kind == "none" and legacy not in (None, 1.0):
+    if kind == "none" and fields.number("rope.scale_linear", 1.0) != 1:
         kind = "linear"
-    if kind not in ("none", "linear"):
+    if not isinstance(kind, str) or kind not in ("none", "linear"):
         raise ModelError(
             f"{fields.where}: rotary scaling of type {short(kind)} is not supported; supported are none, linear, and "
             f"llama3 as rope_freqs.weight."

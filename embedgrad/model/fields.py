@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from embedgrad.errors import ModelError
 
 _LARGEST_INT = 2**31 - 1
@@ -27,10 +29,10 @@ class Fields:
     def integer(
         self, name: str, default: Any = "", *, none: int | None = None, most: int = _LARGEST_INT, same: bool = False
     ) -> int:
-        """A whole number in [1, most]; `none` stands for null; `same`: a list of equal numbers counts as one."""
+        """A whole number in [1, most]; `none` stands for null; `same`: an array of equal numbers counts as one."""
         value = self.take(name, default)
-        if same and isinstance(value, (list, tuple)) and value and all(item == value[0] for item in value):
-            value = value[0]
+        if same and isinstance(value, np.ndarray) and value.size and (value == value[0]).all():
+            value = value[0].item()
         if value is None and none is not None:
             return none
         if isinstance(value, float) and value.is_integer():
@@ -59,7 +61,7 @@ class Fields:
 
     def expect(self, name: str, value: object) -> None:
         found = self.take(name, value)
-        if found is not None and found != value:
+        if found is not None and (isinstance(found, np.ndarray) or found != value):
             raise ModelError(f'{self.where}: "{self.prefix}{name}" is {short(found)}; supported is {value!r} only.')
 
     def refuse_the_rest(self, harmless: frozenset[str]) -> None:
@@ -90,5 +92,9 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def short(value: object) -> str:
-    text = repr(value)
+    """A value as it may stand in a sentence."""
+    try:
+        text = repr(value)
+    except RecursionError:
+        text = type(value).__name__
     return text if len(text) <= 200 else text[:200] + "..."

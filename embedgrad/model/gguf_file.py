@@ -40,6 +40,7 @@ _LAYER_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 _ROPE_DIVISORS = "rope_freqs.weight"
+_MOST_DIVISORS = 65536
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class GgufFile:
             self.metadata, entries = _parse(data.numpy().data if size else memoryview(b""))
         except (_Malformed, struct.error, UnicodeDecodeError, OverflowError) as error:
             raise ModelError(f"{path} is not a complete GGUF file ({error}); fetch it again.") from error
-        if self.metadata.get("split.count", 0) not in (0, 1):
+        if str(self.metadata.get("split.count", 0)) not in ("0", "1"):
             raise ModelError(f"{path} is one part of a split model; join the parts with llama-gguf-split --merge.")
         self._check_kinds(entries)
         self._rope = entries.pop(_ROPE_DIVISORS, None)
@@ -91,6 +92,8 @@ class GgufFile:
         """Contents of rope_freqs.weight; empty where the file has none."""
         if self._rope is None:
             return ()
+        if len(self._rope.shape) > 1 or self._rope.shape[0] > _MOST_DIVISORS:
+            raise ModelError(f"{self.path}: {_ROPE_DIVISORS} has shape {list(self._rope.shape)}; half a head is right.")
         return tuple(self._values(self._rope, self._blocks(self._rope)).flatten().tolist())
 
     def get(self, name: str) -> torch.Tensor:
@@ -182,12 +185,13 @@ class _Reader:
             raise _Malformed(f"value type {kind} at byte {self.at} is unknown")
         return self.scalar(layout)
 
-    def _array(self, depth: int) -> list[Any]:
+    def _array(self, depth: int) -> Any:
+        """Numbers as a view of the file (a count gone wrong costs no memory), anything else as a list."""
         kind, count = self.scalar("<I"), self.scalar("<Q")
         layout = _SCALARS.get(kind)
         if layout is not None:
             stride = struct.calcsize(layout)
-            return [item for (item,) in struct.iter_unpack(layout, self.bytes(count * stride))]
+            return np.frombuffer(self.bytes(count * stride), dtype=layout)
         if depth > _DEEPEST_ARRAY:
             raise _Malformed(f"arrays nested deeper than {_DEEPEST_ARRAY}")
         if count * 8 > self.left():  # a string or an array takes at least its own length field

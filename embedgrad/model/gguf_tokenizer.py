@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from embedgrad.errors import ModelError
@@ -47,10 +48,8 @@ def build_backend(metadata: Mapping[str, Any], where: str) -> Tokenizer:
     """Raises ModelError for a kind of tokenizer that is not supported; the tokenizers package raises what it likes when
     the tables are damaged."""
     kind = metadata.get("tokenizer.ggml.model")
-    tokens = _table(metadata, "tokens", str, where)
-    types = _table(metadata, "token_type", int, where) if "tokenizer.ggml.token_type" in metadata else [1] * len(tokens)
-    if len(types) != len(tokens):
-        raise ModelError(f"{where}: {len(tokens)} tokens have {len(types)} types; the file is damaged.")
+    tokens = _table(metadata, "tokens", where)
+    types = _numbers(metadata, "token_type", len(tokens), where)
     vocabulary = {text: id for id, (text, type) in enumerate(zip(tokens, types, strict=True)) if type != _UNUSED}
     if kind == "gpt2":
         backend = _byte_level_bpe(metadata, vocabulary, where)
@@ -74,7 +73,7 @@ def _byte_level_bpe(metadata: Mapping[str, Any], vocabulary: dict[str, int], whe
         raise ModelError(
             f"{where}: the text splitting {name!r} is not supported; supported are {', '.join([*_SPLITS, *_ALIASES])}."
         )
-    merges = [tuple(merge.split(" ")) for merge in _table(metadata, "merges", str, where)]
+    merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in _table(metadata, "merges", where))]
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=name == "llama-bpe"))
     if name == "qwen2":
         backend.normalizer = normalizers.NFC()
@@ -88,9 +87,7 @@ def _sentencepiece_bpe(
 ) -> Tokenizer:
     if metadata.get("tokenizer.ggml.remove_extra_whitespaces") or metadata.get("tokenizer.ggml.precompiled_charsmap"):
         raise ModelError(f"{where}: a SentencePiece tokenizer that normalises text is not supported.")
-    scores = _table(metadata, "scores", float, where)
-    if len(scores) != len(tokens):
-        raise ModelError(f"{where}: {len(tokens)} tokens have {len(scores)} scores; the file is damaged.")
+    scores = _numbers(metadata, "scores", len(tokens), where)
     unknown = next((text for text, type in zip(tokens, types, strict=True) if type == _UNKNOWN), None)
     backend = Tokenizer(
         models.BPE(
@@ -125,8 +122,15 @@ def _merges(
     return [(left, right) for *_, left, right in ranked]
 
 
-def _table(metadata: Mapping[str, Any], name: str, kind: type, where: str) -> list[Any]:
+def _table(metadata: Mapping[str, Any], name: str, where: str) -> list[str]:
     value = metadata.get(f"tokenizer.ggml.{name}")
-    if not isinstance(value, list) or not all(isinstance(item, kind) for item in value):
-        raise ModelError(f"{where}: tokenizer.ggml.{name} is missing or is no list of {kind.__name__}.")
+    if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+        raise ModelError(f"{where}: tokenizer.ggml.{name} is missing or is no list of strings.")
     return value
+
+
+def _numbers(metadata: Mapping[str, Any], name: str, count: int, where: str) -> list[Any]:
+    value = metadata.get(f"tokenizer.ggml.{name}")
+    if not isinstance(value, np.ndarray) or len(value) != count:
+        raise ModelError(f"{where}: tokenizer.ggml.{name} should be {count} numbers, one for each token.")
+    return value.tolist()

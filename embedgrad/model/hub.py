@@ -18,7 +18,7 @@ PATTERNS = (
     "chat_template.jinja",
     "chat_template.json",
     "model.safetensors.index.json",
-    "*.safetensors",
+    "model*.safetensors",
 )
 _HUB_ID = re.compile(r"([A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(?:@([\w./-]+))?")
 _SNAPSHOT = re.compile(r"models--(.+?)--(.+)")

@@ -1,11 +1,13 @@
 """Text to token ids and back, with the `tokenizers` package, from a Hugging Face folder or from GGUF metadata.
 
-tokenizer.json is taken as it stands. (transformers 5 rebuilds some tokenizers by the class that tokenizer_config.json
-names; where the two differ, this is what the model's own file says.)
+tokenizer.json is taken as it stands; as in transformers, it and not tokenizer_config.json's add_bos_token says whether
+a text gets a BOS. (transformers 5 rebuilds some tokenizers by the class that tokenizer_config.json names; where the two
+differ, this is what the model's own file says.)
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,11 +15,12 @@ from typing import Any, TypeVar
 import tokenizers
 from tokenizers import AddedToken
 
-from embedgrad.errors import ModelError
+from embedgrad.errors import DataError, ModelError
 from embedgrad.model.fields import read_object
 from embedgrad.model.gguf_tokenizer import build_backend
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+_SURROGATE = re.compile("[\ud800-\udfff]")
 _T = TypeVar("_T")
 
 
@@ -47,14 +50,19 @@ class Tokenizer:
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`."""
-        return list(self._backend.encode(text, add_special_tokens=False).ids)
+        """Token ids of `text`. Raises DataError for a string that is no Unicode text (half a surrogate pair)."""
+        return list(self._encoding(text).ids)
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Token ids, and for each the characters [start, end) of `text` it stands for; a character that is spread over
         several tokens belongs to each of them."""
-        encoding = self._backend.encode(text, add_special_tokens=False)
+        encoding = self._encoding(text)
         return list(encoding.ids), [(int(start), int(end)) for start, end in encoding.offsets]
+
+    def _encoding(self, text: str) -> tokenizers.Encoding:
+        if not text.isascii() and _SURROGATE.search(text):
+            raise DataError(f"{text[:40]!r}... holds half a surrogate pair, which is no character; repair the text.")
+        return self._backend.encode(text, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of `ids`; ids of embedding rows that are no token say nothing."""
@@ -79,24 +87,19 @@ class Tokenizer:
         _guarded(lambda: _add_tokens(backend, config, special, folder), f"{folder}: the added tokens are not usable")
         before = _guarded(lambda: _added_in_front(backend, str(path)), f"{path} is not a usable tokenizer")
         model, generation = _optional(folder / "config.json"), _optional(folder / "generation_config.json")
-        adds_bos = bool(before)
-        if isinstance(config.get("add_bos_token"), bool):
-            adds_bos = config["add_bos_token"]
-        elif isinstance(config.get("add_eos_token"), bool):
-            adds_bos = False  # as transformers: naming either switch replaces what tokenizer.json adds
         bos = backend.token_to_id(special["bos_token"]) if "bos_token" in special else None
-        if bos is None:
-            bos = before[0] if before else next(iter(_ids(model.get("bos_token_id"))), None)
+        if before:
+            bos = before[0]
+        elif bos is None:
+            bos = next(iter(_ids(model.get("bos_token_id"))), None)
         eos = _ids(model.get("eos_token_id")) + _ids(generation.get("eos_token_id"))
         if "eos_token" in special and (own := backend.token_to_id(special["eos_token"])) is not None:
             eos.append(own)
-        if bos is not None and "bos_token" not in special and (text := backend.id_to_token(bos)):
-            special["bos_token"] = text
         return cls(
             backend,
             bos_id=bos,
             eos_ids=eos,
-            adds_bos=adds_bos,
+            adds_bos=bool(before),
             chat_template=_chat_template(folder, config),
             special=special,
         )
@@ -204,6 +207,5 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     if found is None:
         found = _optional(folder / "chat_template.json").get("chat_template")
     if isinstance(found, list):
-        named = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry, dict)}
-        found = named.get("default")
+        found = next((e.get("template") for e in found if isinstance(e, dict) and e.get("name") == "default"), None)
     return found if isinstance(found, str) else None

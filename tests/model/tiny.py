@@ -26,7 +26,7 @@ STYLE_OF = {"llama": "smollm", "mistral": "mistral", "qwen2": "qwen2", "qwen3": 
 SMALL = {
     "vocab_size": 420,
     "hidden_size": 32,
-    "intermediate_size": 48,
+    "intermediate_size": 96,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
@@ -38,7 +38,7 @@ CHAT_TEMPLATE = (
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-_TEXT = """Classify the sentiment of the movie review. Answer with one word, positive or negative.
+PASSAGES = """Classify the sentiment of the movie review. Answer with one word, positive or negative.
 The movie was a delight from the first minute to the last; I laughed, I cried, and I would see it again in 2024.
 It's 1234567 times better than what we've seen: don't miss it!  The plot isn't new, but they'll surprise you.
 Solve 3x + 17 = 80 step by step. First, subtract 17 from both sides: 3x = 63. Then divide by 3, so x = 21.
@@ -83,7 +83,7 @@ def tokenizer_json(style: str) -> str:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(
-        _TEXT * 3,
+        PASSAGES * 3,
         trainers.BpeTrainer(
             vocab_size=VOCABULARY - len(_ADDED.get(style, ())),
             show_progress=False,
@@ -107,11 +107,11 @@ def _metaspace_json() -> str:
     """Llama-2 style: pieces with ▁, byte fallback, a prefix space; merges found with ▁ as an ordinary character."""
     trained = tokenizers.Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    alphabet = sorted(set("".join(_TEXT)) - set(" \n你好世界🙂П"))
+    alphabet = sorted(set("".join(PASSAGES)) - set(" \n你好世界🙂П"))
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY - 259, show_progress=False, initial_alphabet=alphabet, limit_alphabet=len(alphabet)
     )
-    trained.train_from_iterator(_TEXT * 3, trainer)
+    trained.train_from_iterator(PASSAGES * 3, trainer)
     table = json.loads(trained.to_str())["model"]
     learned = sorted(table["vocab"], key=table["vocab"].get)
     pieces = [*_SPECIAL["mistral"], *(f"<0x{byte:02X}>" for byte in range(256))]
