@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """Attention over a token tree, forward.
 
 Query i (tree index) sees key j where key_begin[j] ≤ i < key_end[j] and, with a sliding window w, where
@@ -84,6 +85,32 @@ def visible(b_index, b_position, b_begin, b_end, b_key_position, window, WINDOW:
 
 
 @triton.jit
+def online_softmax(
+    b_q, b_k, b_v, b_o, b_m, b_l, m_seen, scale, softcap, PRECISION: tl.constexpr, MASKED: tl.constexpr
+):  # fmt: skip
+    """(o, m, l) after one more block of keys: the equations of the module's docstring."""
+    # [rows, keys]
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+    if softcap is not None:
+        b_s = soft_capped(b_s * scale, softcap)
+        to_base_2 = LOG2E
+    else:
+        to_base_2 = scale * LOG2E
+    if MASKED:
+        b_s = tl.where(m_seen, b_s, float("-inf"))
+    # [rows]
+    b_new = tl.maximum(b_m, tl.max(b_s, 1) * to_base_2)
+    b_pivot = tl.where(b_new == float("-inf"), 0.0, b_new) if MASKED else b_new
+    b_decay = tl.exp2(b_m - b_pivot)
+    # [rows, keys]
+    b_p = tl.exp2(b_s * to_base_2 - b_pivot[:, None])
+    b_l = b_l * b_decay + tl.sum(b_p, 1)
+    # [rows, BLOCK_D]
+    b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o * b_decay[:, None], input_precision=PRECISION)
+    return b_o, b_new, b_l
+
+
+@triton.jit
 def _forward_step(
     b_q, b_o, b_m, b_l, b_index, b_position, i_s,
     k, v, key_begin, key_end, key_position,
@@ -98,30 +125,14 @@ def _forward_step(
     # [BLOCK_K, BLOCK_D]
     b_k = load_tile(k + i_s.to(tl.int64) * stride_ks, o_j, o_d, stride_ks, stride_kd, m_k, D, BLOCK_D, MASKED)
     b_v = load_tile(v + i_s.to(tl.int64) * stride_vs, o_j, o_d, stride_vs, stride_vd, m_k, D, BLOCK_D, MASKED)
-    # [BLOCK_Q, BLOCK_K]
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
-    if softcap is not None:
-        b_s = soft_capped(b_s * scale, softcap)
-        to_base_2 = LOG2E
-    else:
-        to_base_2 = scale * LOG2E
+    m_seen = True
     if MASKED:
         b_begin, b_end, b_key_position = load_intervals(i_s + o_j, m_k, key_begin, key_end, key_position)
         m_seen = visible(
             b_index[:, None], b_position[:, None], b_begin[None, :], b_end[None, :], b_key_position[None, :],
             window, key_position is not None,
         )  # fmt: skip
-        b_s = tl.where(m_seen, b_s, float("-inf"))
-    # [BLOCK_Q]
-    b_new = tl.maximum(b_m, tl.max(b_s, 1) * to_base_2)
-    b_pivot = tl.where(b_new == float("-inf"), 0.0, b_new) if MASKED else b_new
-    b_decay = tl.exp2(b_m - b_pivot)
-    # [BLOCK_Q, BLOCK_K]
-    b_p = tl.exp2(b_s * to_base_2 - b_pivot[:, None])
-    b_l = b_l * b_decay + tl.sum(b_p, 1)
-    # [BLOCK_Q, BLOCK_D]
-    b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o * b_decay[:, None], input_precision=PRECISION)
-    return b_o, b_new, b_l
+    return online_softmax(b_q, b_k, b_v, b_o, b_m, b_l, m_seen, scale, softcap, PRECISION, MASKED)
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "num_key_blocks", "window"])

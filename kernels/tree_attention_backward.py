@@ -1,3 +1,4 @@
+# mypy: allow-untyped-defs
 """Attention over a token tree, backward: dQ by blocks of queries, dK and dV by blocks of keys.
 
 With the forward's definitions (tree_attention), do the gradient of o, σ the scale and c the softcap:
