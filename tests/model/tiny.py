@@ -107,7 +107,7 @@ def _metaspace_json() -> str:
     """Llama-2 style: pieces with ▁, byte fallback, a prefix space; merges found with ▁ as an ordinary character."""
     trained = tokenizers.Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
-    alphabet = sorted(set("".join(PASSAGES)) - set(" \n你好世界🙂П"))
+    alphabet = sorted({"▁", *"".join(PASSAGES)} - set(" \n你好世界🙂П"))
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY - 259, show_progress=False, initial_alphabet=alphabet, limit_alphabet=len(alphabet)
     )
