@@ -117,11 +117,11 @@ class OptimizeConfig(_Section):
     epochs: Annotated[Int, Field(ge=1)] | None = None  # passes over the training data; neither: one epoch
     batch_size: Annotated[Int, Field(ge=1)] = 16
     optimizer: Literal["adamw", "sgd"] = "adamw"
-    learning_rate: Annotated[Float, Field(gt=0)] = 2e-3
+    learning_rate: Annotated[Float, Field(gt=0, le=1e6)] = 2e-3
     betas: tuple[Share, Share] = (0.9, 0.999)  # adamw
     eps: Annotated[Float, Field(gt=0)] = 1e-8  # adamw
     momentum: Share = 0.0  # sgd
-    weight_decay: Annotated[Float, Field(ge=0)] = 0.0  # towards zero, not towards the anchor
+    weight_decay: Annotated[Float, Field(ge=0, le=1e6)] = 0.0  # towards zero, not towards the anchor
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     warmup_steps: Annotated[Int, Field(ge=0)] = 0
     clip_norm: Annotated[Float, Field(gt=0)] | None = None  # bound of the whole gradient's Euclidean norm

@@ -84,8 +84,8 @@ class CosineCone(TrustRegion):
     a floor: it is put on the ray, at `norm_min · e0`. Stated answers: τ = 1 gives the ray through e0; τ = −1 leaves the
     direction alone; a row opposite to its anchor (b = 0, a < 0) goes to 0 for τ ≥ 0, and for τ < 0, where all points
     of a circle are equally near, to the one in the plane of û and the coordinate axis that û is farthest from (to 0
-    for d = 1); e = 0 is in every cone and moves only by the floor; a row with e0 = 0 has no direction and no scale to
-    be held to and is left as it is.
+    for d = 1); e = 0 is in every cone and moves only by the floor; a row that is not finite is left as it is, and so
+    is one with e0 = 0, which has no direction and no scale to be held to.
     """
 
     tau: float = 0.95
@@ -108,10 +108,10 @@ class CosineCone(TrustRegion):
         tolerance = TOLERANCE[e.dtype]
         wide, wide_anchor = e.double(), anchor.double()
         anchor_norm = wide_anchor.norm(dim=1, keepdim=True)
-        directed = anchor_norm > 0  # [k, 1]
-        projected = torch.where(directed, self._onto_cone(wide, wide_anchor, tolerance), wide)
-        projected = torch.where(directed, self._into_band(projected, wide_anchor, anchor_norm, tolerance), projected)
-        return torch.where((projected == wide).all(dim=1, keepdim=True), e, projected.to(e.dtype))
+        movable = (anchor_norm > 0) & torch.isfinite(wide).all(dim=1, keepdim=True)  # [k, 1]
+        projected = torch.where(movable, self._onto_cone(wide, wide_anchor, tolerance), wide)
+        projected = torch.where(movable, self._into_band(projected, wide_anchor, anchor_norm, tolerance), projected)
+        return torch.where(movable & (projected != wide).any(dim=1, keepdim=True), projected.to(e.dtype), e)
 
     def _onto_cone(self, e: Tensor, anchor: Tensor, tolerance: float) -> Tensor:
         if self.tau <= -1.0:
@@ -152,7 +152,7 @@ class MeanCosine(TrustRegion):
 
     Stated answers: a token that has no such plane (e = 0; or opposite to its anchor with d = 1) is put at its anchor
     if it has to move; e = 0 counts as cosine 0; one opposite to its anchor turns as in `CosineCone`; tokens with
-    e0 = 0 are left alone and out of the mean.
+    e0 = 0, and tokens that are not finite, are left alone and out of the mean.
     """
 
     tau: float = 0.95
@@ -164,7 +164,7 @@ class MeanCosine(TrustRegion):
 
     def project(self, e: Tensor, anchor: Tensor) -> Tensor:
         """See the class; `e` and `anchor` `[k, d]`."""
-        rows = (anchor != 0).any(dim=1)
+        rows = (anchor != 0).any(dim=1) & torch.isfinite(e).all(dim=1)
         if not bool(rows.any()):
             return e.clone()
         wide, wide_anchor = e[rows].double(), anchor[rows].double()

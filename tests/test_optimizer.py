@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -20,6 +20,7 @@ def draw_prompt(seed: int, k: int, d: int) -> tuple[Tensor, list[Tensor]]:
     return torch.randn(k, d, generator=generator), gradients
 
 
+@settings(deadline=None)
 @given(
     st.integers(0, 2**31),
     st.integers(1, 5),
@@ -46,6 +47,7 @@ def test_adamw_equals_torch(
     torch.testing.assert_close(v, optimizer.state[theirs]["exp_avg_sq"], rtol=1e-6, atol=0)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**31), st.sampled_from([0.0, 0.9]), st.sampled_from([0.0, 0.1]))
 def test_sgd_equals_torch(seed: int, momentum: float, weight_decay: float) -> None:
     start, gradients = draw_prompt(seed, 3, 7)
@@ -59,6 +61,7 @@ def test_sgd_equals_torch(seed: int, momentum: float, weight_decay: float) -> No
         torch.testing.assert_close(ours, theirs.detach(), rtol=1e-6, atol=1e-8)
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**31), st.sampled_from([1e-3, 0.1, 2.0]))
 def test_step_ends_in_the_region_and_reports_it(seed: int, lr: float) -> None:
     start, gradients = draw_prompt(seed, 4, 9)
@@ -77,6 +80,7 @@ def test_step_ends_in_the_region_and_reports_it(seed: int, lr: float) -> None:
         assert float(report.similarity.min()) >= 0.95 - 1e-6
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**31), st.sampled_from([None, 0.01, 1.0, 1e6]))
 def test_clipping(seed: int, limit: float | None) -> None:
     gradient = draw_prompt(seed, 3, 5)[0]
@@ -96,6 +100,7 @@ def test_clipping_survives_squares_beyond_float32() -> None:
     assert float(gradient.norm()) == pytest.approx(1.0)
 
 
+@settings(deadline=None)
 @given(st.sampled_from(["constant", "linear", "cosine"]), st.integers(1, 60), st.integers(0, 70))
 def test_schedules(schedule: str, total: int, warmup: int) -> None:
     rates = [learning_rate(schedule, 0.5, step, total, warmup) for step in range(total)]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedgrad.errors import ConfigError, EmbedGradError
@@ -170,6 +170,7 @@ def test_missing_and_undecodable_files(tmp_path: Path) -> None:
         load_run_config(path)
 
 
+@settings(deadline=None)
 @given(st.recursive(st.none() | st.booleans() | st.floats() | st.text(max_size=5) | st.integers(), lambda inner: (
     st.lists(inner, max_size=3)
     | st.dictionaries(st.sampled_from([*RunConfig.model_fields, *OptimizeConfig.model_fields, "path", "kind"]), inner)
