@@ -19,6 +19,7 @@ from embedgrad.memo import PerObject
 from embedgrad.prompt_file import read_prompt_file, write_prompt_file
 from embedgrad.render import ModelLike, check_ids, layout, prompt_tokens
 from embedgrad.template import Template
+from embedgrad.trust_region import cosine_similarity
 
 SYSTEM_TURN = Template.chat([{"role": "system", "content": "{prompt}"}, {"role": "user", "content": "{query}"}])
 USER_TURN = Template.chat([{"role": "user", "content": "{prompt}\n\n{query}"}])
@@ -146,19 +147,9 @@ class SoftPrompt:
         )
 
     def similarity(self) -> torch.Tensor:
-        """[k] float64: each row's cosine similarity to its anchor.
-
-        Rows are scaled by their largest element first, so that nothing overflows. Our definition where the cosine has
-        none: 1 for a zero row on a zero anchor, 0 where only one of the two is zero.
-        """
-        row, anchor = (
-            rows / rows.abs().amax(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-            for rows in (self.embeddings.detach().double(), self.anchor.double())
-        )
-        lengths = row.norm(dim=1), anchor.norm(dim=1)
-        cosine = (row * anchor).sum(1) / (lengths[0] * lengths[1]).clamp_min(torch.finfo(torch.float64).tiny)
-        both_zero = (lengths[0] == 0) & (lengths[1] == 0)
-        return torch.where(both_zero, 1.0, cosine).clamp(-1.0, 1.0)
+        """[k] float64: each row's cosine similarity to its anchor, as `trust_region.cosine_similarity` defines it for
+        zero rows too (0 for a zero row, 1 on a zero anchor)."""
+        return cosine_similarity(self.embeddings.detach(), self.anchor)
 
     def check_model(self, model: PromptModel) -> None:
         """Raises PromptError unless `model` has, for the prompt's ids, the rows that the anchor was taken from."""

@@ -116,6 +116,8 @@ def prompt_tokens(model: ModelLike, template: Template, text: str) -> list[int]:
 def check_ids(ids: Any, vocab_size: int, what: str, error: type[EmbedGradError]) -> list[int]:
     """`ids` as a list of ints in [0, vocab_size), at least one; else raises `error` with a sentence about `what`."""
     try:
+        if isinstance(ids, (bytes, bytearray)):
+            raise TypeError
         values = [operator.index(value) for value in ids]
     except TypeError:
         raise error(f"{what} must be text or a list of token ids, not {type(ids).__name__}.") from None
@@ -166,6 +168,7 @@ class _Plan:
         self._vocab_size = int(model.config.vocab_size)
         self._max_position = int(model.config.max_position)
         self._template = template
+        self._name = model.name
         check_ids(token_ids, self._vocab_size, "the prompt", PromptError)
         if len(token_ids) >= self._max_position:
             raise ContextError(
@@ -312,7 +315,7 @@ class _Plan:
     def _warn(self, what: str, excerpt: str) -> None:
         if not self._warned:
             self._warned = True
-            warnings.warn(f"{what}, near {excerpt[:60]!r}.", TokenisationWarning, stacklevel=2)
+            warnings.warn(f"{self._name}: {what}, near {excerpt[:60]!r}.", TokenisationWarning, stacklevel=2)
 
 
 _PLANS: PerObject[_Plan] = PerObject()

@@ -2,9 +2,9 @@
 
 The environment offers what `transformers` offers to a chat template (block trimming, loop controls, `tojson`,
 `raise_exception`, `strftime_now`, the `generation` tag), so that both render the same text. Jinja's sandbox keeps a
-template away from Python; it does not keep it from looping for ever or from building a string that fills the memory.
-The budget does: loops, calls and text cost units, and operations that make large values from small ones are
-measured before they run.
+template away from Python; it does not keep it from looping for ever or from filling the memory. The budget does: no
+value may grow beyond `Usage.largest`, which is tested before it is made where a small operation can make a large value,
+and whatever runs is paid for in units.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import re
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, NoReturn, cast
+from typing import Any, NoReturn, TypeVar, cast
 
 import jinja2
 from jinja2 import nodes
@@ -28,17 +28,18 @@ from jinja2.visitor import NodeTransformer
 from embedgrad.errors import TemplateError
 
 MAX_SOURCE = 1 << 19  # characters of a template; the longest published ones have about 20,000
-MAX_VALUE = 1 << 22  # characters (or items) of one value inside a template, and of a rendered conversation
-MAX_UNITS = 1 << 24  # units of one rendering: a loop's turn costs 20, a call 20, a character of text 1
-_STEP = 20
-# Not here: filters that pad, wrap or slice to a size given by the template, and those that write HTML.
+_STEP = 20  # units of a loop's turn or a call
+_ITEM = 8  # characters that an item of a list counts as
+# Not here: filters that pad, wrap, slice or round to a size given by the template, and `random`.
 _FILTERS = re.findall(
     r"\w+",
-    "abs attr batch capitalize count d default dictsort e escape first float format groupby indent int items join last "
-    "length list lower map max min reject rejectattr replace reverse round safe select selectattr sort string sum "
-    "title tojson trim unique upper",
+    "abs attr capitalize count d default dictsort e escape first float groupby int items last length list lower "
+    "map max min reject rejectattr reverse safe select selectattr sort string title trim unique upper",
 )
-_WIDE_FORMAT = re.compile(r"\d{5,}|\*")
+_PADDING = ("center", "expandtabs", "ljust", "rjust", "zfill")
+_REFUSED_METHODS = ("encode", "to_bytes", "translate")
+_WIDE = re.compile(r"\d{5,}|\*|\{[^{}]*:[^{}]*\{")  # a width in a format: long, or taken from an argument
+_Node = TypeVar("_Node", bound=nodes.Node)
 
 
 class _Refused(Exception):
@@ -46,59 +47,54 @@ class _Refused(Exception):
 
 
 class _Usage(threading.local):
+    """What a rendering may still use; both limits grow with the conversation that is rendered."""
+
     units = 0
+    largest = 0
+
+    def begin(self, length: int) -> None:
+        self.units = (1 << 22) + 64 * length
+        self.largest = (1 << 20) + 4 * length
 
     def spend(self, units: int) -> None:
-        self.units += units
-        if self.units > MAX_UNITS:
+        self.units -= units
+        if self.units < 0:
             raise _Refused("it runs for too long or writes too much text")
 
+    def check(self, size: int) -> None:
+        if size > self.largest:
+            raise _Refused(f"it makes a value of more than {self.largest:,} characters")
 
-def _size(value: Any) -> int:
-    """Characters and items in `value`, nested ones included, as often as they would be written out."""
-    if isinstance(value, str):
-        return len(value)
-    total, stack = 0, [value]
-    while stack:
-        item = stack.pop()
-        total += len(item) if isinstance(item, str) else 1
-        if total > MAX_VALUE:
-            break
-        if isinstance(item, Mapping):
-            stack.extend(item.keys())
-            stack.extend(item.values())
-        elif isinstance(item, (list, tuple)):
-            stack.extend(item)
-    return total
-
-
-def _checked(value: Any) -> Any:
-    if _size(value) > MAX_VALUE:
-        raise _Refused(f"it builds a value of more than {MAX_VALUE:,} characters")
-    return value
-
-
-def _check_growth(size: int) -> None:
-    if size > MAX_VALUE:
-        raise _Refused(f"it builds a value of more than {MAX_VALUE:,} characters")
-
-
-def _checked_format(pattern: Any) -> None:
-    if _WIDE_FORMAT.search(str(pattern)):
-        raise _Refused("it formats to a width of five digits or more")
+    def measure(self, value: Any) -> int:
+        """Checks and pays for the size of `value`: its characters, nested ones as often as they would be written."""
+        if isinstance(value, str):
+            self.check(len(value))
+            self.spend(len(value) >> 2)
+            return len(value)
+        total, stack = 0, [value]
+        while stack:
+            item = stack.pop()
+            total += _ITEM + (len(item) if isinstance(item, str) else 0)
+            self.check(total)
+            if isinstance(item, Mapping):
+                stack.extend(item.keys())
+                stack.extend(item.values())
+            elif isinstance(item, (list, tuple, set, frozenset)):
+                stack.extend(item)
+        self.spend(total)
+        return total
 
 
 class _Guard(NodeTransformer):
-    """Sends what a loop runs over, and what `~` joins, through the budget's filters."""
+    """Sends loops, literals, joins, slices and comparisons through the budget's filters."""
 
     def __init__(self, environment: jinja2.Environment) -> None:
-        self.environment = environment
+        self._environment = environment
 
     def _through(self, name: str, node: nodes.Node, *args: int) -> nodes.Filter:
-        constants = [nodes.Const(value, lineno=node.lineno, environment=self.environment) for value in args]
-        return nodes.Filter(
-            cast(nodes.Expr, node), name, constants, [], None, None, lineno=node.lineno, environment=self.environment
-        )
+        place: dict[str, Any] = {"lineno": node.lineno, "environment": self._environment}
+        constants: list[nodes.Expr] = [nodes.Const(value, **place) for value in args]
+        return nodes.Filter(cast(nodes.Expr, node), name, constants, [], None, None, **place)
 
     def visit_For(self, node: nodes.For) -> nodes.For:
         self.generic_visit(node)
@@ -108,8 +104,31 @@ class _Guard(NodeTransformer):
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Filter:
         self.generic_visit(node)
-        node.nodes = [self._through("_sized", child) for child in node.nodes]
-        return self._through("_sized", node)
+        node.nodes = [self._through("_measured", child) for child in node.nodes]
+        return self._through("_measured", node)
+
+    def visit_Compare(self, node: nodes.Compare) -> nodes.Compare:
+        self.generic_visit(node)
+        node.expr = self._through("_measured", node.expr)
+        for operand in node.ops:
+            operand.expr = self._through("_measured", operand.expr)
+        return node
+
+    def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
+        self.generic_visit(node)
+        return self._through("_measured", node) if isinstance(node.arg, nodes.Slice) else node
+
+    def visit_List(self, node: nodes.List) -> nodes.Filter:
+        self.generic_visit(node)
+        return self._through("_measured", node)
+
+    def visit_Dict(self, node: nodes.Dict) -> nodes.Filter:
+        self.generic_visit(node)
+        return self._through("_measured", node)
+
+    def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
+        self.generic_visit(node)
+        return self._through("_measured", node) if node.ctx == "load" else node
 
 
 class _Generation(Extension):
@@ -125,35 +144,81 @@ class _Generation(Extension):
 class _Environment(ImmutableSandboxedEnvironment):
     intercepted_binops = frozenset(["+", "*", "**", "%"])
 
-    def __init__(self) -> None:
+    def __init__(self, length: int) -> None:
+        """length: characters of the template; a macro's call costs as many units, it may write them all."""
         self.usage = _Usage()
+        self._length = length
         super().__init__(
             trim_blocks=True,
             lstrip_blocks=True,
             extensions=[loopcontrols, _Generation],
-            optimized=False,
+            optimized=False,  # nothing is computed while compiling, outside of the budget
             finalize=self._finalize,
         )
-        built_in = self.filters
-        self.filters = {name: built_in[name] for name in _FILTERS}
-        for name in ("string", "list", "sum", "batch", "sort", "unique", "reverse", "join"):
-            self.filters[name] = _sized_input(built_in[name])
-        self.filters.update(
-            tojson=_tojson,
-            replace=self._replace,
-            indent=_indent,
-            format=_format,
-            join=self._join,
-            batch=self._batch,
-            _steps=self._steps,
-            _sized=_checked,
-        )
-        now = datetime.datetime.now()  # one moment per template: a run over midnight keeps one prompt
+        own: dict[str, Callable[..., Any]] = {
+            "format": self._format,
+            "indent": self._indent,
+            "join": self._join,
+            "replace": self._replace,
+        }
+        own |= {"sum": self._sum, "tojson": self._tojson}
+        self.filters = {name: self._paid(function) for name, function in own.items()}
+        self.filters |= {name: self._paid(jinja2.filters.FILTERS[name]) for name in _FILTERS}
+        self.filters |= {"_steps": self._steps, "_measured": self._measured}
+        now = datetime.datetime.now()  # one moment per template: a run over midnight keeps its header
         self.globals = {name: self.globals[name] for name in ("range", "dict", "namespace", "cycler", "joiner")}
-        self.globals.update(raise_exception=_raise_exception, strftime_now=lambda form: now.strftime(form))
+        self.globals |= {"raise_exception": _raise_exception, "strftime_now": lambda form: now.strftime(form)}
+
+    def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
+        self.usage.spend(_STEP + (self._length if isinstance(obj, Macro) else 0))
+        sizes = [self.usage.measure(value) for value in (*args, *kwargs.values())]
+        method = getattr(obj, "__wrapped__", obj)  # the sandbox wraps str.format
+        owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
+        if isinstance(owner, (str, int, float, list, tuple, dict)):
+            if name in _REFUSED_METHODS:
+                raise _Refused(f"it calls the method {name}")
+            self.usage.measure(owner)
+        if isinstance(owner, str):
+            self._check_method(owner, name, [*args, *kwargs.values()], sizes)
+        return self._measured(super().call(context, obj, *args, **kwargs))
+
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
+        usage = self.usage
+        if isinstance(left, (int, float)) and isinstance(right, (int, float)):
+            if operator in ("*", "**") and isinstance(left, int) and isinstance(right, int):
+                bits = left.bit_length() * (abs(right) if operator == "**" else 1) + right.bit_length()
+                if bits > 4096:
+                    raise _Refused("it computes with integers of more than 4,096 bits")
+        elif operator == "+":
+            usage.check(usage.measure(left) + usage.measure(right))
+        elif operator == "%":
+            self._check_format(left, "%", usage.measure(right))
+        elif operator == "*":
+            count, value = (left, right) if isinstance(left, int) else (right, left)
+            usage.check((max(count, 0) if isinstance(count, int) else 0) * (usage.measure(value) + 1))
+        return self._measured(super().call_binop(context, operator, left, right))
+
+    def _paid(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The filter `function`, with its arguments and its result measured; keeps Jinja's mark on it."""
+        skip = 1 if hasattr(function, "jinja_pass_arg") else 0
+
+        def paid(*args: Any, **kwargs: Any) -> Any:
+            self.usage.spend(_STEP)
+            for value in (*args[skip:], *kwargs.values()):
+                self.usage.measure(value)
+            return self._measured(function(*args, **kwargs))
+
+        if skip:
+            paid.jinja_pass_arg = function.jinja_pass_arg  # type: ignore[attr-defined]
+        return paid
+
+    def _measured(self, value: Any) -> Any:
+        if isinstance(value, (str, list, tuple, dict, set, frozenset)):
+            self.usage.measure(value)
+        return value
 
     def _finalize(self, value: Any) -> Any:
-        self.usage.spend(len(value) if isinstance(value, str) else _size(_checked(value)))
+        self.usage.spend(4 * self.usage.measure(value))
         return value
 
     def _steps(self, value: Any, cost: int) -> Any:
@@ -167,108 +232,71 @@ class _Environment(ImmutableSandboxedEnvironment):
             self.usage.spend(cost)
             yield value
 
-    def _replace(self, text: Any, old: str, new: str, count: int | None = None) -> str:
-        text, old, new = str(_checked(text)), str(old), str(new)
-        _check_growth(len(text) + (text.count(old)) * len(new))
-        return text.replace(old, new, -1 if count is None else count)
+    def _check_method(self, owner: str, name: str, args: Sequence[Any], sizes: Sequence[int]) -> None:
+        if name in _PADDING:
+            width = max((arg for arg in args if isinstance(arg, int)), default=8)
+            self.usage.check(len(owner) + width * (owner.count("\t") if name == "expandtabs" else 1))
+        elif name in ("format", "format_map"):
+            self._check_format(owner, "{", max(sizes, default=0))
+        elif name == "replace" and len(args) > 1:
+            self.usage.check(len(owner) + owner.count(str(args[0])) * sizes[1])
+        elif name == "join" and args:
+            if not isinstance(args[0], (list, tuple, str)):
+                raise _Refused("it joins something that is not a list")
+            self.usage.check(sizes[0] + len(args[0]) * len(owner))
+
+    def _check_format(self, pattern: Any, sign: str, largest: int) -> None:
+        text = str(pattern)
+        if _WIDE.search(text):
+            raise _Refused("it formats to a width of five digits or more, or to one that it computes")
+        self.usage.check(len(text) + text.count(sign) * (largest + 10_000 if re.search(r"\d{3}", text) else largest))
+
+    def _format(self, pattern: str, *args: Any, **kwargs: Any) -> str:
+        self._check_format(pattern, "%", max(map(self.usage.measure, (*args, *kwargs.values())), default=0))
+        return jinja2.filters.do_format(pattern, *args, **kwargs)
+
+    def _indent(self, text: str, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
+        text = str(text)
+        self.usage.check(len(text) + (width if isinstance(width, int) else len(width)) * (text.count("\n") + 1))
+        return jinja2.filters.do_indent(text, width, first, blank)
 
     def _join(self, values: Iterable[Any], d: str = "", attribute: str | int | None = None) -> str:
         if attribute is not None:
             values = map(jinja2.filters.make_attrgetter(self, attribute), values)
-        items = _checked(list(values))
-        _check_growth(_size(items) + len(items) * len(str(d)))
+        items = list(self._counted(values, _STEP))
+        self.usage.check(self.usage.measure(items) + len(items) * len(str(d)))
         return str(d).join(map(str, items))
 
-    def _batch(self, value: Any, linecount: int, fill_with: Any = None) -> Iterator[Any]:
-        _check_growth(linecount)
-        return jinja2.filters.do_batch(value, linecount, fill_with)
+    def _replace(self, text: Any, old: str, new: str, count: int | None = None) -> str:
+        text, old, new = str(text), str(old), str(new)
+        self.usage.check(len(text) + text.count(old) * len(new))
+        return text.replace(old, new, -1 if count is None else count)
 
-    def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
-        self.usage.spend(_STEP + (len(context.get("_source", "")) if isinstance(obj, Macro) else 0))
-        method = getattr(obj, "__wrapped__", obj)
-        owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
-        if isinstance(owner, str):
-            self._check_method(owner, name, args)
-        return _checked_result(super().call(context, obj, *args, **kwargs))
+    def _sum(self, values: Iterable[Any], attribute: str | int | None = None, start: Any = 0) -> Any:
+        if attribute is not None:
+            values = map(jinja2.filters.make_attrgetter(self, attribute), values)
+        items = [start, *self._counted(values, _STEP)]
+        if not all(isinstance(item, (int, float)) for item in items):
+            raise _Refused("it sums what are not numbers")
+        return sum(items)
 
-    def _check_method(self, owner: str, name: str, args: Sequence[Any]) -> None:
-        if name in ("ljust", "rjust", "center", "zfill", "expandtabs"):
-            _check_growth(max((arg for arg in args if isinstance(arg, int)), default=0) * max(1, owner.count("\t")))
-        elif name in ("format", "format_map"):
-            _checked_format(owner)
-        elif name == "replace" and len(args) > 1:
-            _check_growth(len(owner) + owner.count(str(args[0])) * len(str(args[1])))
-        elif name == "join" and args:
-            items = args[0] if isinstance(args[0], (list, tuple, str)) else []
-            _check_growth(_size(items) + len(items) * len(owner))
-        elif name == "translate":
-            raise _Refused("it calls translate")
-
-    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
-        numbers = isinstance(left, (int, float)) and isinstance(right, (int, float))
-        if operator == "+":
-            if not numbers:
-                _check_growth(_size(left) + _size(right))
-        elif operator == "%":
-            if isinstance(left, str):
-                _checked_format(left)
-        elif numbers:
-            if isinstance(left, int) and isinstance(right, int):
-                bits = left.bit_length() * (abs(right) if operator == "**" else 1) + right.bit_length()
-                if bits > 4096:
-                    raise _Refused("it computes with integers of more than 4,096 bits")
-        else:
-            many, value = (left, right) if isinstance(left, int) else (right, left)
-            if isinstance(many, int):
-                _check_growth(max(many, 0) * _size(value))
-        return super().call_binop(context, operator, left, right)
+    @staticmethod
+    def _tojson(
+        value: Any,
+        ensure_ascii: bool = False,
+        indent: int | None = None,
+        separators: tuple[str, str] | None = None,
+        sort_keys: bool = False,
+    ) -> str:
+        if indent is not None and not (isinstance(indent, int) and indent <= 16):
+            raise _Refused("it asks tojson for an indent that is not a number up to 16")
+        if separators is not None and sum(map(len, separators)) > 16:
+            raise _Refused("it asks tojson for separators of more than 16 characters")
+        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
-def _sized_input(function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function` (a Jinja filter) behind a check of its first argument; keeps Jinja's marks on the function."""
-    passes = hasattr(function, "jinja_pass_arg")
-
-    def checked(*args: Any, **kwargs: Any) -> Any:
-        _checked(args[1] if passes else args[0])
-        return function(*args, **kwargs)
-
-    if passes:
-        checked.jinja_pass_arg = function.jinja_pass_arg  # type: ignore[attr-defined]
-    return checked
-
-
-def _checked_result(value: Any) -> Any:
-    return _checked(value) if isinstance(value, (str, list, tuple)) else value
-
-
-def _tojson(
-    value: Any,
-    ensure_ascii: bool = False,
-    indent: int | None = None,
-    separators: tuple[str, str] | None = None,
-    sort_keys: bool = False,
-) -> str:
-    if indent is not None and not (isinstance(indent, int) and indent <= 64):
-        raise _Refused("it asks tojson for an indent that is not a number up to 64")
-    return json.dumps(
-        _checked(value), ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
-    )
-
-
-def _indent(text: str, width: int | str = 4, first: bool = False, blank: bool = False) -> str:
-    text = str(text)
-    size = width if isinstance(width, int) else len(width)
-    _check_growth(len(text) + size * (text.count("\n") + 1))
-    return jinja2.filters.do_indent(text, width, first, blank)
-
-
-def _format(pattern: str, *args: Any, **kwargs: Any) -> str:
-    _checked_format(pattern)
-    return jinja2.filters.do_format(pattern, *args, **kwargs)
-
-
-def _raise_exception(message: str) -> NoReturn:
-    raise jinja2.exceptions.TemplateError(message)
+def _raise_exception(message: Any) -> NoReturn:
+    raise jinja2.exceptions.TemplateError(str(message))
 
 
 def _sentence(error: BaseException) -> str:
@@ -284,10 +312,10 @@ class ChatTemplate:
     def __init__(self, source: str) -> None:
         if len(source) > MAX_SOURCE:
             raise TemplateError(f"the chat template has {len(source):,} characters; {MAX_SOURCE:,} are allowed.")
-        self._environment = _Environment()
+        environment = _Environment(len(source))
+        self._usage = environment.usage
         try:
-            tree = _Guard(self._environment).visit(self._environment.parse(source))
-            self._template = self._environment.from_string(tree, globals={"_source": source})
+            self._template = environment.from_string(_Guard(environment).visit(environment.parse(source)))
         except jinja2.TemplateSyntaxError as error:
             raise TemplateError(
                 f"line {error.lineno} of the chat template is not Jinja: {_sentence(error)}."
@@ -308,16 +336,15 @@ class ChatTemplate:
         special: `bos_token`, `eos_token`, … as the template's variables; variables: further ones (`enable_thinking`).
         Raises TemplateError for whatever goes wrong inside the template.
         """
-        usage = self._environment.usage
-        usage.units = 0
         values: dict[str, Any] = {**special, "tools": None, "documents": None, **(variables or {})}
         values.update(messages=[dict(message) for message in messages], add_generation_prompt=add_generation_prompt)
+        self._usage.begin(sum(len(text) for message in messages for text in message.values()))
         pieces: list[str] = []
         size = 0
         try:
             for piece in self._template.generate(values):
                 size += len(piece)
-                _check_growth(size)
+                self._usage.check(size)
                 pieces.append(piece)
         except _Refused as error:
             raise TemplateError(f"the chat template is refused: {error}.") from error
