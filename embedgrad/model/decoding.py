@@ -1,0 +1,76 @@
+"""One new token for each of several sequences behind a shared trunk: the decoder's forward with kept keys and values."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from embedgrad.model.model import Model
+from embedgrad.model.step import rotations
+
+
+class KeyValueCache:
+    """Keys and values of a shared trunk and of B sequences behind it.
+
+    trunk [L, 2, S, G, D]; own [L, 2, B, C, G, D], of which `lengths` [B] count; `positions` [B]: the position id of
+    each sequence's next token.
+    """
+
+    def __init__(self, model: Model, trunk: Tensor, lengths: Tensor, capacity: int) -> None:
+        config = model.config
+        self.model = model
+        self.trunk = trunk
+        self.lengths = lengths.to(model.device)
+        self.own = torch.empty(
+            config.num_layers, 2, len(lengths), capacity, config.num_kv_heads, config.head_dim,
+            dtype=model.dtype, device=model.device,
+        )  # fmt: skip
+
+    @property
+    def batch(self) -> int:
+        return len(self.lengths)
+
+    def fill(self, layer: int, k: Tensor, v: Tensor, index: Tensor, sequence: Tensor, at: Tensor) -> None:
+        """Put the packed keys and values [T, G, D] at `index` [n] into places `at` [n] of the sequences `sequence` [n]."""
+        self.own[layer, 0, sequence, at] = k[index]
+        self.own[layer, 1, sequence, at] = v[index]
+
+    def keep(self, sequences: Tensor) -> None:
+        """Forget all sequences but `sequences` [n] (indices, ascending)."""
+        self.own = self.own[:, :, sequences]
+        self.lengths = self.lengths[sequences]
+
+    def advance(self, ids: Tensor) -> Tensor:
+        """Append the tokens `ids` [B] and return their final-normed hidden states [B, d]."""
+        model, config = self.model, self.model.config
+        ops, eps, (h, g, size) = model.ops, config.rms_eps, model.decoder.heads
+        batch, dtype, device = self.batch, model.dtype, model.device
+        every = torch.arange(batch, device=device)
+        cos, sin = rotations(config, self.trunk.shape[2] + self.lengths, dtype)
+        at, self.lengths = self.lengths, self.lengths + 1
+
+        def new(columns: int) -> Tensor:
+            return torch.empty(batch, columns, dtype=dtype, device=device)
+
+        x, normed = model.weights.embedding[ids].to(dtype), new(config.hidden_size)
+        qkv, o = new((h + 2 * g) * size), new(h * size)
+        gate_up, activation = new(2 * config.intermediate_size), new(config.intermediate_size)
+        for index, layer in enumerate(model.weights.layers):
+            ops.rms_norm(x, layer.attention_norm, eps, out=normed)
+            layer.qkv.forward(normed, out=qkv)
+            ops.rope(qkv, cos, sin, (h, g, size), q_norm=layer.q_norm, k_norm=layer.k_norm, eps=eps)
+            q, k, v = qkv.split((h * size, g * size, g * size), dim=1)
+            own = self.own[index]
+            own[0, every, at] = k.unflatten(1, (g, size))
+            own[1, every, at] = v.unflatten(1, (g, size))
+            trunk, own, lengths = self._window(index, own)
+            ops.decode_attention(
+                q.unflatten(1, (h, size)), trunk[0], trunk[1], own[0], own[1], lengths,
+                scale=model.decoder.scale, out=o.view(batch, h, size),
+            )  # fmt: skip
+            x = layer.out.forward(o, out=new(config.hidden_size), add=x)
+            ops.rms_norm(x, layer.mlp_norm, eps, out=normed)
+            layer.gate_up.forward(normed, out=gate_up)
+            ops.swiglu(gate_up, out=activation)
+            x = layer.down.forward(activation, out=new(config.hidden_size), add=x)
+        return ops.rms_norm(x, model.weights.final_norm, eps, out=normed)

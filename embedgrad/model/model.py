@@ -1,0 +1,117 @@
+"""A frozen model, ready to be asked for losses, gradients and text."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from embedgrad import backends
+from embedgrad.errors import BackendError, ConfigError
+from embedgrad.machine import available_memory
+from embedgrad.model.arena import Arena
+from embedgrad.model.checkpoint import Checkpoint, read_checkpoint
+from embedgrad.model.config import ModelConfig
+from embedgrad.model.decoder import Decoder
+from embedgrad.model.hub import resolve
+from embedgrad.model.tokenizer import Tokenizer
+from embedgrad.model.weights import Weights, read_weights
+from embedgrad.prefix_cache import PrefixCache
+
+DTYPES = {
+    "float32": torch.float32, "fp32": torch.float32, "float64": torch.float64, "fp64": torch.float64,
+    "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
+}  # fmt: skip
+WEIGHTS = ("auto", "compute", "stored")
+
+
+class Model:
+    """Frozen weights, tokenizer and decoder. `dtype` is what is computed in; `name` is for people and prompt files."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, weights: Weights, ops: ModuleType, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        self.config: ModelConfig = checkpoint.config
+        self.tokenizer: Tokenizer = checkpoint.tokenizer
+        self.name = checkpoint.name
+        self.weights = weights
+        self.ops = ops
+        self.backend: str = ops.NAME
+        self.dtype = dtype
+        self.device = device
+        self.arena = Arena(device)
+        self.decoder = Decoder(self.config, weights, ops, dtype, self.arena)
+        self.prefix_cache = PrefixCache()
+        self.no_prompt = torch.zeros(1, self.config.hidden_size, dtype=dtype, device=device)
+
+    def __repr__(self) -> str:
+        return f"Model({self.name!r}, {self.config.family}, {self.dtype}, backend={self.backend!r}, {self.device})"
+
+    def embedding_rows(self, ids: list[int] | Tensor) -> Tensor:
+        """Rows of the embedding matrix for token ids: [n, d] float32 on the CPU."""
+        index = torch.as_tensor(ids, dtype=torch.int64, device=self.device)
+        return self.weights.embedding[index].float().cpu()
+
+    def embedding_table_chunks(self, rows: int = 8192) -> Iterator[tuple[int, Tensor]]:
+        """The embedding matrix as (first row, [n, d] float32 on the CPU), `rows` at a time."""
+        for start in range(0, len(self.weights.embedding), rows):
+            yield start, self.weights.embedding[start : start + rows].float().cpu()
+
+    def weights_hash(self) -> str:
+        """sha256 over every frozen tensor, hexadecimal: equal before and after an optimisation."""
+        return self.weights.hash()
+
+    def release_memory(self) -> None:
+        """Give the activation arena and the kept keys and values back; the next step allocates them again."""
+        self.arena.release()
+        self.prefix_cache.clear()
+
+
+def load_model(
+    path_or_id: str | os.PathLike[str],
+    dtype: torch.dtype | str | None = None,
+    backend: str = "auto",
+    device: str | torch.device = "auto",
+    weights: str = "auto",
+) -> Model:
+    """Open a Hugging Face folder, a .gguf file, or a hub id.
+
+    dtype: what is computed in (default float32 on a CPU, bfloat16 on a GPU); float64 for checks. weights: "compute"
+    brings every matrix to that type once; "stored" keeps it as the file has it, memory-mapped, and widens it tile by
+    tile for each product; "auto" is "compute" where that takes less than half of the free memory.
+
+    Raises ModelError (cannot be read, not supported), BackendError, ConfigError (unknown dtype or weights).
+    """
+    chosen_device = _device(device)
+    chosen_dtype = _dtype(dtype, chosen_device)
+    ops = backends.choose(backend, chosen_device)
+    if weights not in WEIGHTS:
+        raise ConfigError(f"unknown weights {weights!r}; choose one of {', '.join(WEIGHTS)}.")
+    checkpoint = read_checkpoint(resolve(path_or_id))
+    wide_bytes = sum(torch.Size(shape).numel() for shape in checkpoint.config.shapes().values()) * chosen_dtype.itemsize
+    widen = weights == "compute" or (weights == "auto" and wide_bytes < available_memory() // 2)
+    frozen = read_weights(checkpoint.config, checkpoint.tensors, chosen_dtype, chosen_device, widen=widen)
+    return Model(checkpoint, frozen, ops, chosen_dtype, chosen_device)
+
+
+def _device(device: str | torch.device) -> torch.device:
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        chosen = torch.device(device)
+        torch.empty(0, device=chosen)
+    except (RuntimeError, AssertionError) as error:
+        raise BackendError(f"the device {device!r} cannot be used here ({str(error).splitlines()[0]}).") from None
+    return chosen
+
+
+def _dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype:
+    if dtype is None:
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
+    if chosen not in DTYPES.values():
+        raise ConfigError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}.")
+    return chosen
