@@ -79,7 +79,7 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
                 except UnicodeDecodeError as error:
                     raise DataError(f"{where} is not UTF-8 (byte {error.start + 1} of the line).") from None
                 if text.strip():
-                    yield where, text
+                    yield where, text.rstrip("\r\n")
     except FileNotFoundError:
         raise DataError(f"there is no data file {path}.") from None
     except (OSError, ValueError) as error:

@@ -106,11 +106,6 @@ class SoftPrompt:
     def _from_file(cls, tensors: Mapping[str, torch.Tensor], fields: Mapping[str, str]) -> SoftPrompt:
         embeddings, anchor = tensors["embeddings"], tensors["anchor"]
         token_ids, layout_ids, layout_rows = (_integers(tensors[name], name) for name in _TENSORS[2:])
-        if min(token_ids, default=-1) < 0:
-            raise PromptError("its token ids are missing or negative.")
-        rows = range(-1, len(token_ids))
-        if len(layout_ids) != len(layout_rows) or not all(row in rows for row in layout_rows):
-            raise PromptError("its layout does not fit its prompt rows.")
         try:
             metadata = json.loads(fields["metadata"])
         except (ValueError, RecursionError):
@@ -130,6 +125,11 @@ class SoftPrompt:
             layout_ids=layout_ids,
             layout_rows=layout_rows,
         )
+        if min(token_ids) < 0:
+            raise PromptError("its token ids are negative.")
+        rows = range(-1, len(token_ids))
+        if len(layout_ids) != len(layout_rows) or not all(row in rows for row in layout_rows):
+            raise PromptError("its layout does not fit its prompt rows.")
         if not (bool(embeddings.isfinite().all()) and bool(anchor.isfinite().all())):
             raise PromptError("it holds numbers that are not finite.")
         if hash_rows(anchor) != prompt.anchor_hash:

@@ -12,25 +12,25 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as parse_safetensors
-from safetensors.torch import save as pack_safetensors
 
 from embedgrad.errors import PromptError
 from embedgrad.files import write_atomic
 
 FORMAT = "embedgrad-prompt"
 VERSION = "1"
+_TYPES = {torch.float32: ("F32", "<f4"), torch.float64: ("F64", "<f8"), torch.int64: ("I64", "<i8")}
 MAX_BYTES = 1 << 32  # 4 GiB: 64,000 prompt rows of a hidden size of 8,192; read whole into memory
 
 
 def write_prompt_file(
     path: str | os.PathLike[str], tensors: Mapping[str, torch.Tensor], fields: Mapping[str, str]
 ) -> None:
-    """Writes named tensors and named texts, whole or not at all. Raises SaveError."""
+    """Writes named tensors (float32, float64, int64) and named texts, whole or not at all. Raises SaveError."""
     packed = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     metadata = {name: json.dumps(value) for name, value in fields.items()}
     metadata |= {"format": FORMAT, "version": VERSION}
     metadata["checksum"] = _checksum(packed, metadata)
-    write_atomic(path, pack_safetensors(packed, metadata))
+    write_atomic(path, _pack(packed, metadata))
 
 
 def read_prompt_file(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
@@ -58,6 +58,22 @@ def read_prompt_file(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tens
     if not all(isinstance(text, str) for text in fields.values()):
         raise PromptError(f"{path} has metadata that is not text.")
     return tensors, fields
+
+
+def _pack(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> bytes:
+    """The bytes of a safetensors file, which depend on the contents only (the safetensors package's own writer puts the
+    metadata in an order of its own every time)."""
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    pieces: list[bytes] = []
+    end = 0
+    for name in sorted(tensors, key=lambda name: (-tensors[name].element_size(), name)):
+        tensor = tensors[name]
+        pieces.append(tensor.numpy().astype(_TYPES[tensor.dtype][1], copy=False).tobytes())
+        start, end = end, end + len(pieces[-1])
+        header[name] = {"dtype": _TYPES[tensor.dtype][0], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, sort_keys=True).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join([len(text).to_bytes(8, "little"), text, *pieces])
 
 
 def _read(path: Path) -> bytes:

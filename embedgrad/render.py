@@ -89,6 +89,11 @@ def render_query(model: ModelLike, prompt: PromptLike, query: str | Sequence[int
         _raise_at(where, error)
 
 
+def end_token(model: ModelLike, prompt: PromptLike) -> int | None:
+    """The token that ends an answer with this prompt's template, or None where the template has none."""
+    return _plan_of(model, prompt).end_token
+
+
 def layout(model: ModelLike, template: Template, token_ids: Sequence[int], text: str) -> tuple[list[int], list[int]]:
     """(ids, prompt rows) of the template's context; the query's place is one token with id −1 and row −1."""
     return _plan(model, template, tuple(token_ids), text).layout()
@@ -181,6 +186,10 @@ class _Plan:
         self._warned = False
         if self._conversation.changes_prompt(text):
             self._warn("the chat template changes the prompt's text (it trims it, for instance)", text)
+
+    @property
+    def end_token(self) -> int | None:
+        return self._conversation.answer.end
 
     def query(self, query: str | Sequence[int]) -> Rendered:
         context = self._context(query)

@@ -1,0 +1,188 @@
+"""Data files and splits: what is read, what is refused (with file and line), and that no query sits on two sides."""
+
+from __future__ import annotations
+
+import math
+import os
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from embedgrad.data import read_jsonl, split
+from embedgrad.errors import DataError
+from embedgrad.example import Example
+
+TEXT = st.text(max_size=6).filter(lambda text: text.strip() and text.isprintable())
+
+
+def write(folder: Path, *lines: str | bytes) -> Path:
+    path = folder / "data.jsonl"
+    path.write_bytes(b"".join((line if isinstance(line, bytes) else line.encode()) + b"\n" for line in lines))
+    return path
+
+
+def test_reads_fields_by_name_skips_blank_lines_and_a_mark_in_front(tmp_path: Path) -> None:
+    path = write(
+        tmp_path, "\ufeff" + '{"text": "a b", "label": 0, "x": null}', "", "  ", '{"text": "ç", "label": "-3 "}'
+    )
+    assert read_jsonl(path, query="text", target="label") == [Example("a b", "0"), Example("ç", "-3 ")]
+    assert read_jsonl(str(path), query="text", target="label", limit=1) == [Example("a b", "0")]
+
+
+def test_the_limit_stops_before_a_broken_line(tmp_path: Path) -> None:
+    path = write(tmp_path, '{"query": "a", "target": "b"}', "broken")
+    assert len(read_jsonl(path, limit=1)) == 1
+
+
+GOOD = '{"query": "a", "target": "b"}'
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('{"query": "a", "target": ', "line 2 is not JSON: Expecting value at column 26"),
+        ("nothing", "line 2 is not JSON: Expecting value at column 1"),
+        ('["a", "b"]', "line 2 must be a JSON object, not a list"),
+        ("3", "line 2 must be a JSON object, not a number"),
+        ("null", "line 2 must be a JSON object, not null"),
+        ('{"query": "a", "answer": "b"}', "line 2 has no field 'target'; its fields are: 'query', 'answer'"),
+        ("{}", "line 2 has no field 'query'; its fields are: none"),
+        ('{"query": "", "target": "b"}', "line 2: the field 'query' is empty"),
+        ('{"query": "a", "target": " \\n"}', "line 2: the field 'target' is empty"),
+        ('{"query": "a", "target": null}', "line 2: the field 'target' must be text or a whole number, not null"),
+        ('{"query": "a", "target": true}', "must be text or a whole number, not true or false"),
+        ('{"query": "a", "target": 1.5}', "must be text or a whole number, not a decimal number"),
+        ('{"query": ["a"], "target": "b"}', "the field 'query' must be text or a whole number, not a list"),
+        ('{"query": "\\ud800", "target": "b"}', "the field 'query' has half of a surrogate pair"),
+        (b'{"query": "\xff", "target": "b"}', r"line 2 is not UTF-8 \(byte 12 of the line\)"),
+        ("[" * 100_000, "line 2 is nested too deeply"),
+        ('{"query": "a", "target": ' + "9" * 5000 + "}", "line 2 is not usable JSON"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path: Path, line: str | bytes, said: str) -> None:
+    path = write(tmp_path, GOOD, line)
+    with pytest.raises(DataError, match=said) as raised:
+        read_jsonl(path)
+    assert str(raised.value).startswith(str(path))
+    assert "\n" not in str(raised.value)
+
+
+def test_files_that_are_missing_empty_or_no_files(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"there is no data file .*absent\.jsonl"):
+        read_jsonl(tmp_path / "absent.jsonl")
+    with pytest.raises(DataError, match=r"data\.jsonl is empty"):
+        read_jsonl(write(tmp_path))
+    with pytest.raises(DataError, match=r"data\.jsonl is empty"):
+        read_jsonl(write(tmp_path, "", " "))
+    with pytest.raises(DataError, match="cannot be read"):
+        read_jsonl(tmp_path)
+    with pytest.raises(DataError, match="limit"):
+        read_jsonl(write(tmp_path, GOOD), limit=0)
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=60) | st.text(alphabet='{}[]":, \n\\ua1queryta', max_size=60).map(str.encode))
+def test_any_bytes_give_examples_or_a_data_error(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+    path = tmp_path_factory.mktemp("any") / "data.jsonl"
+    path.write_bytes(GOOD.encode() + b"\n" + data)
+    try:
+        examples = read_jsonl(path)
+    except DataError as error:
+        said = str(error)
+    else:
+        assert examples[0] == Example("a", "b")
+        return
+    assert "\n" not in said
+
+
+def test_shared_data(tmp_path: Path) -> None:
+    folder = os.environ.get("EMBEDGRAD_DATA")
+    if not folder:
+        pytest.skip("EMBEDGRAD_DATA is not set")
+    examples = read_jsonl(Path(folder) / "imdb" / "train.jsonl", query="text", target="label", limit=50)
+    assert len(examples) == 50
+    assert {example.target for example in examples} <= {"0", "1"}
+
+
+@pytest.mark.parametrize("weight", [math.nan, math.inf, -1.0, "1", None, True])
+def test_an_example_refuses_a_weight_that_is_none(weight: object) -> None:
+    with pytest.raises(DataError, match="weight must be"):
+        Example("a", "b", weight=weight)  # type: ignore[arg-type]
+
+
+EXAMPLES = st.lists(
+    st.builds(
+        Example,
+        st.sampled_from(["a", "b", " a", "a  b", "a\tb ", "c"])
+        | TEXT
+        | st.lists(st.integers(0, 3), min_size=1, max_size=2),
+        TEXT,
+    ),
+    max_size=30,
+)
+
+
+def key(example: Example) -> object:
+    return tuple(example.query.split()) if isinstance(example.query, str) else ("ids", *example.query)
+
+
+@given(EXAMPLES, st.tuples(st.integers(0, 12), st.integers(0, 12)), st.integers(0, 5), st.randoms())
+def test_equal_queries_never_sit_on_two_sides(
+    examples: list[Example], sizes: tuple[int, int], seed: int, random
+) -> None:  # type: ignore[no-untyped-def]
+    wanted = {"train": sizes[0], "test": sizes[1]}
+    try:
+        parts = split(examples, wanted, seed)
+    except DataError:
+        groups = {key(example) for example in examples}
+        assert sum(sizes) > len(examples) or len(groups) < len(examples)
+        return
+    assert [list(parts), all(len(parts[name]) <= count for name, count in wanted.items())] == [list(wanted), True]
+    train, test = ({key(example) for example in part} for part in parts.values())
+    assert not train & test
+    if len({key(example) for example in examples}) == len(examples):
+        assert {name: len(part) for name, part in parts.items()} == wanted
+        shuffled = random.sample(examples, len(examples))
+        assert split(shuffled, wanted, seed) == parts
+
+
+@given(EXAMPLES.filter(bool), st.integers(0, 5))
+def test_fractions_that_add_up_share_out_everything(examples: list[Example], seed: int) -> None:
+    parts = split(examples, {"train": 0.7, "validation": 0.0, "test": 0.3}, seed) if len(examples) > 20 else None
+    if parts is None:
+        parts = split(examples, {"train": 1.0}, seed)
+    assert sorted(map(repr, examples)) == sorted(repr(example) for part in parts.values() for example in part)
+
+
+def test_a_split_depends_on_the_seed_and_on_nothing_else() -> None:
+    examples = [Example(f"query {number}", "x") for number in range(100)]
+    one = split(examples, {"train": 60, "test": 0.2}, seed=1)
+    assert one == split(examples, {"train": 60, "test": 0.2}, seed=1)
+    assert one != split(examples, {"train": 60, "test": 0.2}, seed=2)
+    assert [len(part) for part in one.values()] == [60, 20]
+    assert one["train"][0].query == "query 70"  # pinned: another order would move examples between old runs' parts
+
+
+@pytest.mark.parametrize(
+    ("sizes", "said"),
+    [
+        ({"train": 6, "test": 5}, "a split into train 6, test 5 needs more than the 10 examples there are"),
+        ({"train": 0.6, "test": 0.5}, "needs more than"),
+        ({"train": 1.5}, "fraction of the part 'train' must lie between 0 and 1"),
+        ({"train": -1}, "must be a number of examples or a fraction"),
+        ({"train": math.nan}, "must be a number of examples or a fraction"),
+        ({"train": True}, "must be a number of examples or a fraction"),
+        ({"train": "all"}, "must be a number of examples or a fraction"),
+        ({}, "at least one part"),
+    ],
+)
+def test_split_refusals(sizes: dict[str, float], said: str) -> None:
+    with pytest.raises(DataError, match=said):
+        split([Example(str(number), "x") for number in range(10)], sizes)
+
+
+def test_a_part_that_stays_empty_is_refused() -> None:
+    with pytest.raises(DataError, match="the part 'train' of 2 examples stays empty"):
+        split([Example("same", "x")] * 5, {"train": 2})
