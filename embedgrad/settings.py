@@ -254,7 +254,7 @@ class RunConfig(_Section):
     data: DataSection
     optimize: OptimizeConfig = OptimizeConfig()
     run: RunSection = RunSection()
-    sampling: SamplingSection = SamplingSection()
+    sampling: SamplingSection | None = None  # default: greedy, as long as the test's answers need
 
     @model_validator(mode="before")
     @classmethod

@@ -54,16 +54,9 @@ def outcome(folder: Path) -> dict[str, Any]:
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     summary = json.loads((folder / "summary.json").read_text())
     return {
-        "prompt": safetensors_content(folder / "prompt.safetensors"),
-        "last": safetensors_content(folder / "last.safetensors"),
+        "prompt": (folder / "prompt.safetensors").read_bytes(),
+        "last": (folder / "last.safetensors").read_bytes(),
         "metrics": [{k: v for k, v in json.loads(line).items() if k not in TIMES} for line in lines],
         "summary": {k: v for k, v in summary.items() if k not in TIMES},
         "files": sorted(path.name for path in folder.rglob("*") if path.suffix != ".tmp"),
     }
-
-
-def safetensors_content(path: Path) -> tuple[dict[str, Any], bytes]:
-    """Header and data; the order in which safetensors writes the header's metadata is random and means nothing."""
-    data = path.read_bytes()
-    length = 8 + int.from_bytes(data[:8], "little")
-    return json.loads(data[8:length]), data[length:]

@@ -1,0 +1,148 @@
+"""The command line: `embedgrad optimize | evaluate | generate | show | doctor`.
+
+This file only says what the options are. Nothing heavy is imported before a command runs, so `--help` is immediate.
+Exit codes: 0 done, 2 refused (one sentence on stderr), 130 or 143 stopped by Ctrl-C or SIGTERM.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from embedgrad.errors import EmbedGradError
+
+app = typer.Typer(
+    name="embedgrad",
+    help="Tune a prompt's embeddings against a frozen language model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+PromptFile = Annotated[Path, typer.Argument(help="A prompt file, such as runs/NAME/prompt.safetensors.")]
+ModelPath = Annotated[str, typer.Option("--model", "-m", help="Model folder, .gguf file or hub id.")]
+DType = Annotated[str | None, typer.Option(help="What is computed in: float32, float64, bfloat16.")]
+Backend = Annotated[str, typer.Option(help="Which kernels: auto, or one that `doctor` lists.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
+QueryField = Annotated[str, typer.Option(help="Field of the JSON lines that holds the query.")]
+Json = Annotated[bool, typer.Option("--json", help="JSON on stdout instead of text for people.")]
+MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")]
+
+
+@app.command()
+def optimize(
+    config: Annotated[Path, typer.Argument(help="Configuration file (YAML).")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Override one setting: section.key=value; may be repeated.")
+    ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is in the run's folder.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="JSON lines on stdout instead of a progress bar.")] = False,
+) -> None:
+    """Optimise a prompt; the result is in runs/NAME/prompt.safetensors."""
+    from embedgrad.commands.optimize import run
+
+    raise typer.Exit(run(config, set_ or [], resume, quiet, json))
+
+
+@app.command()
+def evaluate(
+    prompt: PromptFile,
+    data: Annotated[Path, typer.Option("--data", "-d", help="Examples, one JSON object a line.")],
+    model: ModelPath,
+    label: Annotated[list[str] | None, typer.Option(help="One of the answers there are; repeat for each.")] = None,
+    before: Annotated[bool, typer.Option("--before", help="Also evaluate the prompt as it was at the start.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many examples.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the figures to this JSON file.")] = None,
+    query_field: QueryField = "query",
+    target_field: Annotated[str, typer.Option(help="Field that holds the expected answer.")] = "target",
+    max_new_tokens: MaxNewTokens = None,
+    dtype: DType = None,
+    backend: Backend = "auto",
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Measure a prompt on examples: how often its answers are exactly right."""
+    from embedgrad.commands.evaluate import run
+
+    opened = _model(model, dtype, backend, device)
+    run(opened, prompt, data, label, before, limit, output, query_field, target_field, max_new_tokens, json)
+
+
+@app.command()
+def generate(
+    prompt: PromptFile,
+    model: ModelPath,
+    query: Annotated[list[str] | None, typer.Option("--query", help="A query; may be repeated.")] = None,
+    input: Annotated[
+        Path | None, typer.Option("--input", "-i", help="Queries: JSON lines (.jsonl), or one a line.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the answers to it as JSON lines.")
+    ] = None,
+    query_field: QueryField = "query",
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample from the so many likeliest tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from this share of probability.")] = 1.0,
+    min_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Least share of the likeliest's probability.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Queries answered together.")] = 32,
+    dtype: DType = None,
+    backend: Backend = "auto",
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Answer queries with a prompt: given ones, those of a file or of stdin, or a conversation at the terminal."""
+    from embedgrad.commands.generate import Options, run
+
+    sampling = {"max_new_tokens": max_new_tokens} if max_new_tokens is not None else {}
+    options = Options(
+        query or [], input, output, query_field, batch_size, json,
+        {**sampling, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed},
+    )  # fmt: skip
+    run(lambda: _model(model, dtype, backend, device), prompt, options)
+
+
+@app.command()
+def show(
+    prompt: PromptFile,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Its model, for tokens and nearest vocabulary tokens.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """What is in a prompt file: text, template, similarity per token, nearest token of the vocabulary per row."""
+    from embedgrad.commands.show import run
+
+    run(prompt, _model(model, None, "auto", "cpu") if model is not None else None, json)
+
+
+@app.command()
+def doctor(json: Json = False) -> None:
+    """Machine, versions, backends, and a check of the gradient on a tiny model."""
+    from embedgrad.doctor import run
+
+    raise typer.Exit(run(json))
+
+
+def _model(path: str, dtype: str | None, backend: str, device: str):  # type: ignore[no-untyped-def]
+    from embedgrad.commands.shared import open_model
+
+    return open_model(path, dtype, backend, device)
+
+
+def main() -> None:
+    """Entry point of the `embedgrad` command."""
+    try:
+        app()
+    except EmbedGradError as refusal:
+        print(f"embedgrad: {refusal}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

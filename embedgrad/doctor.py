@@ -1,0 +1,118 @@
+"""`embedgrad doctor`: what is here, what works, and whether the gradient is right."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+from typing import Any
+
+import torch
+
+from embedgrad import backends
+from embedgrad.errors import EmbedGradError
+from embedgrad.machine import available_memory
+from embedgrad.self_check import TOLERANCE, check_gradient
+
+_PACKAGES = ("embedgrad", "torch", "triton", "numpy", "safetensors", "tokenizers", "gguf", "huggingface_hub")
+
+
+def run(as_json: bool) -> int:
+    """The command; returns 0 if every check passed, else 1."""
+    report = examine()
+    if as_json:
+        print(json.dumps(report, indent=2))
+    else:
+        _print(report)
+    return 0 if all(check.get("passed", True) for check in report["checks"]) else 1
+
+
+def examine() -> dict[str, Any]:
+    """The report as JSON-able values: machine, versions, backends, checks."""
+    devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
+    return {
+        "machine": {
+            "system": platform.platform(),
+            "processor": _processor(),
+            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+            "torch_threads": torch.get_num_threads(),
+            "available_memory": available_memory(),
+            "vector_instructions": torch.backends.cpu.get_cpu_capability(),
+            "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
+        },
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "backends": [_backend(name, device) for name in backends.NAMES for device in devices],
+        "checks": [check for name in backends.NAMES for device in devices for check in _checks(name, device)],
+    }
+
+
+def _backend(name: str, device: str) -> dict[str, Any]:
+    try:
+        backends.choose(name, torch.device(device))
+    except (EmbedGradError, ImportError, OSError) as error:
+        return {"name": name, "device": device, "available": False, "why_not": str(error)}
+    return {"name": name, "device": device, "available": True}
+
+
+def _checks(name: str, device: str) -> list[dict[str, Any]]:
+    """A backend that is not available has no checks; one that fails to run has its error in place of figures."""
+    if not _backend(name, device)["available"]:
+        return []
+    checks = []
+    for dtype in TOLERANCE:
+        told = {"backend": name, "device": device, "dtype": str(dtype).removeprefix("torch.")}
+        try:
+            checks.append(vars(check_gradient(name, dtype, device)))
+        except EmbedGradError as error:
+            checks.append({**told, "skipped": str(error)})
+        except Exception as error:
+            checks.append({**told, "passed": False, "error": f"{type(error).__name__}: {error}"})
+    return checks
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _gpu(index: int) -> dict[str, Any]:
+    properties = torch.cuda.get_device_properties(index)
+    capability = f"{properties.major}.{properties.minor}"
+    return {"name": properties.name, "memory": properties.total_memory, "capability": capability}
+
+
+def _print(report: dict[str, Any]) -> None:
+    machine = report["machine"]
+    print(f"machine    {machine['system']}, {machine['processor']} ({machine['vector_instructions']})")
+    print(
+        f"           {machine['cores']} cores, {machine['torch_threads']} torch threads, "
+        f"{machine['available_memory'] / 2**30:.1f} GiB free"
+    )
+    for gpu in machine["gpus"] or [None]:
+        told = "none" if gpu is None else f"{gpu['name']}, {gpu['memory'] / 2**30:.0f} GiB, sm {gpu['capability']}"
+        print(f"gpu        {told}")
+    print("versions   " + ", ".join(f"{name} {version or '-'}" for name, version in report["versions"].items()))
+    for backend in report["backends"]:
+        told = "available" if backend["available"] else f"not available: {backend['why_not']}"
+        print(f"backend    {backend['name']} on {backend['device']}: {told}")
+    for check in report["checks"]:
+        about = f"gradient   {check['backend']} on {check['device']}, {check['dtype']}:"
+        if "skipped" in check or "error" in check:
+            print(f"{about} {'FAILED: ' + check['error'] if 'error' in check else 'skipped: ' + check['skipped']}")
+        else:
+            verdict = "right" if check["passed"] else "WRONG"
+            print(f"{about} {verdict} (relative error {check['gradient_error']:.1e}, loss {check['loss_error']:.1e})")
