@@ -291,3 +291,25 @@ def _pack(trie: _Trie, targets: list[tuple[int, int, int]], ends: list[int], wei
         target_weights=torch.tensor([weights[b] / total / counts[b] for _, _, b in targets], dtype=torch.float64),
         leaves=torch.tensor([index[n] for n in ends], dtype=torch.int64),
     )
+
+
+def pack_branches(sequences: Sequence[TokenSequence], shared: int) -> TokenTree:
+    """Whole sequences behind their `shared` first tokens, which are one kept unit; nothing else is merged."""
+    lengths = [len(s.ids) - shared for s in sequences]
+    ends = torch.tensor(lengths).cumsum(0)
+    total = int(ends[-1])
+    none = torch.empty(0, dtype=torch.int64)
+    unit = KeptUnit((tuple(sequences[0].ids[:shared]),), 0, total)
+    return TokenTree(
+        ids=torch.tensor([i for s in sequences for i in s.ids[shared:]], dtype=torch.int64),
+        prompt_rows=torch.tensor([r for s in sequences for r in s.prompt_rows[shared:]], dtype=torch.int64),
+        positions=torch.cat([torch.arange(shared, shared + n) for n in lengths]),
+        key_end=torch.repeat_interleave(ends, torch.tensor(lengths)).int(),
+        units=(unit,) if shared else (),
+        predicting=none,
+        target_slot=none,
+        target_ids=none,
+        target_example=none,
+        target_weights=none.double(),
+        leaves=ends - 1,
+    )

@@ -355,12 +355,14 @@ def decode_attention(
     *,
     scale: float,
     softcap: float | None = None,
+    first_seen: Tensor | None = None,
     out: Tensor,
 ) -> Tensor:
     """One new query per sequence against the shared trunk and its own keys.
 
     q, out [B, H, D]; trunk_k, trunk_v [S, G, D]; own_k, own_v [B, C, G, D] of which own_lengths [B] count.
-    A query without any key gives 0.
+    first_seen [B]: with a sliding window, the first key that a query sees, counted through trunk and own keys. A query
+    without any key gives 0.
     """
     batch, h, size = q.shape
     groups, trunk = trunk_k.shape[1], len(trunk_k)
@@ -374,6 +376,9 @@ def decode_attention(
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
     scores[..., trunk:].masked_fill_(past[:, None, None], float("-inf"))
+    if first_seen is not None:
+        gone = torch.arange(trunk + longest, device=q.device) < first_seen[:, None]
+        scores.masked_fill_(gone[:, None, None], float("-inf"))
     highest = scores.amax(-1, keepdim=True)
     p = scores.sub_(highest.masked_fill_(highest == float("-inf"), 0)).exp_()
     total = p.sum(-1, keepdim=True)

@@ -9,31 +9,36 @@ from embedgrad.model.model import Model
 from embedgrad.model.step import rotations
 
 
+GROWTH = 64  # tokens by which the cache grows when it is full
+
+
 class KeyValueCache:
     """Keys and values of a shared trunk and of B sequences behind it.
 
-    trunk [L, 2, S, G, D]; own [L, 2, B, C, G, D], of which `lengths` [B] count; `positions` [B]: the position id of
-    each sequence's next token.
+    trunk [L, 2, S, G, D]; own [L, 2, B, C, G, D], of which `lengths` [B] count; C grows as tokens come, up to
+    `new_tokens` more than the longest sequence has at first.
     """
 
-    def __init__(self, model: Model, trunk: Tensor, lengths: Tensor, capacity: int) -> None:
+    def __init__(self, model: Model, trunk: Tensor, lengths: Tensor, new_tokens: int) -> None:
         config = model.config
         self.model = model
         self.trunk = trunk
         self.lengths = lengths.to(model.device)
+        self._longest = int(lengths.max())
+        self._limit = self._longest + new_tokens
         self.own = torch.empty(
-            config.num_layers, 2, len(lengths), capacity, config.num_kv_heads, config.head_dim,
-            dtype=model.dtype, device=model.device,
+            config.num_layers, 2, len(lengths), min(self._longest + GROWTH, self._limit), config.num_kv_heads,
+            config.head_dim, dtype=model.dtype, device=model.device,
         )  # fmt: skip
 
     @property
     def batch(self) -> int:
         return len(self.lengths)
 
-    def fill(self, layer: int, k: Tensor, v: Tensor, index: Tensor, sequence: Tensor, at: Tensor) -> None:
-        """Put the packed keys and values [T, G, D] at `index` [n] into places `at` [n] of the sequences `sequence` [n]."""
-        self.own[layer, 0, sequence, at] = k[index]
-        self.own[layer, 1, sequence, at] = v[index]
+    def fill(self, layer: int, k: Tensor, v: Tensor, sequence: Tensor, at: Tensor) -> None:
+        """Put packed keys and values [T, G, D] into places `at` [T] of the sequences `sequence` [T]."""
+        self.own[layer, 0, sequence, at] = k
+        self.own[layer, 1, sequence, at] = v
 
     def keep(self, sequences: Tensor) -> None:
         """Forget all sequences but `sequences` [n] (indices, ascending)."""
@@ -48,6 +53,10 @@ class KeyValueCache:
         every = torch.arange(batch, device=device)
         cos, sin = rotations(config, self.trunk.shape[2] + self.lengths, dtype)
         at, self.lengths = self.lengths, self.lengths + 1
+        self._longest += 1
+        if self._longest > self.own.shape[3]:
+            self._grow()
+        first_seen = self._first_seen()
 
         def new(columns: int) -> Tensor:
             return torch.empty(batch, columns, dtype=dtype, device=device)
@@ -63,10 +72,9 @@ class KeyValueCache:
             own = self.own[index]
             own[0, every, at] = k.unflatten(1, (g, size))
             own[1, every, at] = v.unflatten(1, (g, size))
-            trunk, own, lengths = self._window(index, own)
             ops.decode_attention(
-                q.unflatten(1, (h, size)), trunk[0], trunk[1], own[0], own[1], lengths,
-                scale=model.decoder.scale, out=o.view(batch, h, size),
+                q.unflatten(1, (h, size)), *self.trunk[index], *own, self.lengths,
+                scale=model.decoder.scale, first_seen=first_seen[config.windows[index]], out=o.view(batch, h, size),
             )  # fmt: skip
             x = layer.out.forward(o, out=new(config.hidden_size), add=x)
             ops.rms_norm(x, layer.mlp_norm, eps, out=normed)
@@ -74,3 +82,17 @@ class KeyValueCache:
             ops.swiglu(gate_up, out=activation)
             x = layer.down.forward(activation, out=new(config.hidden_size), add=x)
         return ops.rms_norm(x, model.weights.final_norm, eps, out=normed)
+
+    def _first_seen(self) -> dict[int | None, Tensor | None]:
+        """For each sliding window the first key, counted through trunk and own, that each sequence [B] still sees."""
+        trunk = self.trunk.shape[2]
+        return {
+            window: None if window is None or trunk + self._longest <= window else trunk + self.lengths - window
+            for window in set(self.model.config.windows)
+        }
+
+    def _grow(self) -> None:
+        old, shape = self.own, list(self.own.shape)
+        shape[3] = min(shape[3] + GROWTH, self._limit)
+        self.own = torch.empty(shape, dtype=old.dtype, device=old.device)
+        self.own[:, :, :, : old.shape[3]] = old
