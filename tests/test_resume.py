@@ -132,7 +132,7 @@ def test_early_stopping_is_remembered(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("first", "last", "stride"),
-    [(1, 10_000, 12), pytest.param(2, 10_000, 1, marks=pytest.mark.slow)],
+    [(1, 10_000, 17), pytest.param(2, 10_000, 1, marks=pytest.mark.slow)],
 )
 def test_killed_at_any_moment(first: int, last: int, stride: int, tmp_path: Path) -> None:
     """kill -9 before, in and after every kind of write; see killed_run.py."""

@@ -57,13 +57,13 @@ def regions(draw: st.DrawFn) -> TrustRegion:
 
 
 def measured_excess(region: TrustRegion, e: Tensor, anchor: Tensor) -> float:
-    """By how much `e` breaks the region's definition (cosines, length ratios, relative distances), at worst."""
+    """By how much `e` breaks the region's definition at worst: cosines, length ratios, distances in row lengths."""
     if isinstance(region, MeanCosine):
         return region.tau - float(cosine_similarity(e, anchor).mean())
     if isinstance(region, L2Ball):
         norm = anchor.double().norm(dim=1)
         bound = region.radius * (norm if region.relative else 1.0)
-        return float((((e.double() - anchor.double()).norm(dim=1) - bound) / norm).max())
+        return float((((e.double() - anchor.double()).norm(dim=1) - bound) / (norm + bound)).max())
     assert isinstance(region, CosineCone)
     here = e.double().norm(dim=1) > 0  # the zero row is in every cone
     excess = torch.where(here, region.tau - cosine_similarity(e, anchor), torch.tensor(-1.0, dtype=torch.float64))

@@ -91,7 +91,7 @@ def _field(line: str, name: str, where: str) -> str:
 
 @contextmanager
 def _sink(options: Options) -> Iterator[Callable[[str, Generation], None]]:
-    """Where answers go, in the order of the queries and as soon as they are there; a file is called .part until whole."""
+    """Where answers go, in the queries' order and as soon as they are there; a file is called .part until whole."""
     if options.output is None:
         yield lambda query, answer: _tell(sys.stdout, query, answer, options.as_json)
         return
