@@ -29,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .tree_attention import NO_KEY, block_width, check_heads, load_tile, online_softmax
+from .tree_attention import bf16_in_bits, block_width, check_heads, load_tile, online_softmax
 
 
 @triton.jit
@@ -51,7 +51,8 @@ def decode_trunk_kernel(
     stride_qb, stride_qh, stride_qd, stride_ks, stride_kg, stride_kd, stride_vs, stride_vg, stride_vd,
     num_sequences, num_keys, keys_per_split, window, scale, softcap,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, BF16_IN_BITS: tl.constexpr,
 ):  # fmt: skip
     """Grid (row blocks, splits, G). One program: BLOCK_Q rows of one group against one split of the trunk."""
     i_r, i_p, i_g = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -74,7 +75,7 @@ def decode_trunk_kernel(
     v += i_g * stride_vg
     b_first = o_r  # the first key in a row's window
     if window is not None:
-        b_first = tl.load(own_lengths + o_b, mask=m_r, other=NO_KEY // 2).to(tl.int32) + num_keys - window
+        b_first = tl.load(own_lengths + o_b, mask=m_r, other=2**30).to(tl.int32) + num_keys - window
         start = tl.maximum(start, tl.min(b_first, 0) // BLOCK_K * BLOCK_K)
         whole_end = start
     for i_s in range(start, whole_end, BLOCK_K):
@@ -82,7 +83,9 @@ def decode_trunk_kernel(
         # [BLOCK_K, BLOCK_D]
         b_k = load_tile(k + p_s * stride_ks, o_j, o_d, stride_ks, stride_kd, o_j >= 0, D, BLOCK_D, False)
         b_v = load_tile(v + p_s * stride_vs, o_j, o_d, stride_vs, stride_vd, o_j >= 0, D, BLOCK_D, False)
-        b_o, b_m, b_l = online_softmax(b_q, b_k, b_v, b_o, b_m, b_l, True, scale, softcap, PRECISION, False)
+        b_o, b_m, b_l = online_softmax(
+            b_q, b_k, b_v, b_o, b_m, b_l, True, scale, softcap, PRECISION, BF16_IN_BITS, False
+        )
     for i_s in range(whole_end, end, BLOCK_K):
         p_s = tl.cast(i_s, tl.int64)
         m_k = i_s + o_j < end
@@ -91,7 +94,9 @@ def decode_trunk_kernel(
         m_seen = m_k[None, :]
         if window is not None:
             m_seen = m_seen & (i_s + o_j[None, :] >= b_first[:, None])
-        b_o, b_m, b_l = online_softmax(b_q, b_k, b_v, b_o, b_m, b_l, m_seen, scale, softcap, PRECISION, True)
+        b_o, b_m, b_l = online_softmax(
+            b_q, b_k, b_v, b_o, b_m, b_l, m_seen, scale, softcap, PRECISION, BF16_IN_BITS, True
+        )
     _store_part(b_o, b_m, b_l, part_o, part_m, part_l, i_p * GROUPS + i_g, o_r, m_r, num_rows, D, BLOCK_D)
 
 
@@ -102,7 +107,8 @@ def decode_own_kernel(
     stride_kb, stride_ks, stride_kg, stride_kd, stride_vb, stride_vs, stride_vg, stride_vd,
     num_sequences, trunk_keys, keys_per_split, first_part, window, scale, softcap,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, BF16_IN_BITS: tl.constexpr,
 ):  # fmt: skip
     """Grid (B, splits, G). One program: one sequence's rows of one group against one split of its own keys."""
     i_b, i_p, i_g = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
@@ -133,7 +139,9 @@ def decode_own_kernel(
         # [BLOCK_K, BLOCK_D]
         b_k = load_tile(k + p_s * stride_ks, o_j, o_d, stride_ks, stride_kd, m_k, D, BLOCK_D, True)
         b_v = load_tile(v + p_s * stride_vs, o_j, o_d, stride_vs, stride_vd, m_k, D, BLOCK_D, True)
-        b_o, b_m, b_l = online_softmax(b_q, b_k, b_v, b_o, b_m, b_l, m_k[None, :], scale, softcap, PRECISION, True)
+        b_o, b_m, b_l = online_softmax(
+            b_q, b_k, b_v, b_o, b_m, b_l, m_k[None, :], scale, softcap, PRECISION, BF16_IN_BITS, True
+        )
     i_part = (first_part + i_p) * GROUPS + i_g
     num_rows = num_sequences * GROUP
     _store_part(b_o, b_m, b_l, part_o, part_m, part_l, i_part, i_b * GROUP + o_h, m_h, num_rows, D, BLOCK_D)
@@ -253,13 +261,13 @@ def decode_attention(
         decode_trunk_kernel[(row_blocks, trunk_splits, groups)](
             q, trunk_k, trunk_v, lengths, *where, *q.stride(), *trunk_k.stride(), *trunk_v.stride(),
             batch, trunk, trunk_keys, window, scale, softcap, BLOCK_Q=options["BLOCK_Q"],
-            BLOCK_K=options["BLOCK_K"], PRECISION=precision, **constants, **usual,
+            BLOCK_K=options["BLOCK_K"], PRECISION=precision, BF16_IN_BITS=bf16_in_bits(q), **constants, **usual,
         )  # fmt: skip
     if own_splits:
         decode_own_kernel[(batch, own_splits, groups)](
             q, own_k, own_v, lengths, *where, *q.stride(), *own_k.stride(), *own_v.stride(),
             batch, trunk, own_keys, trunk_splits, window, scale, softcap, BLOCK_H=block_width(group),
-            BLOCK_K=options["BLOCK_K"], PRECISION=precision, **constants, **usual,
+            BLOCK_K=options["BLOCK_K"], PRECISION=precision, BF16_IN_BITS=bf16_in_bits(q), **constants, **usual,
         )  # fmt: skip
     decode_merge_kernel[(batch * group, groups)](
         *where, out, *out.stride(), batch, parts, BLOCK_P=16, num_warps=1, **constants,

@@ -37,8 +37,6 @@ from .tree_schedule import TreeSchedule
 
 LOG2E = tl.constexpr(math.log2(math.e))
 LN2 = tl.constexpr(math.log(2.0))
-NO_KEY = tl.constexpr(2**31 - 1)
-NOWHERE = tl.constexpr(-(2**30))  # a position before every query's window
 
 
 @triton.jit
@@ -50,14 +48,12 @@ def soft_capped(b_s, cap):
 
 
 @triton.jit
-def load_tile(
-    p, o_row, o_d, stride_row, stride_d, m_row, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS_MASKED: tl.constexpr
-):
+def load_tile(p, o_row, o_d, stride_row, stride_d, m_row, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
     """[rows, BLOCK_D] from p + o_row · stride_row + o_d · stride_d; masked only where something can be outside."""
     p_tile = p + o_row[:, None] * stride_row + o_d[None, :] * stride_d
-    if ROWS_MASKED and BLOCK_D != D:
+    if MASKED and BLOCK_D != D:
         b_tile = tl.load(p_tile, mask=m_row[:, None] & (o_d < D)[None, :], other=0.0)
-    elif ROWS_MASKED:
+    elif MASKED:
         b_tile = tl.load(p_tile, mask=m_row[:, None], other=0.0)
     elif BLOCK_D != D:
         b_tile = tl.load(p_tile, mask=(o_d < D)[None, :], other=0.0)
@@ -67,26 +63,34 @@ def load_tile(
 
 
 @triton.jit
-def load_intervals(o_k, m_k, key_begin, key_end, key_position):
-    """[keys] begin, end and position of the keys o_k; one outside the array begins after every query."""
-    b_begin = tl.load(key_begin + o_k, mask=m_k, other=NO_KEY)
-    b_end = tl.load(key_end + o_k, mask=m_k, other=0)
-    b_position = tl.load(key_position + o_k, mask=m_k, other=NOWHERE) if key_position is not None else b_begin
-    return b_begin, b_end, b_position
-
-
-@triton.jit
-def visible(b_index, b_position, b_begin, b_end, b_key_position, window, WINDOW: tl.constexpr):
-    """Which queries see which keys: the query's tree index and position against the key's interval and position."""
-    m_seen = (b_begin <= b_index) & (b_index < b_end)
+def visible(b_index, b_position, b_begin, b_length, b_key_position, window, WINDOW: tl.constexpr):
+    """Which queries see which keys. begin ≤ index < begin + length is one comparison of numbers without a sign."""
+    m_seen = (b_index - b_begin).to(tl.uint32, bitcast=True) < b_length.to(tl.uint32, bitcast=True)
     if WINDOW:
         m_seen = m_seen & (b_position - b_key_position < window)
     return m_seen
 
 
 @triton.jit
+def narrowed(b_x, DTYPE: tl.constexpr, BF16_IN_BITS: tl.constexpr):
+    """b_x in the type of the product it enters.
+
+    gfx942 has no instruction for fp32 → bf16, and rounding to even with its NaN test takes five per element, more than
+    all else in the loop. BF16_IN_BITS: round to nearest, ties away from zero (one addition; the shift is part of the
+    packing). The largest error is the same.
+    """
+    if BF16_IN_BITS:
+        b_bits = (b_x.to(tl.uint32, bitcast=True) + 0x8000) >> 16
+        b_y = b_bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    else:
+        b_y = b_x.to(DTYPE)
+    return b_y
+
+
+@triton.jit
 def online_softmax(
-    b_q, b_k, b_v, b_o, b_m, b_l, m_seen, scale, softcap, PRECISION: tl.constexpr, MASKED: tl.constexpr
+    b_q, b_k, b_v, b_o, b_m, b_l, m_seen, scale, softcap,
+    PRECISION: tl.constexpr, BF16_IN_BITS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """(o, m, l) after one more block of keys: the equations of the module's docstring."""
     # [rows, keys]
@@ -106,45 +110,51 @@ def online_softmax(
     b_p = tl.exp2(b_s * to_base_2 - b_pivot[:, None])
     b_l = b_l * b_decay + tl.sum(b_p, 1)
     # [rows, BLOCK_D]
-    b_o = tl.dot(b_p.to(b_v.dtype), b_v, b_o * b_decay[:, None], input_precision=PRECISION)
+    b_p = narrowed(b_p, b_v.dtype, BF16_IN_BITS)
+    b_o = tl.dot(b_p, b_v, b_o * b_decay[:, None], input_precision=PRECISION)
     return b_o, b_new, b_l
 
 
 @triton.jit
 def _forward_step(
     b_q, b_o, b_m, b_l, b_index, b_position, i_s,
-    k, v, key_begin, key_end, key_position,
+    k, v, key_begin, key_length, key_position,
     stride_ks, stride_kd, stride_vs, stride_vd,
     num_keys, window, scale, softcap,
-    D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, BF16_IN_BITS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One block of keys, from key i_s on, added to (o, m, l)."""
     o_d = tl.arange(0, BLOCK_D)
+    # [BLOCK_K]; keys after the last are invisible, and any row will do for them
     o_j = tl.arange(0, BLOCK_K)
-    m_k = i_s + o_j < num_keys
+    o_s = tl.minimum(o_j, num_keys - 1 - i_s) if MASKED else o_j
+    p_s = i_s.to(tl.int64)
     # [BLOCK_K, BLOCK_D]
-    b_k = load_tile(k + i_s.to(tl.int64) * stride_ks, o_j, o_d, stride_ks, stride_kd, m_k, D, BLOCK_D, MASKED)
-    b_v = load_tile(v + i_s.to(tl.int64) * stride_vs, o_j, o_d, stride_vs, stride_vd, m_k, D, BLOCK_D, MASKED)
+    b_k = load_tile(k + p_s * stride_ks, o_s, o_d, stride_ks, stride_kd, True, D, BLOCK_D, False)
+    b_v = load_tile(v + p_s * stride_vs, o_s, o_d, stride_vs, stride_vd, True, D, BLOCK_D, False)
     m_seen = True
     if MASKED:
-        b_begin, b_end, b_key_position = load_intervals(i_s + o_j, m_k, key_begin, key_end, key_position)
+        b_begin = tl.load(key_begin + i_s + o_j)
+        b_length = tl.load(key_length + i_s + o_j)
+        b_key_position = tl.load(key_position + i_s + o_j) if key_position is not None else b_begin
         m_seen = visible(
-            b_index[:, None], b_position[:, None], b_begin[None, :], b_end[None, :], b_key_position[None, :],
+            b_index[:, None], b_position[:, None], b_begin[None, :], b_length[None, :], b_key_position[None, :],
             window, key_position is not None,
         )  # fmt: skip
-    return online_softmax(b_q, b_k, b_v, b_o, b_m, b_l, m_seen, scale, softcap, PRECISION, MASKED)
+    return online_softmax(b_q, b_k, b_v, b_o, b_m, b_l, m_seen, scale, softcap, PRECISION, BF16_IN_BITS, MASKED)
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "num_key_blocks", "window"])
 def tree_attention_forward_kernel(
     q, k, v, o, lse,
-    key_begin, key_end, query_index, key_position, query_position,
+    key_begin, key_length, key_position, query_index, query_position,
     block_order, block_counts,
     stride_qt, stride_qh, stride_qd, stride_ks, stride_kg, stride_kd, stride_vs, stride_vg, stride_vd,
     stride_ot, stride_oh, stride_od, stride_lt, stride_lh,
     num_queries, num_keys, num_key_blocks, window, scale, softcap,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, BF16_IN_BITS: tl.constexpr,
 ):  # fmt: skip
     """Grid (row blocks, G). One program: BLOCK_Q rows of one group against every block of keys they see."""
     # The last blocks of a sequence see the most keys: start them first.
@@ -173,14 +183,14 @@ def tree_attention_forward_kernel(
     for i in range(0, n_whole):
         b_o, b_m, b_l = _forward_step(
             b_q, b_o, b_m, b_l, b_index, b_position, tl.load(p_order + i) * BLOCK_K,
-            k, v, key_begin, key_end, key_position, stride_ks, stride_kd, stride_vs, stride_vd,
-            num_keys, window, scale, softcap, D, BLOCK_K, BLOCK_D, PRECISION, False,
+            k, v, key_begin, key_length, key_position, stride_ks, stride_kd, stride_vs, stride_vd,
+            num_keys, window, scale, softcap, D, BLOCK_K, BLOCK_D, PRECISION, BF16_IN_BITS, False,
         )  # fmt: skip
     for i in range(n_whole, n_whole + n_partial):
         b_o, b_m, b_l = _forward_step(
             b_q, b_o, b_m, b_l, b_index, b_position, tl.load(p_order + i) * BLOCK_K,
-            k, v, key_begin, key_end, key_position, stride_ks, stride_kd, stride_vs, stride_vd,
-            num_keys, window, scale, softcap, D, BLOCK_K, BLOCK_D, PRECISION, True,
+            k, v, key_begin, key_length, key_position, stride_ks, stride_kd, stride_vs, stride_vd,
+            num_keys, window, scale, softcap, D, BLOCK_K, BLOCK_D, PRECISION, BF16_IN_BITS, True,
         )  # fmt: skip
 
     # l is 0 in a row that has seen no key, and then m is −∞.
@@ -196,6 +206,11 @@ def tree_attention_forward_kernel(
 def block_width(head_dim: int) -> int:
     """Columns of a tile: the next power of two, and no fewer than a matrix core takes."""
     return max(launch.power_of_two(head_dim), 16)
+
+
+def bf16_in_bits(q: Tensor) -> bool:
+    """Whether `narrowed` rounds to bf16 itself: where the hardware does not (CDNA 2 and 3)."""
+    return q.dtype == torch.bfloat16 and launch.architecture(q.device).startswith(("gfx90", "gfx94"))
 
 
 def check_heads(q: Tensor, k: Tensor, v: Tensor) -> int:
@@ -246,11 +261,12 @@ def tree_attention(
     lists = schedule.key_lists(group, options["BLOCK_Q"], options["BLOCK_K"])
     tree_attention_forward_kernel[(lists.order.shape[0], groups)](
         q, k, v, out, lse,
-        schedule.key_begin, schedule.key_end, schedule.query_index, schedule.key_position, schedule.query_position,
+        lists.begin, lists.length, lists.position, schedule.query_index, schedule.query_position,
         lists.order, lists.counts,
         *q.stride(), *k.stride(), *v.stride(), *out.stride(), *lse.stride(),
         queries, keys, lists.order.shape[1], schedule.window, scale, softcap,
-        GROUP=group, D=dim, BLOCK_D=block_width(dim), PRECISION=precision, **options,
+        GROUP=group, D=dim, BLOCK_D=block_width(dim), PRECISION=precision, BF16_IN_BITS=bf16_in_bits(q),
+        **options,
     )  # fmt: skip
 
 

@@ -27,6 +27,7 @@ are for the tree's own keys. For the gradient of fewer queries or keys, give q, 
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import triton
@@ -36,28 +37,28 @@ from torch import Tensor
 from . import launch
 from .tree_attention import (
     LOG2E,
-    NO_KEY,
+    bf16_in_bits,
     block_width,
     check_heads,
     check_schedule,
-    load_intervals,
     load_tile,
+    narrowed,
     soft_capped,
     visible,
 )
-from .tree_schedule import TreeSchedule
+from .tree_schedule import ROWS_ALIGNED, TreeSchedule
 
 Options = Mapping[str, int]
 
 
-@triton.jit(do_not_specialize=["num_queries"])
+@triton.jit(do_not_specialize=["num_queries", "row_pitch"])
 def tree_attention_rows_kernel(
     do, o, lse, row_delta, row_lse,
     stride_dt, stride_dh, stride_dd, stride_ot, stride_oh, stride_od, stride_lt, stride_lh,
-    num_queries,
-    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,
+    num_queries, row_pitch,
+    GROUP: tl.constexpr, D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, ROWS_ALIGNED: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of rows, G): D_i, and lse in base 2 or +∞."""
+    """Grid (blocks of rows, G): D_i, and lse in base 2 or +∞; 0 and +∞ from the last row to the end of the pitch."""
     i_r, i_g = tl.program_id(0), tl.program_id(1).to(tl.int64)
     num_rows = num_queries * GROUP
     o_d = tl.arange(0, BLOCK_D)
@@ -68,11 +69,12 @@ def tree_attention_rows_kernel(
     # [BLOCK_R, BLOCK_D]
     b_do = load_tile(do, o_t * stride_dt + o_h * stride_dh, o_d, 1, stride_dd, m_r, D, BLOCK_D, True)
     b_o = load_tile(o, o_t * stride_ot + o_h * stride_oh, o_d, 1, stride_od, m_r, D, BLOCK_D, True)
-    b_lse = tl.load(lse + o_t * stride_lt + o_h * stride_lh, mask=m_r, other=0.0)
+    b_lse = tl.load(lse + o_t * stride_lt + o_h * stride_lh, mask=m_r, other=float("-inf"))
     b_delta = tl.sum(b_do.to(tl.float32) * b_o.to(tl.float32), 1)
-    tl.store(row_delta + i_g * num_rows + o_r, b_delta, mask=m_r)
+    pitch = row_pitch * ROWS_ALIGNED
+    tl.store(row_delta + i_g * pitch + o_r, b_delta, mask=o_r < pitch)
     b_lse = tl.where(b_lse == float("-inf"), float("inf"), b_lse * LOG2E)
-    tl.store(row_lse + i_g * num_rows + o_r, b_lse, mask=m_r)
+    tl.store(row_lse + i_g * pitch + o_r, b_lse, mask=o_r < pitch)
 
 
 @triton.jit
@@ -91,25 +93,30 @@ def _weights(b_s, b_lse, m_seen, scale, softcap, MASKED: tl.constexpr):
 @triton.jit
 def _dq_step(
     b_dq, b_q, b_do, b_lse, b_delta, b_index, b_position, i_s,
-    k, v, key_begin, key_end, key_position,
+    k, v, key_begin, key_length, key_position,
     stride_ks, stride_kd, stride_vs, stride_vd,
     num_keys, window, scale, softcap,
-    D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, BF16_IN_BITS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One block of keys, from key i_s on, added to dq (without the factor σ)."""
     o_d = tl.arange(0, BLOCK_D)
+    # [BLOCK_K]; keys after the last are invisible, and any row will do for them
     o_j = tl.arange(0, BLOCK_K)
-    m_k = i_s + o_j < num_keys
+    o_s = tl.minimum(o_j, num_keys - 1 - i_s) if MASKED else o_j
+    p_s = i_s.to(tl.int64)
     # [BLOCK_K, BLOCK_D]
-    b_k = load_tile(k + i_s.to(tl.int64) * stride_ks, o_j, o_d, stride_ks, stride_kd, m_k, D, BLOCK_D, MASKED)
-    b_v = load_tile(v + i_s.to(tl.int64) * stride_vs, o_j, o_d, stride_vs, stride_vd, m_k, D, BLOCK_D, MASKED)
+    b_k = load_tile(k + p_s * stride_ks, o_s, o_d, stride_ks, stride_kd, True, D, BLOCK_D, False)
+    b_v = load_tile(v + p_s * stride_vs, o_s, o_d, stride_vs, stride_vd, True, D, BLOCK_D, False)
     # [BLOCK_Q, BLOCK_K]
     b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
     m_seen = True
     if MASKED:
-        b_begin, b_end, b_key_position = load_intervals(i_s + o_j, m_k, key_begin, key_end, key_position)
+        b_begin = tl.load(key_begin + i_s + o_j)
+        b_length = tl.load(key_length + i_s + o_j)
+        b_key_position = tl.load(key_position + i_s + o_j) if key_position is not None else b_begin
         m_seen = visible(
-            b_index[:, None], b_position[:, None], b_begin[None, :], b_end[None, :], b_key_position[None, :],
+            b_index[:, None], b_position[:, None], b_begin[None, :], b_length[None, :], b_key_position[None, :],
             window, key_position is not None,
         )  # fmt: skip
     b_p, b_s = _weights(b_s, b_lse[:, None], m_seen, scale, softcap, MASKED)
@@ -118,19 +125,19 @@ def _dq_step(
     if softcap is not None:
         b_ds = b_ds * (1.0 - (b_s / softcap) * (b_s / softcap))
     # [BLOCK_Q, BLOCK_D]
-    return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+    return tl.dot(narrowed(b_ds, b_k.dtype, BF16_IN_BITS), b_k, b_dq, input_precision=PRECISION)
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_keys", "num_key_blocks", "window"])
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "num_key_blocks", "row_pitch", "window"])
 def tree_attention_dq_kernel(
     do, q, k, v, row_delta, row_lse, dq,
-    key_begin, key_end, query_index, key_position, query_position,
+    key_begin, key_length, key_position, query_index, query_position,
     block_order, block_counts,
     stride_dt, stride_dh, stride_dd, stride_qt, stride_qh, stride_qd,
     stride_ks, stride_kg, stride_kd, stride_vs, stride_vg, stride_vd, stride_gt, stride_gh, stride_gd,
-    num_queries, num_keys, num_key_blocks, window, scale, softcap,
+    num_queries, num_keys, num_key_blocks, row_pitch, window, scale, softcap,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr, BF16_IN_BITS: tl.constexpr, ROWS_ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Grid (row blocks, G). One program: dq of BLOCK_Q rows of one group. g in stride_g*: the gradient dq."""
     num_rows = num_queries * GROUP
@@ -143,8 +150,8 @@ def tree_attention_dq_kernel(
     o_t, o_h = (o_r // GROUP).to(tl.int64), i_g * GROUP + o_r % GROUP
     b_index = tl.load(query_index + o_t, mask=m_r, other=-1)
     b_position = tl.load(query_position + o_t, mask=m_r, other=0) if query_position is not None else b_index
-    b_delta = tl.load(row_delta + i_g * num_rows + o_r, mask=m_r, other=0.0)
-    b_lse = tl.load(row_lse + i_g * num_rows + o_r, mask=m_r, other=float("inf"))
+    b_delta = tl.load(row_delta + i_g * row_pitch * ROWS_ALIGNED + o_r, mask=m_r, other=0.0)
+    b_lse = tl.load(row_lse + i_g * row_pitch * ROWS_ALIGNED + o_r, mask=m_r, other=float("inf"))
     # [BLOCK_Q, BLOCK_D]
     b_q = load_tile(q, o_t * stride_qt + o_h * stride_qh, o_d, 1, stride_qd, m_r, D, BLOCK_D, True)
     b_do = load_tile(do, o_t * stride_dt + o_h * stride_dh, o_d, 1, stride_dd, m_r, D, BLOCK_D, True)
@@ -158,14 +165,14 @@ def tree_attention_dq_kernel(
     for i in range(0, n_whole):
         b_dq = _dq_step(
             b_dq, b_q, b_do, b_lse, b_delta, b_index, b_position, tl.load(p_order + i) * BLOCK_K,
-            k, v, key_begin, key_end, key_position, stride_ks, stride_kd, stride_vs, stride_vd,
-            num_keys, window, scale, softcap, D, BLOCK_K, BLOCK_D, PRECISION, False,
+            k, v, key_begin, key_length, key_position, stride_ks, stride_kd, stride_vs, stride_vd,
+            num_keys, window, scale, softcap, D, BLOCK_K, BLOCK_D, PRECISION, BF16_IN_BITS, False,
         )  # fmt: skip
     for i in range(n_whole, n_whole + n_partial):
         b_dq = _dq_step(
             b_dq, b_q, b_do, b_lse, b_delta, b_index, b_position, tl.load(p_order + i) * BLOCK_K,
-            k, v, key_begin, key_end, key_position, stride_ks, stride_kd, stride_vs, stride_vd,
-            num_keys, window, scale, softcap, D, BLOCK_K, BLOCK_D, PRECISION, True,
+            k, v, key_begin, key_length, key_position, stride_ks, stride_kd, stride_vs, stride_vd,
+            num_keys, window, scale, softcap, D, BLOCK_K, BLOCK_D, PRECISION, BF16_IN_BITS, True,
         )  # fmt: skip
     p_dq = dq + (o_t * stride_gt + o_h * stride_gh)[:, None] + o_d[None, :] * stride_gd
     tl.store(p_dq, (b_dq * scale).to(dq.dtype.element_ty), mask=m_r[:, None] & (o_d < D)[None, :])
@@ -173,70 +180,67 @@ def tree_attention_dq_kernel(
 
 @triton.jit
 def _dkv_step(
-    b_dk, b_dv, b_k, b_v, b_begin, b_end, b_key_position, i_r, row_end,
-    do, q, row_delta, row_lse, query_index, query_position,
+    b_dk, b_dv, b_k, b_v, b_begin, b_length, b_key_position, i_r,
+    do, q, row_delta, row_lse, row_index, row_position,
     stride_dt, stride_dh, stride_dd, stride_qt, stride_qh, stride_qd,
-    window, scale, softcap,
+    num_rows, window, scale, softcap,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr, MASKED: tl.constexpr,
+    PRECISION: tl.constexpr, BF16_IN_BITS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One block of rows, from row i_r on, added to dk (without the factor σ) and dv; all but b_* are of one group."""
     o_d = tl.arange(0, BLOCK_D)
-    # [BLOCK_Q]
+    # [BLOCK_Q]; rows after the last have lse = +∞, and any query will do for them
     o_r = i_r + tl.arange(0, BLOCK_Q)
-    m_r = o_r < row_end
-    o_t, o_h = (o_r // GROUP).to(tl.int64), o_r % GROUP
+    o_q = tl.minimum(o_r, num_rows - 1) if MASKED else o_r
+    o_t, o_h = (o_q // GROUP).to(tl.int64), o_q % GROUP
     # [BLOCK_Q, BLOCK_D]
-    b_q = load_tile(q, o_t * stride_qt + o_h * stride_qh, o_d, 1, stride_qd, m_r, D, BLOCK_D, MASKED)
-    b_do = load_tile(do, o_t * stride_dt + o_h * stride_dh, o_d, 1, stride_dd, m_r, D, BLOCK_D, MASKED)
+    b_q = load_tile(q, o_t * stride_qt + o_h * stride_qh, o_d, 1, stride_qd, True, D, BLOCK_D, False)
+    b_do = load_tile(do, o_t * stride_dt + o_h * stride_dh, o_d, 1, stride_dd, True, D, BLOCK_D, False)
+    b_lse = tl.load(row_lse + o_r)
+    b_delta = tl.load(row_delta + o_r)
     m_seen = True
     if MASKED:
-        b_lse = tl.load(row_lse + o_r, mask=m_r, other=float("inf"))
-        b_delta = tl.load(row_delta + o_r, mask=m_r, other=0.0)
-        b_index = tl.load(query_index + o_t, mask=m_r, other=-1)
-        b_position = tl.load(query_position + o_t, mask=m_r, other=0) if query_position is not None else b_index
+        b_index = tl.load(row_index + o_r)
+        b_position = tl.load(row_position + o_r) if row_position is not None else b_index
         m_seen = visible(
-            b_index[None, :], b_position[None, :], b_begin[:, None], b_end[:, None], b_key_position[:, None],
-            window, query_position is not None,
+            b_index[None, :], b_position[None, :], b_begin[:, None], b_length[:, None], b_key_position[:, None],
+            window, row_position is not None,
         )  # fmt: skip
-    else:
-        b_lse = tl.load(row_lse + o_r)
-        b_delta = tl.load(row_delta + o_r)
     # [BLOCK_K, BLOCK_Q]: everything is transposed, so that P and dS enter their products as they are
     b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
     b_p, b_s = _weights(b_s, b_lse[None, :], m_seen, scale, softcap, MASKED)
     # [BLOCK_K, BLOCK_D]
-    b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
+    b_dv = tl.dot(narrowed(b_p, b_do.dtype, BF16_IN_BITS), b_do, b_dv, input_precision=PRECISION)
     b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
     b_ds = b_p * (b_dp - b_delta[None, :])
     if softcap is not None:
         b_ds = b_ds * (1.0 - (b_s / softcap) * (b_s / softcap))
-    b_dk = tl.dot(b_ds.to(b_q.dtype), b_q, b_dk, input_precision=PRECISION)
+    b_dk = tl.dot(narrowed(b_ds, b_q.dtype, BF16_IN_BITS), b_q, b_dk, input_precision=PRECISION)
     return b_dk, b_dv
 
 
 @triton.jit
-def _in_window(i_r, row_end, b_key_position, query_position, window, GROUP: tl.constexpr, BLOCK_Q: tl.constexpr):
+def _in_window(i_r, b_key_position, row_position, window, BLOCK_Q: tl.constexpr):
     """Whether some row of the block can have some key of the block inside its window."""
-    o_r = i_r + tl.arange(0, BLOCK_Q)
-    b_position = tl.load(query_position + o_r // GROUP, mask=o_r < row_end, other=NO_KEY)
+    b_position = tl.load(row_position + i_r + tl.arange(0, BLOCK_Q))
     return tl.min(b_position, 0) - tl.max(b_key_position, 0) < window
 
 
-@triton.jit(do_not_specialize=["num_queries", "num_keys", "window"])
+@triton.jit(do_not_specialize=["num_queries", "num_keys", "row_pitch", "window"])
 def tree_attention_dkv_kernel(
     do, q, k, v, row_delta, row_lse, dk, dv, partial,
-    key_begin, key_end, query_index, key_position, query_position, pieces,
+    key_begin, key_length, key_position, row_index, row_position, pieces,
     stride_dt, stride_dh, stride_dd, stride_qt, stride_qh, stride_qd,
     stride_ks, stride_kg, stride_kd, stride_vs, stride_vg, stride_vd,
     stride_gs, stride_gg, stride_gd, stride_hs, stride_hg, stride_hd,
-    num_queries, num_keys, window, scale, softcap,
+    num_queries, num_keys, row_pitch, window, scale, softcap,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    PRECISION: tl.constexpr, BF16_IN_BITS: tl.constexpr, ROWS_ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Grid (pieces, G). One program: one block of keys against one piece of the rows that see it.
 
-    k, v, key_begin, key_end, key_position start at the tree's own keys, of which there are num_keys. g and h in the
+    k, v, key_begin, key_length, key_position start at the tree's own keys, of which there are num_keys. g and h in the
     strides: the gradients dk and dv.
     """
     p_piece = pieces + tl.program_id(0) * 6
@@ -244,15 +248,18 @@ def tree_attention_dkv_kernel(
     i_b = tl.load(p_piece)
     if i_b < 0:
         return
-    row, row_end = tl.load(p_piece + 1), tl.load(p_piece + 2)
-    whole, whole_end = tl.load(p_piece + 3), tl.load(p_piece + 4)
-    slot = tl.load(p_piece + 5)
+    row = tl.multiple_of(tl.load(p_piece + 1), ROWS_ALIGNED)
+    whole = tl.multiple_of(tl.load(p_piece + 3), ROWS_ALIGNED)
+    whole_end = tl.multiple_of(tl.load(p_piece + 4), ROWS_ALIGNED)
+    row_end, slot = tl.load(p_piece + 2), tl.load(p_piece + 5)
 
     o_d = tl.arange(0, BLOCK_D)
     # [BLOCK_K]
     o_j = i_b * BLOCK_K + tl.arange(0, BLOCK_K)
     m_k = o_j < num_keys
-    b_begin, b_end, b_key_position = load_intervals(o_j, m_k, key_begin, key_end, key_position)
+    b_begin = tl.load(key_begin + o_j, mask=m_k, other=0)
+    b_length = tl.load(key_length + o_j, mask=m_k, other=0)
+    b_key_position = tl.load(key_position + o_j, mask=m_k, other=0) if key_position is not None else b_begin
     # [BLOCK_K, BLOCK_D]
     o_s = o_j.to(tl.int64)
     b_k = load_tile(k + i_g * stride_kg, o_s, o_d, stride_ks, stride_kd, m_k, D, BLOCK_D, True)
@@ -263,33 +270,34 @@ def tree_attention_dkv_kernel(
     num_rows = num_queries * GROUP
     q += i_g * GROUP * stride_qh
     do += i_g * GROUP * stride_dh
-    row_delta += i_g * num_rows
-    row_lse += i_g * num_rows
+    row_delta += i_g * row_pitch * ROWS_ALIGNED
+    row_lse += i_g * row_pitch * ROWS_ALIGNED
     for i_r in range(whole, whole_end, BLOCK_Q):
         b_dk, b_dv = _dkv_step(
-            b_dk, b_dv, b_k, b_v, b_begin, b_end, b_key_position, i_r, row_end,
-            do, q, row_delta, row_lse, query_index, query_position,
+            b_dk, b_dv, b_k, b_v, b_begin, b_length, b_key_position, i_r,
+            do, q, row_delta, row_lse, row_index, row_position,
             stride_dt, stride_dh, stride_dd, stride_qt, stride_qh, stride_qd,
-            window, scale, softcap, GROUP, D, BLOCK_Q, BLOCK_D, PRECISION, False,
+            num_rows, window, scale, softcap, GROUP, D, BLOCK_Q, BLOCK_D, PRECISION, BF16_IN_BITS, False,
         )  # fmt: skip
     # The rows before and after those that see the whole block.
     n_before = (whole - row) // BLOCK_Q
     for i in range(0, n_before + tl.cdiv(row_end - whole_end, BLOCK_Q)):
         i_r = tl.where(i < n_before, row + i * BLOCK_Q, whole_end + (i - n_before) * BLOCK_Q)
-        if query_position is None:
+        i_r = tl.multiple_of(i_r, ROWS_ALIGNED)
+        if row_position is None:
             b_dk, b_dv = _dkv_step(
-                b_dk, b_dv, b_k, b_v, b_begin, b_end, b_key_position, i_r, row_end,
-                do, q, row_delta, row_lse, query_index, query_position,
+                b_dk, b_dv, b_k, b_v, b_begin, b_length, b_key_position, i_r,
+                do, q, row_delta, row_lse, row_index, row_position,
                 stride_dt, stride_dh, stride_dd, stride_qt, stride_qh, stride_qd,
-                window, scale, softcap, GROUP, D, BLOCK_Q, BLOCK_D, PRECISION, True,
+                num_rows, window, scale, softcap, GROUP, D, BLOCK_Q, BLOCK_D, PRECISION, BF16_IN_BITS, True,
             )  # fmt: skip
         else:
-            if _in_window(i_r, row_end, b_key_position, query_position, window, GROUP, BLOCK_Q):
+            if _in_window(i_r, b_key_position, row_position, window, BLOCK_Q):
                 b_dk, b_dv = _dkv_step(
-                    b_dk, b_dv, b_k, b_v, b_begin, b_end, b_key_position, i_r, row_end,
-                    do, q, row_delta, row_lse, query_index, query_position,
+                    b_dk, b_dv, b_k, b_v, b_begin, b_length, b_key_position, i_r,
+                    do, q, row_delta, row_lse, row_index, row_position,
                     stride_dt, stride_dh, stride_dd, stride_qt, stride_qh, stride_qd,
-                    window, scale, softcap, GROUP, D, BLOCK_Q, BLOCK_D, PRECISION, True,
+                    num_rows, window, scale, softcap, GROUP, D, BLOCK_Q, BLOCK_D, PRECISION, BF16_IN_BITS, True,
                 )  # fmt: skip
 
     if slot < 0:
@@ -341,16 +349,22 @@ def tree_attention_reduce_kernel(
     tl.store(p_dv, b_dv.to(dv.dtype.element_ty), mask=m_e)
 
 
+def row_pitch(queries: int, group: int, block_q: int) -> int:
+    """Rows from one group to the next in the row arrays, in units of ROWS_ALIGNED: room for a block past the end."""
+    return triton.cdiv(queries * group + block_q, ROWS_ALIGNED)
+
+
 def workspace_size(schedule: TreeSchedule, heads: int, groups: int, dim: int, dkv: Options | None) -> int:
     """fp32 elements that `tree_attention_backward` needs: D and lse of each row, and the slots of partial sums.
 
     dkv: launch parameters of the dK, dV kernel; None where dk and dv are not wanted. At most
-    2 Nq H + 4 · PROGRAMS · BLOCK_K · G · (head dimension, padded).
+    2 (Nq H + G · (BLOCK_Q + 4)) + 4 · PROGRAMS · BLOCK_K · G · (head dimension, padded).
     """
-    rows = 2 * len(schedule.query_index) * heads
+    group, block_q = heads // groups, dkv["BLOCK_Q"] if dkv is not None else 0
+    rows = 2 * groups * row_pitch(len(schedule.query_index), group, block_q) * ROWS_ALIGNED
     if dkv is None:
         return rows
-    pieces = schedule.query_pieces(heads // groups, dkv["BLOCK_Q"], dkv["BLOCK_K"], dkv["PROGRAMS"])
+    pieces = schedule.query_pieces(group, block_q, dkv["BLOCK_K"], dkv["PROGRAMS"])
     return rows + 2 * pieces.slots * groups * dkv["BLOCK_K"] * block_width(dim)
 
 
@@ -408,21 +422,26 @@ def tree_attention_backward(
         workspace = torch.empty(needed, dtype=torch.float32, device=q.device)
     elif workspace.dtype != torch.float32 or not workspace.is_contiguous() or workspace.numel() < needed:
         raise ValueError(f"the workspace is {workspace.dtype} {list(workspace.shape)}; expected {needed} float32")
-    workspace = workspace.view(-1)
-    row_delta, row_lse = workspace[: queries * heads], workspace[queries * heads : 2 * queries * heads]
-    partial = workspace[2 * queries * heads :]
+    pitch = row_pitch(queries, group, of_dkv["BLOCK_Q"] if of_dkv is not None else 0)
+    rows = pitch * ROWS_ALIGNED * groups
+    row_delta, row_lse, partial = workspace.view(-1)[:needed].split((rows, rows, needed - 2 * rows))
 
     width, rows_per_program = block_width(dim), 32
-    tree_attention_rows_kernel[(triton.cdiv(queries * group, rows_per_program), groups)](
-        do, o, lse, row_delta, row_lse, *do.stride(), *o.stride(), *lse.stride(), queries,
-        GROUP=group, D=dim, BLOCK_R=rows_per_program, BLOCK_D=width,
+    tree_attention_rows_kernel[(triton.cdiv(pitch * ROWS_ALIGNED, rows_per_program), groups)](
+        do, o, lse, row_delta, row_lse, *do.stride(), *o.stride(), *lse.stride(), queries, pitch,
+        GROUP=group, D=dim, BLOCK_R=rows_per_program, BLOCK_D=width, ROWS_ALIGNED=ROWS_ALIGNED,
     )  # fmt: skip
     inputs = (do, q, k, v, row_delta, row_lse)
     strides = (*do.stride(), *q.stride(), *k.stride(), *v.stride())
+    common = (pitch, schedule.window, scale, softcap)
+    constants = {
+        "GROUP": group, "D": dim, "BLOCK_D": width, "PRECISION": precision, "BF16_IN_BITS": bf16_in_bits(q),
+        "ROWS_ALIGNED": ROWS_ALIGNED,
+    }  # fmt: skip
     if dq is not None:
-        _launch_dq(inputs, strides, dq, schedule, scale, softcap, precision, of("tree_attention_backward_dq"))
+        _launch_dq(inputs, strides, dq, schedule, common, {**constants, **of("tree_attention_backward_dq")})
     if dk is not None and dv is not None and of_dkv is not None and tree_keys[0]:
-        _launch_dkv(inputs, strides, dk, dv, partial, schedule, scale, softcap, precision, of_dkv)
+        _launch_dkv(inputs, strides, dk, dv, partial, schedule, common, {**constants, **of_dkv})
 
 
 def _launch_dq(
@@ -430,20 +449,14 @@ def _launch_dq(
     strides: tuple[int, ...],
     dq: Tensor,
     schedule: TreeSchedule,
-    scale: float,
-    softcap: float | None,
-    precision: str,
-    options: Options,
+    common: tuple[Any, ...],
+    constants: dict[str, Any],
 ) -> None:
-    (queries, heads, dim), (keys, groups, _) = inputs[1].shape, inputs[2].shape
-    group = heads // groups
-    lists = schedule.key_lists(group, options["BLOCK_Q"], options["BLOCK_K"])
+    queries, (keys, groups, _) = len(dq), inputs[2].shape
+    lists = schedule.key_lists(constants["GROUP"], constants["BLOCK_Q"], constants["BLOCK_K"])
     tree_attention_dq_kernel[(lists.order.shape[0], groups)](
-        *inputs, dq,
-        schedule.key_begin, schedule.key_end, schedule.query_index, schedule.key_position, schedule.query_position,
-        lists.order, lists.counts, *strides, *dq.stride(),
-        queries, keys, lists.order.shape[1], schedule.window, scale, softcap,
-        GROUP=group, D=dim, BLOCK_D=block_width(dim), PRECISION=precision, **options,
+        *inputs, dq, lists.begin, lists.length, lists.position, schedule.query_index, schedule.query_position,
+        lists.order, lists.counts, *strides, *dq.stride(), queries, keys, lists.order.shape[1], *common, **constants,
     )  # fmt: skip
 
 
@@ -454,26 +467,21 @@ def _launch_dkv(
     dv: Tensor,
     partial: Tensor,
     schedule: TreeSchedule,
-    scale: float,
-    softcap: float | None,
-    precision: str,
-    options: Options,
+    common: tuple[Any, ...],
+    constants: dict[str, Any],
 ) -> None:
     do, q, k, v, row_delta, row_lse = inputs
-    (queries, heads, dim), (_, groups, _), kept = q.shape, k.shape, schedule.kept
-    group, width, tree_keys = heads // groups, block_width(dim), len(dk)
-    launched = {name: value for name, value in options.items() if name != "PROGRAMS"}
-    pieces = schedule.query_pieces(group, options["BLOCK_Q"], options["BLOCK_K"], options["PROGRAMS"])
+    queries, (tree_keys, groups, dim), kept = len(q), dk.shape, schedule.kept
+    block_k, programs = constants["BLOCK_K"], constants.pop("PROGRAMS")
+    pieces = schedule.query_pieces(constants["GROUP"], constants["BLOCK_Q"], block_k, programs)
     key_position = schedule.key_position[kept:] if schedule.key_position is not None else None
     tree_attention_dkv_kernel[(len(pieces.pieces), groups)](
         do, q, k[kept:], v[kept:], row_delta, row_lse, dk, dv, partial,
-        schedule.key_begin[kept:], schedule.key_end[kept:], schedule.query_index, key_position,
-        schedule.query_position, pieces.pieces, *strides, *dk.stride(), *dv.stride(),
-        queries, tree_keys, schedule.window, scale, softcap,
-        GROUPS=groups, GROUP=group, D=dim, BLOCK_D=width, PRECISION=precision, **launched,
+        schedule.key_begin[kept:], schedule.key_length[kept:], key_position, pieces.row_index, pieces.row_position,
+        pieces.pieces, *strides, *dk.stride(), *dv.stride(), queries, tree_keys, *common, GROUPS=groups, **constants,
     )  # fmt: skip
-    tile, elements = options["BLOCK_K"] * width, 256
-    tree_attention_reduce_kernel[(len(pieces.blocks), triton.cdiv(tile, elements), groups)](
-        partial, dk, dv, pieces.blocks, *dk.stride(), *dv.stride(), tree_keys, scale,
-        GROUPS=groups, D=dim, BLOCK_K=options["BLOCK_K"], BLOCK_D=width, BLOCK_E=elements, BLOCK_S=8, num_warps=1,
+    width, elements = constants["BLOCK_D"], 256
+    tree_attention_reduce_kernel[(len(pieces.blocks), triton.cdiv(block_k * width, elements), groups)](
+        partial, dk, dv, pieces.blocks, *dk.stride(), *dv.stride(), tree_keys, common[2],
+        GROUPS=groups, D=dim, BLOCK_K=block_k, BLOCK_D=width, BLOCK_E=elements, BLOCK_S=8, num_warps=1,
     )  # fmt: skip

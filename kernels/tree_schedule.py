@@ -36,30 +36,39 @@ from torch import Tensor
 
 _LAST = 2**31 - 1
 _NOWHERE = 2**30  # a position no token has; twice it still fits int32
+ROWS_ALIGNED = 4
+"""Rows that a piece may begin at: four fp32 values are one 128-bit load."""
 
 
 @dataclass(frozen=True)
 class KeyLists:
     """order: [row blocks, key blocks] int32, wholly visible blocks first, then partly visible, then the rest.
 
-    counts: [row blocks, 2] int32, how many of the first and of the second kind.
+    counts: [row blocks, 2] int32, how many of the first and of the second kind. begin, length (of the interval),
+    position: [key blocks · block size] int32, filled up with keys nobody sees, so that no load of them needs a mask.
     """
 
     order: Tensor
     counts: Tensor
+    begin: Tensor
+    length: Tensor
+    position: Tensor | None
 
 
 @dataclass(frozen=True)
 class QueryPieces:
     """pieces: [at most blocks + programs, 6] int32: key block (−1: none), rows begin, end, unmasked begin, end, slot.
 
-    A slot of −1 means that this is the block's only piece. blocks: [key blocks, 2] int32: first slot, number of slots.
-    slots: how many slots of partial sums the launch may need.
+    Rows begin at multiples of ROWS_ALIGNED. A slot of −1 means that this is the block's only piece. blocks:
+    [key blocks, 2] int32: first slot, number of slots. slots: how many slots of partial sums the launch may need.
+    row_index, row_position: [rows + block size] int32, those of each row's query; −1 where there is no row.
     """
 
     pieces: Tensor
     blocks: Tensor
     slots: int
+    row_index: Tensor
+    row_position: Tensor | None
 
 
 @dataclass
@@ -78,6 +87,7 @@ class TreeSchedule:
     query_position: Tensor | None = None
     key_position: Tensor | None = None
     window: int | None = None
+    key_length: Tensor = field(init=False, repr=False)
     _lists: dict[tuple[int, ...], KeyLists] = field(default_factory=dict, repr=False)
     _pieces: dict[tuple[int, ...], QueryPieces] = field(default_factory=dict, repr=False)
 
@@ -103,6 +113,7 @@ class TreeSchedule:
             setattr(self, name, x.contiguous())
         if not 0 <= self.kept <= len(self.key_begin):
             raise ValueError(f"kept is {self.kept}; there are {len(self.key_begin)} keys")
+        self.key_length = (self.key_end - self.key_begin).clamp(min=0)
 
     @property
     def device(self) -> torch.device:
@@ -144,7 +155,13 @@ class TreeSchedule:
         kind = 2 - seen.to(torch.int8) - whole.to(torch.int8)
         order = torch.argsort(kind, dim=1, stable=True).to(torch.int32)
         counts = torch.stack((whole.sum(1), (seen & ~whole).sum(1)), dim=1).to(torch.int32)
-        return KeyLists(order.contiguous(), counts.contiguous())
+        filled = [
+            _in_blocks(x, block_k, 0).view(-1) if x is not None else None
+            for x in (self.key_begin, self.key_length, self.key_position)
+        ]
+        assert filled[0] is not None
+        assert filled[1] is not None
+        return KeyLists(order.contiguous(), counts.contiguous(), filled[0], filled[1], filled[2])
 
     def _query_pieces(self, group: int, block_q: int, block_k: int, programs: int) -> QueryPieces:
         begin, end = self.key_begin[self.kept :], self.key_end[self.kept :]
@@ -153,7 +170,7 @@ class TreeSchedule:
             """The first row whose query's tree index is at least the bound."""
             return torch.searchsorted(self.query_index, bound.contiguous()) * group
 
-        low = row_of(_least(begin, block_k, _LAST))
+        low = row_of(_least(begin, block_k, _LAST)) // ROWS_ALIGNED * ROWS_ALIGNED
         high = torch.maximum(row_of(_most(end, block_k, 0)), low)
         count = (high - low + block_q - 1) // block_q
         # Row blocks [whole_low, whole_high) of the range see every key of the block.
@@ -164,7 +181,7 @@ class TreeSchedule:
             whole_high = whole_low
 
         blocks = len(count)
-        at_most = max(-(-len(self.query_index) * group // block_q), 1)  # row blocks there are
+        at_most = -(-len(self.query_index) * group // block_q) + 1  # row blocks of one key block
         length = ((count.sum() + programs - 1) // programs).clamp(min=1)
         pieces = ((count + length - 1) // length).clamp(min=1)
         last_piece = pieces.cumsum(0)
@@ -192,7 +209,13 @@ class TreeSchedule:
             dim=1,
         )
         slots = min(2 * programs, blocks * at_most) if blocks else 0
-        return QueryPieces(table.to(torch.int32), torch.stack((first_slot, split), dim=1).to(torch.int32), slots)
+        of_blocks = torch.stack((first_slot, split), dim=1).to(torch.int32)
+        row_index, row_position = (
+            torch.cat((x.repeat_interleave(group), x.new_full((block_q,), -1))) if x is not None else None
+            for x in (self.query_index, self.query_position)
+        )
+        assert row_index is not None
+        return QueryPieces(table.to(torch.int32), of_blocks, slots, row_index, row_position)
 
 
 def _in_blocks(x: Tensor, block: int, missing: int) -> Tensor:
