@@ -28,13 +28,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import triton
 
 from .capture import Launch, intercepted
 
 ARCH, WAVE = "gfx942", 64
+_ROW = WAVE * 4  # bytes of one vector register
 _SPARE_REGISTER = 255
+_VCC, _LITERAL = 106, 255  # operand codes
+_EXEC, _COUNTER = 126, 256  # the emulator's scalar registers: which lanes are switched on, and the program counter
 _LDS_GRANULE = 512
 
 KINDS = ("matrix", "vector", "scalar", "global", "shared", "other")
@@ -91,19 +95,79 @@ def unavailable() -> str | None:
     return None
 
 
+@dataclass(frozen=True)
+class _Mend:
+    """What the emulator would get wrong about one instruction.
+
+    shuffled: register that a lane shuffle reads and writes. address: register with addresses in shared memory.
+    elsewhere: where another encoding of this instruction of four bytes stands (operands are read from there).
+    """
+
+    shuffled: int | None = None
+    address: int | None = None
+    elsewhere: int = 0
+
+
 class _Step:
     """What the emulator's loop expects of a compiled instruction, with all its buffers handed through and counted."""
 
-    def __init__(self, name: str, run: Any, wanted: list[int], shuffled: int | None) -> None:
-        self.name, self.run, self.wanted, self.shuffled = name, run, wanted, shuffled
+    def __init__(self, name: str, run: Any, wanted: list[int], mend: "_Mend") -> None:
+        self.name, self.run, self.wanted = name, run, wanted
+        self.shuffled, self.address, self.elsewhere = mend.shuffled, mend.address, mend.elsewhere
         self.fxn, self.arg, self.globals = self, self, [0, 1, 2, 3, 4, 5]
 
     def __call__(self, *buffers: Any) -> None:
+        scalars, registers = buffers[0].value, buffers[1].value
         if self.shuffled is not None:
-            registers, row = buffers[1].value, WAVE * 4
-            ctypes.memmove(registers + _SPARE_REGISTER * row, registers + self.shuffled * row, row)
+            ctypes.memmove(registers + _SPARE_REGISTER * _ROW, registers + self.shuffled * _ROW, _ROW)
         _executed[self.name] += 1
-        self.run(*[buffers[i] for i in self.wanted])
+        inputs = [buffers[i] for i in self.wanted]
+        if self.elsewhere:
+            counter = ctypes.c_uint64.from_address(scalars + _COUNTER * 4)
+            following, counter.value = counter.value + 4, self.elsewhere
+            self.run(*inputs)
+            counter.value = following
+            return
+        if self.address is None:
+            self.run(*inputs)
+            return
+        active = np.unpackbits(_memory(scalars + _EXEC * 4, 8), bitorder="little").astype(bool)
+        row = _memory(registers + self.address * _ROW, _ROW).view(np.uint32)
+        idle = row[~active]
+        row[~active] = 0
+        self.run(*inputs)
+        row[~active] = idle
+
+
+def _long_encoding(kind: str, raw: bytes) -> bytes | None:
+    """The VOP3 form of a VOP1, VOP2 or VOPC instruction that names a register from 128 on; else None.
+
+    Encodings: AMD Instinct MI300 (CDNA3) ISA, chapter 12. Raises RuntimeError where there is no such form.
+    """
+    word = int.from_bytes(raw[:4], "little")
+    source, second, target = word & 511, word >> 9 & 255, word >> 17 & 255
+    if source < 256 + 128 and second < 128 and target < 128:
+        return None
+    if kind == "VOP1":
+        operation, second, operands = 0x140 + second, 0, source
+    elif kind == "VOP2":
+        operation, operands = 0x100 + (word >> 25 & 63), source | (256 + second) << 9
+    elif kind == "VOPC":
+        operation, target, operands = target, _VCC, source | (256 + second) << 9
+    else:
+        return None if not kind.startswith(("VOP1", "VOP2", "VOPC")) else _no_long_encoding(kind)
+    if source == _LITERAL:
+        return _no_long_encoding(kind)
+    return (0x34 << 26 | operation << 16 | target).to_bytes(4, "little") + operands.to_bytes(4, "little")
+
+
+def _no_long_encoding(kind: str) -> bytes:
+    raise RuntimeError(f"a 16-bit {kind} instruction with a register from 128 on is more than the emulator can do")
+
+
+def _memory(at: int, size: int) -> np.ndarray:
+    """The bytes at an address."""
+    return np.ctypeslib.as_array((ctypes.c_ubyte * size).from_address(at))
 
 
 _executed: Counter[str] = Counter()
@@ -119,18 +183,30 @@ def _emulator() -> Any:
     from test.mockgpu.amd import emu
 
     compile_at, lanes_of = emu._decode_at, emu._dpp16_ctrl
+    encodings: list[Any] = []
 
     def decode_at(pc: int, arch: str) -> Any:
         raw = bytes((ctypes.c_char * 16).from_address(pc).raw)
         instruction = emu.decode_inst(raw, arch)
+        name = str(instruction).split("(")[0]
+        kind = type(instruction).__name__
+        shuffled = address = None
+        elsewhere = 0
         # A lane shuffle that writes the register it reads: the emulator goes lane by lane and would read its own
         # results, so the source goes through a register that the kernel does not use.
-        shuffles = "DPP16" in type(instruction).__name__ and hasattr(instruction, "vdst")
-        source = raw[4] if shuffles and raw[4] == instruction.vdst.offset & 255 else None
-        if source is not None:
+        if "DPP16" in kind and hasattr(instruction, "vdst") and raw[4] == instruction.vdst.offset & 255:
+            shuffled = raw[4]
             ctypes.c_ubyte.from_address(pc + 4).value = _SPARE_REGISTER
-        (program, runtime), _ = compile_at(pc, arch)
-        step = _Step(str(instruction).split("(")[0], runtime.fxn, program.arg.globals, source)
+        # Shared memory is accessed at the addresses of switched-off lanes as well, which may be anything.
+        if name.startswith("ds_") and "permute" not in name and "swizzle" not in name:
+            address = instruction.addr.offset & 255
+        # In the short encodings of 16-bit operations a register from 128 on is taken for the upper half of another
+        # one, as on RDNA3. The long encoding of the same operation is not.
+        if 16 in instruction.canonical_op_bits.values() and (long := _long_encoding(kind, raw)):
+            encodings.append(ctypes.create_string_buffer(long, 16))
+            elsewhere = ctypes.addressof(encodings[-1])
+        (program, runtime), _ = compile_at(elsewhere or pc, arch)
+        step = _Step(name, runtime.fxn, program.arg.globals, _Mend(shuffled, address, elsewhere))
         return (step, step), instruction
 
     def lane_shuffle(lane: Any, control: int, row_mask: Any, bank_mask: Any, wave_size: int) -> Any:

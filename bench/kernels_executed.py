@@ -8,6 +8,7 @@ import argparse
 import multiprocessing
 import sys
 import warnings
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import torch
@@ -109,8 +110,8 @@ def report(args: argparse.Namespace) -> list[Row]:
     types = args.dtype or (["bfloat16"] if args.quick else list(TYPES))
     work = [(t.name, dtype) for t in chosen for dtype in types]
     if args.jobs > 1 and len(work) > 3:
-        with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
-            rows = list(pool.imap(_one, work))
+        with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+            rows = list(pool.map(_one, work))
     else:
         rows = [_one(job) for job in work]
     print_rows(rows)

@@ -12,6 +12,7 @@ import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterable
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 ARCHES = ("sm_80", "sm_90", "sm_100", "gfx942")
@@ -101,8 +102,8 @@ def compile_all(names: Iterable[str], arches: Iterable[str], jobs: int) -> list[
     work = [(name, arch) for arch in arches for name in names]
     if jobs <= 1 or len(work) < 4:
         return [row for job in work for row in _compile_one(job)]
-    with multiprocessing.get_context("spawn").Pool(jobs) as pool:
-        return [row for rows in pool.imap(_compile_one, work, chunksize=4) for row in rows]
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        return [row for rows in pool.map(_compile_one, work, chunksize=4) for row in rows]
 
 
 def violations(rows: Iterable[Row]) -> list[str]:

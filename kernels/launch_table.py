@@ -8,8 +8,8 @@ Kernels and the keys their rows have, besides num_warps and num_stages:
     rms_norm, rms_norm_backward, prompt_step             BLOCK                       sizes: width (of a row)
     rope, rope_backward                                  BLOCK_H                     sizes: head_dim
     swiglu, swiglu_backward, embed, embed_backward       BLOCK                       sizes: width (of a row)
-    linear_cross_entropy                                 BLOCK_N, BLOCK_V, BLOCK_D, PROGRAMS    sizes: width (d)
-    linear_cross_entropy_merge                           BLOCK_N, BLOCK_D            sizes: width (d)
+    linear_cross_entropy                                 BLOCK_N, BLOCK_V, BLOCK_D, BLOCK_E, PROGRAMS   sizes: width
+    linear_cross_entropy_merge                           BLOCK_N, BLOCK_D            sizes: width
     quantized_linear, quantized_linear_backward          BLOCK_M, BLOCK_N, BLOCK_K   sizes: as the launcher names them
 
 PROGRAMS: how many programs a long range (queries of a trunk key, keys, vocabulary) is shared out over. BLOCK_Q of the
@@ -68,7 +68,67 @@ _ROWWISE = (
     ),
 )  # fmt: skip
 
-ROWS: tuple[Row, ...] = _ROWWISE
+_PRODUCTS = (
+    Row(
+        "linear_cross_entropy", "sm_80",
+        {"BLOCK_N": 64, "BLOCK_V": 128, "BLOCK_D": 64, "BLOCK_E": 64, "PROGRAMS": 216, "num_warps": 8, "num_stages": 2},
+        "198 registers: with 4 warps, or 256 tokens of vocabulary, logits and sum spill; two programs a multiprocessor",
+        bytes=_HALF,
+    ),
+    Row(
+        "linear_cross_entropy", "sm_90",
+        {"BLOCK_N": 64, "BLOCK_V": 256, "BLOCK_D": 64, "BLOCK_E": 32, "PROGRAMS": 132, "num_warps": 8, "num_stages": 2},
+        "254 registers; the wide tile halves the traffic of the sums, whose 128 multiprocessors' worth outgrows the L2",
+        bytes=_HALF,
+    ),
+    Row(
+        "linear_cross_entropy", "sm_100",
+        {"BLOCK_N": 64, "BLOCK_V": 128, "BLOCK_D": 64, "BLOCK_E": 64, "PROGRAMS": 148, "num_warps": 8, "num_stages": 2},
+        "242 registers; 256 tokens of vocabulary spill, because a thread takes whole rows out of tensor memory",
+        bytes=_HALF,
+    ),
+    Row(
+        "linear_cross_entropy", "gfx942",
+        {"BLOCK_N": 64, "BLOCK_V": 128, "BLOCK_D": 64, "BLOCK_E": 64, "PROGRAMS": 304, "num_warps": 8, "num_stages": 1},
+        "150 registers, three wavefronts a SIMD; with 4 warps scalar registers spill",
+        bytes=_HALF,
+    ),
+    Row(
+        "quantized_linear", "sm_*", {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3},
+        "few rows: the weights are streamed, 64 bytes of a row at a time, and 16 columns are the least that mma takes",
+        bytes=_HALF, at_most={"rows": 16},
+    ),
+    Row(
+        "quantized_linear", "gfx942", {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 1},
+        "few rows, as on sm_*", bytes=_HALF, at_most={"rows": 16},
+    ),
+    Row(
+        "quantized_linear_backward", "sm_*",
+        {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3},
+        "few rows: more programs over the columns", bytes=_HALF, at_most={"rows": 16},
+    ),
+    Row(
+        "quantized_linear", "sm_*", {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3},
+        "140 to 163 registers; every dequantised element serves 128 rows of x, one group per tile is one scale a row",
+        bytes=_HALF,
+    ),
+    Row(
+        "quantized_linear", "gfx942", {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1},
+        "123 registers; as on sm_*", bytes=_HALF,
+    ),
+    Row(
+        "quantized_linear_backward", "sm_*",
+        {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 3},
+        "two accumulators of 128 x 64 (int4); 128 columns spill on sm_80", bytes=_HALF,
+    ),
+    Row(
+        "quantized_linear_backward", "gfx942",
+        {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 1},
+        "181 registers; as on sm_*", bytes=_HALF,
+    ),
+)  # fmt: skip
+
+ROWS: tuple[Row, ...] = _ROWWISE + _PRODUCTS
 
 _ATTENTION = ("tree_attention_forward", "tree_attention_backward_dq", "tree_attention_backward_dkv", "decode_attention")
 _WHOLE_ROW = {"rms_norm": 512, "rms_norm_backward": 512, "prompt_step": 256}
@@ -102,7 +162,7 @@ def heuristic(kernel: str, arch: str, element_bytes: int, sizes: dict[str, int])
         return {"BLOCK_N": 16, "BLOCK_D": 128, "num_warps": 4, "num_stages": 1}
     if kernel == "linear_cross_entropy":
         n, v = (32, 64) if small else (64, 128)
-        tiles = {"BLOCK_N": n, "BLOCK_V": v, "BLOCK_D": 32, "PROGRAMS": programs}
+        tiles = {"BLOCK_N": n, "BLOCK_V": v, "BLOCK_D": 32, "BLOCK_E": 32, "PROGRAMS": programs}
         return {**tiles, "num_warps": 4, "num_stages": stages}
     if kernel.startswith("quantized_linear"):
         m = 16 if sizes.get("rows", 64) <= 16 else 32 if small else 64
