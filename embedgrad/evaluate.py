@@ -7,12 +7,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from embedgrad.errors import DataError
 from embedgrad.example import Example
-from embedgrad.generate import generate
-from embedgrad.gradient import score
+from embedgrad.generate import write_answers
+from embedgrad.model.decoding import KeyValueCache
 from embedgrad.model.model import Model
 from embedgrad.prompt import SoftPrompt
+from embedgrad.render import Rendered, render, render_query
 from embedgrad.sampling import Sampling
 
 Z_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
@@ -52,7 +56,8 @@ class Record:
 @dataclass(frozen=True)
 class Evaluation:
     """generated_accuracy: the answer written equals the target, but for case, surrounding white space and a final
-    full stop. choice_accuracy (with labels): the label with the highest log-probability is the target."""
+    full stop. choice_accuracy (with labels): the label whose tokens, with the
+    end of the answer, have the highest log-probability is the target."""
 
     generated_accuracy: Accuracy
     choice_accuracy: Accuracy | None
@@ -73,7 +78,7 @@ def evaluate(
     """Generate an answer to every example; with `labels`, also ask which of them is most likely.
 
     sampling: default greedy, as many tokens as the longest target (and label) needs and eight more. Raises DataError
-    (no examples, a target that is not text or not among the labels) and what `generate` and `score` raise.
+    (no examples, a target that is not text or not among the labels) and what `generate` raises.
     """
     if not examples:
         raise DataError("there are no examples to evaluate on; give at least one.")
@@ -85,8 +90,11 @@ def evaluate(
     if sampling is None:
         texts = {str(example.target) for example in examples} | set(labels or ())
         sampling = Sampling(max_new_tokens=max(len(model.tokenizer.encode(text)) for text in texts) + 8)
-    answers = generate(model, prompt, [example.query for example in examples], sampling)
-    choices = [None] * len(examples) if labels is None else choose_labels(model, prompt, examples, labels)
+    prompt.check_model(model)
+    rendered = [render_query(model, prompt, e.query, where=f"example {i}") for i, e in enumerate(examples)]
+    chooser = None if labels is None else _LabelChooser(model, prompt, examples, rendered, labels)
+    answers = write_answers(model, prompt, rendered, sampling, on_prefill=chooser)
+    choices = [None] * len(examples) if chooser is None else chooser.choices
     records = [
         Record(example.query, str(example.target), answer.text, same_answer(answer.text, str(example.target)), choice)
         for example, answer, choice in zip(examples, answers, choices, strict=True)
@@ -107,13 +115,44 @@ def same_answer(answer: str, target: str) -> bool:
     return plain(answer) == plain(target)
 
 
-def choose_labels(
-    model: Model, prompt: SoftPrompt, examples: Sequence[Example], labels: Sequence[str]
-) -> list[str]:
-    """For each example the label with the highest log-probability of its tokens and of ending there."""
-    if not labels:
-        raise DataError("there are no labels to choose from; give at least one.")
-    asked = [replace(example, target=label, weight=1.0) for example in examples for label in labels]
-    likelihood = [-float(nll.double().sum()) for nll in score(model, prompt, asked).token_nll]
-    rows = [likelihood[i : i + len(labels)] for i in range(0, len(likelihood), len(labels))]
-    return [labels[max(range(len(labels)), key=row.__getitem__)] for row in rows]
+class _LabelChooser:
+    """Finds each query's most likely label right after its prefill: one decoding step per token of a label."""
+
+    def __init__(
+        self,
+        model: Model,
+        prompt: SoftPrompt,
+        examples: Sequence[Example],
+        rendered: Sequence[Rendered],
+        labels: Sequence[str],
+    ) -> None:
+        if not labels:
+            raise DataError("there are no labels to choose from; give at least one.")
+        self.labels = labels
+        self.choices: list[str] = []
+        self._device = model.device
+        self._continuations = [
+            [render(model, prompt, replace(example, target=label)).ids[len(context.ids) :] for label in labels]
+            for example, context in zip(examples, rendered, strict=True)
+        ]
+
+    def __call__(self, start: int, cache: KeyValueCache, logits: Tensor) -> None:
+        """Choose for the queries from `start` on, whose contexts are in `cache`, with next-token `logits` [B, V]."""
+        queries = self._continuations[start : start + cache.batch]
+        scores = [self._log_likelihood(cache, logits, [q[n] for q in queries]) for n in range(len(self.labels))]
+        self.choices += [self.labels[i] for i in torch.stack(scores).argmax(dim=0).tolist()]
+
+    def _log_likelihood(self, cache: KeyValueCache, logits: Tensor, ids: Sequence[Sequence[int]]) -> Tensor:
+        """Σ log p of each query's tokens `ids`, [B] float64. Shorter ones are padded with tokens that do not count."""
+        mark = cache.mark()
+        total = torch.zeros(len(ids), dtype=torch.float64, device=self._device)
+        longest = max(len(tokens) for tokens in ids)
+        for t in range(longest):
+            at = torch.tensor([tokens[min(t, len(tokens) - 1)] for tokens in ids], device=self._device)
+            counts = torch.tensor([t < len(tokens) for tokens in ids], device=self._device)
+            log_p = logits.double().log_softmax(dim=1).gather(1, at[:, None]).squeeze(1)
+            total += torch.where(counts, log_p, 0)
+            if t + 1 < longest:
+                logits = cache.logits(cache.advance(at))
+        cache.rewind(mark)
+        return total

@@ -56,9 +56,25 @@ def generate(
     `batch_size` queries are decoded at a time; it changes speed and memory only. `on_answer(index, generation)` is
     called as each answer is finished. Raises PromptError, DataError, ContextError (a query that fills the context).
     """
-    sampling = Sampling() if sampling is None else sampling
     prompt.check_model(model)
     rendered = [render_query(model, prompt, query, where=f"query {i}") for i, query in enumerate(queries)]
+    return write_answers(
+        model, prompt, rendered, Sampling() if sampling is None else sampling, batch_size=batch_size, on_answer=on_answer
+    )
+
+
+def write_answers(
+    model: Model,
+    prompt: SoftPrompt,
+    rendered: Sequence[Rendered],
+    sampling: Sampling,
+    *,
+    batch_size: int = 32,
+    on_answer: Callable[[int, Generation], None] | None = None,
+    on_prefill: Callable[[int, KeyValueCache, Tensor], None] | None = None,
+) -> list[Generation]:
+    """`generate` for rendered queries. `on_prefill(first index, cache, logits [B, V])` sees each batch before its first
+    token is chosen; it may go on with the cache as long as it rewinds it."""
     if not rendered:
         return []
     trunk = _common_prefix(rendered)
@@ -66,7 +82,7 @@ def generate(
         model, rendered[0].ids[:trunk], (), (), prompt.embeddings.to(model.device), rendered[0].prompt_rows[:trunk]
     )
     end = end_token(model, prompt)
-    writer = _Writer(model, prompt, sampling, {*model.tokenizer.eos_ids, *(() if end is None else (end,))}, on_answer)
+    writer = _Writer(model, prompt, sampling, {*model.tokenizer.eos_ids, *(() if end is None else (end,))}, on_answer, on_prefill)
     for start in range(0, len(rendered), batch_size):
         writer.write(rendered[start : start + batch_size], start, kept)
     return [writer.answers[i] for i in range(len(rendered))]
@@ -94,12 +110,14 @@ class _Writer:
         sampling: Sampling,
         stop_ids: set[int],
         on_answer: Callable[[int, Generation], None] | None,
+        on_prefill: Callable[[int, KeyValueCache, Tensor], None] | None,
     ) -> None:
         self.model = model
         self.embeddings = prompt.embeddings.to(model.device)
         self.sampling = sampling
         self.stop_ids = stop_ids
         self.on_answer = on_answer
+        self.on_prefill = on_prefill
         self.answers: dict[int, Generation] = {}
         # A stop text can begin in the middle of a token and can span several; this many tokens of the end hold it.
         self._tail = max((len(text.encode()) for text in sampling.stop), default=0) + 1
@@ -116,9 +134,10 @@ class _Writer:
                 )
             active.append(_Sequence(i, room - len(sequence.ids), self.sampling.generator(i)))
         cache, hidden = self._prefill(batch, trunk)
+        logits = cache.logits(hidden)
+        if self.on_prefill is not None:
+            self.on_prefill(start, cache, logits)
         while True:
-            logits = torch.empty(len(hidden), self.model.weights.head.shape[0], dtype=hidden.dtype, device=hidden.device)
-            self.model.weights.head.forward(hidden, out=logits)
             chosen = choose(logits, self.sampling, [s.generator for s in active])
             going = [n for n, (s, token) in enumerate(zip(active, chosen, strict=True)) if not self._append(s, token)]
             if not going:
@@ -126,7 +145,7 @@ class _Writer:
             if len(going) < len(active):
                 active = [active[n] for n in going]
                 cache.keep(torch.tensor(going, device=self.model.device))
-            hidden = cache.advance(torch.tensor([s.ids[-1] for s in active], device=self.model.device))
+            logits = cache.logits(cache.advance(torch.tensor([s.ids[-1] for s in active], device=self.model.device)))
 
     def _prefill(self, batch: Sequence[Rendered], trunk: Tensor) -> tuple[KeyValueCache, Tensor]:
         """Keys and values of what each sequence does not share, and the hidden state of its last token [B, d]."""
@@ -136,7 +155,7 @@ class _Writer:
             model.config, tree, (trunk,) if shared else (), model.dtype, model.device, rows=tree.leaves
         )
         lengths = torch.tensor([len(s.ids) - shared for s in batch])
-        cache = KeyValueCache(model, trunk, lengths, self.sampling.max_new_tokens)
+        cache = KeyValueCache(model, trunk, lengths)
         sequence = torch.repeat_interleave(torch.arange(len(batch)), lengths)
         at = torch.cat([torch.arange(int(n)) for n in lengths])
         size = StepSize(tree.num_tokens, shared, len(batch), None, 0)

@@ -15,20 +15,18 @@ GROWTH = 64  # tokens by which the cache grows when it is full
 class KeyValueCache:
     """Keys and values of a shared trunk and of B sequences behind it.
 
-    trunk [L, 2, S, G, D]; own [L, 2, B, C, G, D], of which `lengths` [B] count; C grows as tokens come, up to
-    `new_tokens` more than the longest sequence has at first.
+    trunk [L, 2, S, G, D]; own [L, 2, B, C, G, D], of which `lengths` [B] count; C grows as tokens come.
     """
 
-    def __init__(self, model: Model, trunk: Tensor, lengths: Tensor, new_tokens: int) -> None:
+    def __init__(self, model: Model, trunk: Tensor, lengths: Tensor) -> None:
         config = model.config
         self.model = model
         self.trunk = trunk
         self.lengths = lengths.to(model.device)
         self._longest = int(lengths.max())
-        self._limit = self._longest + new_tokens
         self.own = torch.empty(
-            config.num_layers, 2, len(lengths), min(self._longest + GROWTH, self._limit), config.num_kv_heads,
-            config.head_dim, dtype=model.dtype, device=model.device,
+            config.num_layers, 2, len(lengths), self._longest + GROWTH, config.num_kv_heads, config.head_dim,
+            dtype=model.dtype, device=model.device,
         )  # fmt: skip
 
     @property
@@ -53,7 +51,7 @@ class KeyValueCache:
         every = torch.arange(batch, device=device)
         cos, sin = rotations(config, self.trunk.shape[2] + self.lengths, dtype)
         at, self.lengths = self.lengths, self.lengths + 1
-        self._longest += 1
+        self._longest += 1  # at least the largest of `lengths`, known without asking the device
         if self._longest > self.own.shape[3]:
             self._grow()
         first_seen = self._first_seen()
@@ -83,6 +81,20 @@ class KeyValueCache:
             x = layer.down.forward(activation, out=new(config.hidden_size), add=x)
         return ops.rms_norm(x, model.weights.final_norm, eps, out=normed)
 
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [B, V] of final-normed hidden states [B, d]."""
+        head = self.model.weights.head
+        out = torch.empty(len(hidden), head.shape[0], dtype=hidden.dtype, device=hidden.device)
+        return head.forward(hidden, out=out)
+
+    def mark(self) -> tuple[Tensor, int]:
+        """The present state, for `rewind`."""
+        return self.lengths, self._longest
+
+    def rewind(self, mark: tuple[Tensor, int]) -> None:
+        """Back to an earlier state of the same sequences: what came after it is forgotten."""
+        self.lengths, self._longest = mark
+
     def _first_seen(self) -> dict[int | None, Tensor | None]:
         """For each sliding window the first key, counted through trunk and own, that each sequence [B] still sees."""
         trunk = self.trunk.shape[2]
@@ -93,6 +105,6 @@ class KeyValueCache:
 
     def _grow(self) -> None:
         old, shape = self.own, list(self.own.shape)
-        shape[3] = min(shape[3] + GROWTH, self._limit)
+        shape[3] += GROWTH
         self.own = torch.empty(shape, dtype=old.dtype, device=old.device)
         self.own[:, :, :, : old.shape[3]] = old

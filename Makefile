@@ -1,0 +1,36 @@
+# Two commands do everything on a fresh machine with python3 and a C++ compiler: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet -c constraints-cpu.txt
+
+.PHONY: setup demo test test-all lint clean
+
+setup: $(VENV)/.installed-test $(VENV)/.installed-demo
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed-demo: pyproject.toml setup.py constraints-cpu.txt | $(BIN)/python
+	$(PIP) -e '.[demo]'
+	touch $@
+
+$(VENV)/.installed-test: pyproject.toml setup.py constraints-cpu.txt | $(BIN)/python
+	$(PIP) -e '.[test,hub,report]'
+	touch $@
+
+demo: $(VENV)/.installed-demo
+	$(BIN)/python -m embedgrad.demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-all: lint
+	$(BIN)/python -m pytest -m ''
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

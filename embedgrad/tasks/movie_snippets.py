@@ -1,0 +1,54 @@
+"""Movie-review snippets with human sentiment ratings: 10,605 sentences, rated from -4 to +4 by several people each.
+
+C. J. Hutto and E. Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text",
+ICWSM 2014 (MIT licence). The data come with the source distribution of the PyPI package vaderSentiment 0.5, which is
+downloaded and read, never installed.
+"""
+
+from __future__ import annotations
+
+import io
+import tarfile
+import zipfile
+from pathlib import Path
+
+from embedgrad.errors import DataError
+from embedgrad.example import Example
+from embedgrad.tasks import pypi
+
+PACKAGE = "vaderSentiment==0.5"
+ARCHIVE = "vaderSentiment-0.5.zip"
+SHA256 = "5d97c37f3ef6e24eef331122e055dbedafeb6a56abfce0608b326701116ea49a"
+INNER = "vaderSentiment-0.5/additional_resources/hutto_ICWSM_2014.tar.gz"
+TABLE = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
+
+LABELS = ("positive", "negative")
+PROMPT = "Classify the sentiment of the movie review. Answer with one word, positive or negative."
+
+
+def load(cache: Path | None = None, *, least_rating: float = 1.0) -> list[Example]:
+    """The snippets whose mean rating is at least `least_rating` away from neutral, labelled by its sign.
+
+    The archive is taken from `cache`, or downloaded there first. Raises DataError: no network, a file that is not the
+    published one.
+    """
+    cache = pypi.cache_folder() if cache is None else cache
+    text = _table(pypi.archive(PACKAGE, ARCHIVE, SHA256, cache, source=True))
+    examples = []
+    for number, line in enumerate(text.splitlines(), 1):
+        try:
+            _, rating_text, snippet = line.split("\t", 2)
+            rating = float(rating_text)
+        except ValueError:
+            raise DataError(f"{ARCHIVE}, {TABLE}, line {number}: not a number, a rating and a text.") from None
+        if abs(rating) >= least_rating and snippet.strip():
+            examples.append(Example(snippet.strip(), LABELS[0] if rating > 0 else LABELS[1]))
+    return examples
+
+
+def _table(archive: Path) -> str:
+    with zipfile.ZipFile(archive) as outer, tarfile.open(fileobj=io.BytesIO(outer.read(INNER))) as inner:
+        member = inner.extractfile(TABLE)
+        if member is None:
+            raise DataError(f"{archive} holds no {TABLE}.")
+        return member.read().decode("utf-8")
