@@ -119,11 +119,11 @@ def _add_product(
         w_ptr += BLOCK_E * _wide(head_col)
 
 
-@triton.jit(do_not_specialize=["N", "tiles", "sum_split"])
+@triton.jit(do_not_specialize=["N", "tiles"])
 def linear_cross_entropy_kernel(
     h_ptr, head_ptr, target_ptr, weight_ptr,
     maximum_ptr, mass_ptr, target_logit_ptr, best_ptr, used_ptr, sum_ptr,
-    N, V, d, tiles, sum_split, softcap, budget,
+    N, V, d, tiles, softcap, budget,
     h_row, h_col, head_row, head_col, target_step, weight_step,
     GRADIENT: tl.constexpr, SOFTCAP: tl.constexpr, SHIFT: tl.constexpr,
     EVEN: tl.constexpr, PRECISION: tl.constexpr,
@@ -144,7 +144,8 @@ def linear_cross_entropy_kernel(
     b_target = tl.load(target_ptr + at * target_step).to(tl.int32)
     b_counts = m_n & (b_target >= 0) & (tl.load(weight_ptr + at * weight_step) != 0.0)
     h_ptr += i_n * BLOCK_N * h_row
-    sum_ptr += _wide(i_s) * sum_split + i_n * BLOCK_N * d
+    # a multiple of d: the compiler sees that rows are aligned
+    sum_ptr += (_wide(i_s) * N + i_n * BLOCK_N) * d
     b_m = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     b_zt = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     b_s = tl.zeros((BLOCK_N,), tl.float32)
@@ -206,11 +207,11 @@ def linear_cross_entropy_kernel(
         tl.store(used_ptr + at, tl.where(filled > 0, b_scale, 0.0), mask=m_n)
 
 
-@triton.jit(do_not_specialize=["N", "splits", "sum_split"])
+@triton.jit(do_not_specialize=["N", "splits"])
 def linear_cross_entropy_merge_kernel(
     maximum_ptr, mass_ptr, target_logit_ptr, best_ptr, used_ptr, sum_ptr,
     head_ptr, target_ptr, weight_ptr, nll_ptr, predicted_ptr, dh_ptr,
-    N, d, splits, sum_split, softcap,
+    N, d, splits, softcap,
     head_row, head_col, target_step, weight_step, dh_row, dh_col,
     GRADIENT: tl.constexpr, SOFTCAP: tl.constexpr, SHIFT: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
@@ -257,7 +258,7 @@ def linear_cross_entropy_merge_kernel(
             at = i_s * _wide(N) + o_n
             b_used = tl.load(used_ptr + at, mask=m_n, other=0.0)
             b_share = b_used * _exp(tl.load(maximum_ptr + at, mask=m_n, other=0.0) - b_base)
-            p_sum = sum_ptr + _wide(i_s) * sum_split + (o_n * d)[:, None] + o_d[None, :]
+            p_sum = sum_ptr + _wide(i_s) * N * d + (o_n * d)[:, None] + o_d[None, :]
             b_sum += tl.load(p_sum, mask=m_dh & (b_used > 0.0)[:, None], other=0.0) * b_share[:, None]
         b_slope = tl.full((BLOCK_N,), 1.0, tl.float32)
         if SOFTCAP:
@@ -331,7 +332,7 @@ def linear_cross_entropy(
     budget = UNIT_ROUNDOFF[h.dtype] if skip else -1.0
     linear_cross_entropy_kernel[(triton.cdiv(rows, options["BLOCK_N"]), splits)](
         h, head, targets, weights, maximum, mass, target_logit, best, used, sums,
-        rows, vocabulary, d, tiles, rows * d, softcap or 1.0, budget,
+        rows, vocabulary, d, tiles, softcap or 1.0, budget,
         *h.stride(), *head.stride(), *targets.stride(), *weights.stride(),
         EVEN=d % options["BLOCK_D"] == 0 and d % options["BLOCK_E"] == 0, PRECISION="ieee", **common, **blocks,
     )  # fmt: skip
@@ -340,7 +341,7 @@ def linear_cross_entropy(
     columns = triton.cdiv(d, merging["BLOCK_D"]) if dh is not None else 1
     linear_cross_entropy_merge_kernel[(triton.cdiv(rows, merging["BLOCK_N"]), columns)](
         maximum, mass, target_logit, best, used, sums, head, targets, weights, nll, predicted, out,
-        rows, d, splits, rows * d, softcap or 1.0,
+        rows, d, splits, softcap or 1.0,
         *head.stride(), *targets.stride(), *weights.stride(), *out.stride(),
         **common, **merging,
     )  # fmt: skip
