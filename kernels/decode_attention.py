@@ -4,8 +4,8 @@
     s_j = σ q·k_j (soft-capped as in tree_attention)      o = Σ_j exp(s_j − lse) v_j over trunk and own keys together
 
 q is [B, H, D]; the trunk's K and V are [S, G, D], the sequences' own [B, C, G, D], of which the first own_lengths[b]
-count. With a sliding window w the query stands at position S + own_lengths[b] − 1 (it is its sequence's newest key),
-trunk key j at j and own key c at S + c, and it sees the keys at less than w from it.
+count. With a sliding window, first_seen[b] is the first key that the query still sees: keys are counted through the
+trunk and on through the sequence's own.
 
 A new token meets every key once, so that the time is that of reading K and V, and the trunk is by far the longest part:
 
@@ -45,11 +45,11 @@ def _store_part(
     tl.store(part_o + o_at[:, None] * D + o_d[None, :], b_o, mask=m_o)
 
 
-@triton.jit(do_not_specialize=["num_sequences", "num_keys", "keys_per_split", "window"])
+@triton.jit(do_not_specialize=["num_sequences", "num_keys", "keys_per_split"])
 def decode_trunk_kernel(
-    q, k, v, own_lengths, part_o, part_m, part_l,
+    q, k, v, first_seen, part_o, part_m, part_l,
     stride_qb, stride_qh, stride_qd, stride_ks, stride_kg, stride_kd, stride_vs, stride_vg, stride_vd,
-    num_sequences, num_keys, keys_per_split, window, scale, softcap,
+    num_sequences, num_keys, keys_per_split, scale, softcap,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr, BF16_IN_BITS: tl.constexpr,
@@ -73,9 +73,9 @@ def decode_trunk_kernel(
     whole_end = start + (end - start) // BLOCK_K * BLOCK_K
     k += i_g * stride_kg
     v += i_g * stride_vg
-    b_first = o_r  # the first key in a row's window
-    if window is not None:
-        b_first = tl.load(own_lengths + o_b, mask=m_r, other=2**30).to(tl.int32) + num_keys - window
+    b_first = o_r
+    if first_seen is not None:
+        b_first = tl.load(first_seen + o_b, mask=m_r, other=num_keys).to(tl.int32)
         start = tl.maximum(start, tl.min(b_first, 0) // BLOCK_K * BLOCK_K)
         whole_end = start
     for i_s in range(start, whole_end, BLOCK_K):
@@ -92,7 +92,7 @@ def decode_trunk_kernel(
         b_k = load_tile(k + p_s * stride_ks, o_j, o_d, stride_ks, stride_kd, m_k, D, BLOCK_D, True)
         b_v = load_tile(v + p_s * stride_vs, o_j, o_d, stride_vs, stride_vd, m_k, D, BLOCK_D, True)
         m_seen = m_k[None, :]
-        if window is not None:
+        if first_seen is not None:
             m_seen = m_seen & (i_s + o_j[None, :] >= b_first[:, None])
         b_o, b_m, b_l = online_softmax(
             b_q, b_k, b_v, b_o, b_m, b_l, m_seen, scale, softcap, PRECISION, BF16_IN_BITS, True
@@ -100,12 +100,12 @@ def decode_trunk_kernel(
     _store_part(b_o, b_m, b_l, part_o, part_m, part_l, i_p * GROUPS + i_g, o_r, m_r, num_rows, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["num_sequences", "trunk_keys", "keys_per_split", "first_part", "window"])
+@triton.jit(do_not_specialize=["num_sequences", "trunk_keys", "keys_per_split", "first_part"])
 def decode_own_kernel(
-    q, k, v, own_lengths, part_o, part_m, part_l,
+    q, k, v, own_lengths, first_seen, part_o, part_m, part_l,
     stride_qb, stride_qh, stride_qd,
     stride_kb, stride_ks, stride_kg, stride_kd, stride_vb, stride_vs, stride_vg, stride_vd,
-    num_sequences, trunk_keys, keys_per_split, first_part, window, scale, softcap,
+    num_sequences, trunk_keys, keys_per_split, first_part, scale, softcap,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr, BF16_IN_BITS: tl.constexpr,
@@ -128,8 +128,8 @@ def decode_own_kernel(
     start = i_p * keys_per_split
     end = tl.minimum(start + keys_per_split, length)
     first = 0
-    if window is not None:
-        first = length - window  # of the keys in the window; trunk keys and this one count alike
+    if first_seen is not None:
+        first = tl.maximum(tl.load(first_seen + i_b).to(tl.int32) - trunk_keys, 0)
         start = tl.maximum(start, first // BLOCK_K * BLOCK_K)
     k += p_b * stride_kb + i_g * stride_kg
     v += p_b * stride_vb + i_g * stride_vg
@@ -216,7 +216,7 @@ def decode_attention(
     *,
     scale: float,
     softcap: float | None = None,
-    window: int | None = None,
+    first_seen: Tensor | None = None,
     out: Tensor,
     workspace: Tensor | None = None,
     precision: str = "ieee",
@@ -225,8 +225,9 @@ def decode_attention(
     """Writes out [B, H, D] (the type of q).
 
     q: [B, H, D]; trunk_k, trunk_v: [S, G, D], S ≥ 0; own_k, own_v: [B, C, G, D], C ≥ 0; any strides. own_lengths: [B]
-    int32 or int64 on the device, each in [0, C]; keys beyond it are never read. window: see above. workspace: fp32,
-    contiguous, at least `workspace_size` elements; allocated when not given. scale > 0.
+    int32 or int64 on the device, each in [0, C]; keys beyond it are never read. first_seen: [B] of such a type, where a
+    sliding window hides the keys before it; each at least 0. workspace: fp32, contiguous, at least `workspace_size`
+    elements; allocated when not given. scale > 0.
     Raises ValueError for shapes or types that do not fit together.
     """
     group = check_heads(q, trunk_k, trunk_v)
@@ -238,6 +239,10 @@ def decode_attention(
     if own_lengths.shape != (batch,) or own_lengths.dtype not in (torch.int32, torch.int64):
         raise ValueError(
             f"own_lengths is {own_lengths.dtype} {list(own_lengths.shape)}; expected int32 or int64 [{batch}]"
+        )
+    if first_seen is not None and (first_seen.shape != (batch,) or first_seen.dtype not in (torch.int32, torch.int64)):
+        raise ValueError(
+            f"first_seen is {first_seen.dtype} {list(first_seen.shape)}; expected int32 or int64 [{batch}]"
         )
     if out.shape != q.shape or scale <= 0:
         raise ValueError(f"out is {list(out.shape)}, q {list(q.shape)}, scale {scale}")
@@ -252,6 +257,7 @@ def decode_attention(
     trunk_splits, trunk_keys, own_splits, own_keys = _plan(q, groups, trunk, capacity, options)
     parts = trunk_splits + own_splits
     stats, lengths = parts * batch * heads, own_lengths.contiguous()
+    first_seen = first_seen.contiguous() if first_seen is not None else None
     flat = workspace.view(-1)
     where = (flat[2 * stats : needed], flat[:stats], flat[stats : 2 * stats])
     constants = {"GROUPS": groups, "GROUP": group, "D": dim, "BLOCK_D": block_width(dim)}
@@ -259,14 +265,14 @@ def decode_attention(
     if trunk_splits:
         row_blocks = triton.cdiv(batch * group, options["BLOCK_Q"])
         decode_trunk_kernel[(row_blocks, trunk_splits, groups)](
-            q, trunk_k, trunk_v, lengths, *where, *q.stride(), *trunk_k.stride(), *trunk_v.stride(),
-            batch, trunk, trunk_keys, window, scale, softcap, BLOCK_Q=options["BLOCK_Q"],
+            q, trunk_k, trunk_v, first_seen, *where, *q.stride(), *trunk_k.stride(), *trunk_v.stride(),
+            batch, trunk, trunk_keys, scale, softcap, BLOCK_Q=options["BLOCK_Q"],
             BLOCK_K=options["BLOCK_K"], PRECISION=precision, BF16_IN_BITS=bf16_in_bits(q), **constants, **usual,
         )  # fmt: skip
     if own_splits:
         decode_own_kernel[(batch, own_splits, groups)](
-            q, own_k, own_v, lengths, *where, *q.stride(), *own_k.stride(), *own_v.stride(),
-            batch, trunk, own_keys, trunk_splits, window, scale, softcap, BLOCK_H=block_width(group),
+            q, own_k, own_v, lengths, first_seen, *where, *q.stride(), *own_k.stride(), *own_v.stride(),
+            batch, trunk, own_keys, trunk_splits, scale, softcap, BLOCK_H=block_width(group),
             BLOCK_K=options["BLOCK_K"], PRECISION=precision, BF16_IN_BITS=bf16_in_bits(q), **constants, **usual,
         )  # fmt: skip
     decode_merge_kernel[(batch * group, groups)](

@@ -66,11 +66,13 @@ def compare(
             x[b, length:] = float("nan")
     on_device = torch.tensor(lengths, device=DEVICE, dtype=torch.int32 if seed % 2 else torch.int64)
 
+    first = (on_device + trunk_keys - window).clamp(min=0) if window is not None else None
+
     def run() -> Tensor:
         out = guarded(q.shape, dtype, name="out")
         space = guarded((module.workspace_size(q, trunk[0], own[0]),), name="workspace")
         module.decode_attention(
-            q, *trunk, *own, on_device, scale=scale, softcap=softcap, window=window, out=out, workspace=space
+            q, *trunk, *own, on_device, scale=scale, softcap=softcap, first_seen=first, out=out, workspace=space
         )
         return out
 
