@@ -142,7 +142,8 @@ class _Step:
 def _long_encoding(kind: str, raw: bytes) -> bytes | None:
     """The VOP3 form of a VOP1, VOP2 or VOPC instruction that names a register from 128 on; else None.
 
-    Encodings: AMD Instinct MI300 (CDNA3) ISA, chapter 12. Raises RuntimeError where there is no such form.
+    Encodings: AMD Instinct MI300 (CDNA3) ISA, chapter 12. Raises RuntimeError where there is no such
+    form and the emulator gets it wrong (it gets SDWA right).
     """
     word = int.from_bytes(raw[:4], "little")
     source, second, target = word & 511, word >> 9 & 255, word >> 17 & 255
@@ -155,14 +156,12 @@ def _long_encoding(kind: str, raw: bytes) -> bytes | None:
     elif kind == "VOPC":
         operation, target, operands = target, _VCC, source | (256 + second) << 9
     else:
-        return None if not kind.startswith(("VOP1", "VOP2", "VOPC")) else _no_long_encoding(kind)
-    if source == _LITERAL:
-        return _no_long_encoding(kind)
+        operation = operands = -1
+    if source == _LITERAL or (operation < 0 and "DPP16" in kind):
+        raise RuntimeError(f"a 16-bit {kind} instruction with a register from 128 on is more than the emulator can do")
+    if operation < 0:
+        return None
     return (0x34 << 26 | operation << 16 | target).to_bytes(4, "little") + operands.to_bytes(4, "little")
-
-
-def _no_long_encoding(kind: str) -> bytes:
-    raise RuntimeError(f"a 16-bit {kind} instruction with a register from 128 on is more than the emulator can do")
 
 
 def _memory(at: int, size: int) -> np.ndarray:

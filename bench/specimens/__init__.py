@@ -72,7 +72,7 @@ class Trial:
     inputs: makes float64 (and integer) tensors from a seed; they are cast to the type under test. kernel: calls the
     launcher on inputs of that type and returns its outputs by name. reference: the same outputs in plain torch, in
     whatever type the inputs have; in float64 it is the truth. useful: operations of the matrix products in the result.
-    tolerance: of the three-way rule per output type, instead of half a unit in the last place.
+    tolerance: of the three-way rule per output type, instead of half a unit in the last place. types: to try it in.
     """
 
     op: str
@@ -82,6 +82,7 @@ class Trial:
     reference: Callable[[Tensors], dict[str, Tensor]]
     useful: int = 0
     tolerance: Mapping[torch.dtype, float] | None = None
+    types: tuple[torch.dtype, ...] = (torch.bfloat16, torch.float16, torch.float32)
 
     @property
     def name(self) -> str:

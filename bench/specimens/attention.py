@@ -4,7 +4,9 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from embedgrad.kernels.decode_attention import decode_attention
 from embedgrad.kernels.tree_attention import tree_attention
+from embedgrad.kernels.tree_attention_backward import tree_attention_backward
 from embedgrad.kernels.tree_schedule import TreeSchedule
 from torch import Tensor
 
@@ -63,10 +65,84 @@ def _forward(m: Model, dtype: torch.dtype, window: int | None = None, softcap: f
     return Specimen("tree_attention", model, dtype, run, lambda a: _forward_cost(m, dtype, a), matrix=True)
 
 
+def _backward_cost(m: Model, dtype: torch.dtype, launches: list[Launch]) -> Cost:
+    by_name = {launch.name: launch for launch in launches}
+    by_rows, by_keys = by_name["tree_attention_dq_kernel"], by_name["tree_attention_dkv_kernel"]
+    rows, keys = (TOKENS * n * m.head_dim for n in (m.heads, m.groups))
+    statistics = size((2 * TOKENS * m.heads, torch.float32))
+    mask = size((3 * TOKENS, torch.int32))
+    least = size((4 * rows + 4 * keys, dtype)) + statistics // 2 + mask
+    # dQ: do and q once; a tile of K and V for each tile of scores.
+    b, tiles = by_rows.blocks, _tiles(by_rows)
+    moved = size((2 * rows + 2 * rows, dtype)) + 2 * statistics + size((rows, dtype))
+    moved += tiles * b["BLOCK_K"] * size((2 * m.head_dim, dtype), (2, torch.int32))
+    done = 6 * tiles * b["BLOCK_Q"] * b["BLOCK_K"] * b["BLOCK_D"]
+    # dK, dV: K and V once for each piece; a tile of do and q, D and lse, for each tile of scores; slots and back.
+    b, table = by_keys.blocks, by_keys.arguments["pieces"].long()
+    used = table[table[:, 0] >= 0]
+    tiles = int(((used[:, 2] - used[:, 1] + b["BLOCK_Q"] - 1) // b["BLOCK_Q"]).sum()) * m.groups
+    slots = int((used[:, 5] >= 0).sum()) * m.groups
+    moved += len(used) * m.groups * b["BLOCK_K"] * size((2 * m.head_dim, dtype))
+    moved += tiles * b["BLOCK_Q"] * size((2 * m.head_dim, dtype), (3, torch.float32))
+    moved += 2 * slots * 2 * b["BLOCK_K"] * b["BLOCK_D"] * 4 + size((2 * keys, dtype))
+    done += 8 * tiles * b["BLOCK_Q"] * b["BLOCK_K"] * b["BLOCK_D"]
+    return Cost(least, moved, 10 * m.heads * m.head_dim * visible_pairs(*tree()), done)
+
+
+def _backward(m: Model, dtype: torch.dtype, window: int | None = None, softcap: float | None = None) -> Specimen:
+    q, o, do, dq = (untouched(TOKENS, m.heads, m.head_dim, dtype=dtype) for _ in range(4))
+    k, v, dk, dv = (untouched(TOKENS, m.groups, m.head_dim, dtype=dtype) for _ in range(4))
+    lse = untouched(TOKENS, m.heads, dtype=torch.float32)
+    schedule, scale = _schedule(window), m.head_dim**-0.5
+
+    def run() -> None:
+        tree_attention_backward(do, q, k, v, o, lse, schedule, scale=scale, softcap=softcap, dq=dq, dk=dk, dv=dv)
+
+    model = m.name + (" window" if window else "") + (" softcap" if softcap else "")
+    return Specimen(
+        "tree_attention_backward", model, dtype, run, lambda a: _backward_cost(m, dtype, a), matrix=True,
+        kernels=("tree_attention_dq_kernel", "tree_attention_dkv_kernel"),
+    )  # fmt: skip
+
+
+DECODING, TRUNK_KEYS, OWN_KEYS = 32, 512, 512
+"""Sequences that decode at once, keys of their common trunk, and keys of each one's own."""
+
+
+def _decode(m: Model, dtype: torch.dtype) -> Specimen:
+    q, out = (untouched(DECODING, m.heads, m.head_dim, dtype=dtype) for _ in range(2))
+    trunk_k, trunk_v = (untouched(TRUNK_KEYS, m.groups, m.head_dim, dtype=dtype) for _ in range(2))
+    own_k, own_v = (untouched(DECODING, OWN_KEYS, m.groups, m.head_dim, dtype=dtype) for _ in range(2))
+    lengths = torch.full((DECODING,), OWN_KEYS, dtype=torch.int32)
+
+    def run() -> None:
+        decode_attention(q, trunk_k, trunk_v, own_k, own_v, lengths, scale=m.head_dim**-0.5, out=out)
+
+    def cost(launches: list[Launch]) -> Cost:
+        trunk, own, _merge = launches
+        queries, width = DECODING * m.heads * m.head_dim, m.groups * m.head_dim
+        shared, private = 2 * TRUNK_KEYS * width, 2 * DECODING * OWN_KEYS * width
+        parts = (trunk.grid[1] + own.grid[1]) * DECODING * m.heads * (m.head_dim + 2) * 4
+        rows, group = trunk.blocks["BLOCK_Q"], m.heads // m.groups
+        tiles = trunk.grid[0] * rows * TRUNK_KEYS + DECODING * own.blocks["BLOCK_H"] * OWN_KEYS
+        return Cost(
+            least=size((2 * queries + shared + private, dtype), (DECODING, torch.int32)),
+            moved=size((trunk.grid[0] * shared + private, dtype)) + 2 * parts
+            + size(((trunk.grid[1] + own.grid[1] + 1) * queries, dtype)),
+            useful=4 * DECODING * m.heads * m.head_dim * (TRUNK_KEYS + OWN_KEYS),
+            done=4 * tiles * m.groups * trunk.blocks["BLOCK_D"] if group else 0,
+        )  # fmt: skip
+
+    return Specimen(
+        "decode_attention", m.name, dtype, run, cost, matrix=True, kernels=("decode_trunk_kernel", "decode_own_kernel")
+    )
+
+
 def specimens() -> list[Specimen]:
     """Every attention kernel at both models' sizes and at other head dimensions, in each type."""
-    plain = [_forward(m, dtype) for m in ALL for dtype in TYPES]
-    return [*plain, _forward(QWEN_1_5B, torch.bfloat16, window=512, softcap=50.0)]
+    plain = [maker(m, dtype) for maker in (_forward, _backward) for m in ALL for dtype in TYPES]
+    masked = [maker(QWEN_1_5B, torch.bfloat16, window=512, softcap=50.0) for maker in (_forward, _backward)]
+    return [*plain, *masked, *(_decode(m, dtype) for m in (*MODELS, *OTHERS) for dtype in TYPES)]
 
 
 class _SmallTree:
@@ -105,14 +181,51 @@ def _trials_of(case: str, small: _SmallTree, heads: tuple[int, int, int], softca
         op(a["q"], a["k"], a["v"], mask, scale=scale, softcap=softcap, out=out, lse=lse)
         return {"out": out, "lse": lse}
 
+    def backward(a: Tensors, op: Callable[..., object], mask: object) -> dict[str, Tensor]:
+        dtype = a["q"].dtype
+        saved = forward(a, reference.tree_attention, small.mask())
+        grads = {"dq": poisoned(n, h, d, dtype=dtype)}
+        grads |= {name: poisoned(s - small.kept, g_heads, d, dtype=dtype) for name in ("dk", "dv")}
+        inner = (a["do"], a["q"], a["k"], a["v"], saved["out"], saved["lse"])
+        op(*inner, mask, scale=scale, softcap=softcap, **grads)
+        return grads
+
     return [
         Trial(
             "tree_attention", case, inputs,
             lambda a: forward(a, tree_attention, small.schedule()),
             lambda a: forward(a, reference.tree_attention, small.mask()),
             useful=4 * h * d * small.pairs(),
-        )
+        ),
+        Trial(
+            "tree_attention_backward", case, inputs,
+            lambda a: backward(a, tree_attention_backward, small.schedule()),
+            lambda a: backward(a, reference.tree_attention_backward, small.mask()),
+            useful=10 * h * d * small.pairs(),
+        ),
     ]  # fmt: skip
+
+
+def _decode_trial(batch: int, trunk: int, own: int, heads: tuple[int, int, int], softcap: float | None = None) -> Trial:
+    h, g_heads, d = heads
+
+    def inputs(seed: int) -> dict[str, Tensor]:
+        g = torch.Generator().manual_seed(seed)
+        lengths = torch.randint(0, own + 1, (batch,), generator=g)
+        shared = {name: values(g, trunk, g_heads, d) for name in ("trunk_k", "trunk_v")}
+        private = {name: values(g, batch, own, g_heads, d) for name in ("own_k", "own_v")}
+        return {"q": values(g, batch, h, d), **shared, **private, "own_lengths": lengths}
+
+    def run(a: Tensors, op: Callable[..., object]) -> dict[str, Tensor]:
+        out = poisoned(batch, h, d, dtype=a["q"].dtype)
+        op(**a, scale=d**-0.5, softcap=softcap, out=out)
+        return {"out": out}
+
+    return Trial(
+        "decode_attention", f"B={batch} trunk {trunk} own {own} D={d}" + " softcap" * (softcap is not None), inputs,
+        lambda a: run(a, decode_attention), lambda a: run(a, reference.decode_attention),
+        useful=4 * batch * h * d * (trunk + own),
+    )  # fmt: skip
 
 
 def trials() -> list[Trial]:
@@ -122,4 +235,7 @@ def trials() -> list[Trial]:
         *_trials_of("150 tokens kept 9 D=128", _SmallTree(150, 37, 5, 9, None), (4, 2, 128)),
         *_trials_of("50 tokens window 11 softcap D=80", _SmallTree(50, 13, 3, 3, 11), (2, 1, 80), 20.0),
         *_trials_of("1 token D=32", _SmallTree(1, 1, 1, 0, None), (1, 1, 32)),
+        _decode_trial(3, 70, 37, (6, 2, 64)),
+        _decode_trial(5, 33, 9, (2, 2, 80), softcap=20.0),
+        _decode_trial(1, 1, 1, (1, 1, 32)),
     ]

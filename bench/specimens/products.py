@@ -4,13 +4,15 @@ from collections.abc import Callable
 
 import torch
 from embedgrad.kernels.linear_cross_entropy import linear_cross_entropy
+from embedgrad.kernels.packing import PackedWeight, quantize_int4, quantize_int8
+from embedgrad.kernels.quantized_linear import quantized_linear, quantized_linear_backward
 from torch import Tensor
 
 from bench.capture import Launch
 from embedgrad.backends import reference
 
 from . import Cost, Specimen, Tensors, Trial
-from .shapes import MODELS, TARGETS, TYPES, Model, poisoned, size, untouched, values
+from .shapes import MODELS, QWEN_7B, TARGETS, TOKENS, TYPES, Model, poisoned, size, untouched, values
 
 
 def _cross_entropy_cost(m: Model, dtype: torch.dtype, gradient: bool, launches: list[Launch]) -> Cost:
@@ -45,9 +47,62 @@ def _cross_entropy(m: Model, dtype: torch.dtype, gradient: bool) -> Specimen:
     )  # fmt: skip
 
 
+# How the sources store their weights: (kind, has offsets). Groups of 32, as in GGUF.
+FORMATS = {"int8": ("int8", False), "int4": ("int4", False), "int4+offset": ("int4", True)}
+GROUP = 32
+
+
+def _packed(name: str, rows: int, columns: int) -> PackedWeight:
+    kind, with_offsets = FORMATS[name]
+    stored = untouched(rows, columns, dtype=torch.int8)
+    if kind == "int4":
+        stored = untouched(rows, columns // 2, dtype=torch.uint8)
+    scales = untouched(rows, columns // GROUP, dtype=torch.float16)
+    offsets = untouched(rows, columns // GROUP, dtype=torch.float16) if with_offsets else None
+    return PackedWeight("int8" if kind == "int8" else "int4", stored, scales, offsets, GROUP, (rows, columns))
+
+
+def _quantized(m: Model, dtype: torch.dtype, name: str, backward: bool, tokens: int) -> Specimen:
+    """The gate/up matrix [2F, d], the largest product of a layer."""
+    n, k = 2 * m.ffn, m.width
+    weight = _packed(name, n, k)
+    x, y = untouched(tokens, k, dtype=dtype), untouched(tokens, n, dtype=dtype)
+
+    def run() -> None:
+        if backward:
+            quantized_linear_backward(y, weight, out=x)
+        else:
+            quantized_linear(x, weight, out=y)
+
+    def cost(launches: list[Launch]) -> Cost:
+        """Every tile of rows reads all of W, every tile of W's rows (columns) reads all of x (dy)."""
+        (launch,) = launches
+        rows, others = launch.grid[:2]
+        read, written = (tokens * n, tokens * k) if backward else (tokens * k, tokens * n)
+        useful = 2 * tokens * n * k
+        return Cost(
+            least=weight.bytes + size((read + written, dtype)),
+            moved=rows * weight.bytes + size((others * read + written, dtype)),
+            useful=useful,
+            done=useful * rows * launch.blocks["BLOCK_M"] // tokens,
+        )
+
+    op = ("quantized_linear_backward" if backward else "quantized_linear") + "+" + name
+    return Specimen(op, m.name + ("" if tokens > 64 else f" {tokens} rows"), dtype, run, cost, matrix=True)
+
+
 def specimens() -> list[Specimen]:
     """Loss alone and with its gradient, and both directions of a quantised product, at both models' sizes."""
-    return [_cross_entropy(m, dtype, gradient) for m in MODELS for dtype in TYPES for gradient in (True, False)]
+    losses = [_cross_entropy(m, dtype, gradient) for m in MODELS for dtype in TYPES for gradient in (True, False)]
+    steps = [
+        _quantized(m, dtype, name, backward, TOKENS)
+        for m in MODELS
+        for dtype in TYPES
+        for name in FORMATS
+        for backward in (False, True)
+    ]
+    decoding = [_quantized(QWEN_7B, torch.bfloat16, name, False, 16) for name in FORMATS]
+    return [*losses, *steps, *decoding]
 
 
 class _Matrix:
@@ -89,6 +144,40 @@ def _cross_entropy_trial(
     )  # fmt: skip
 
 
+def _quantized_trial(m: int, n: int, k: int, name: str, backward: bool, bias: bool = False) -> Trial:
+    def inputs(seed: int) -> dict[str, Tensor]:
+        g = torch.Generator().manual_seed(seed)
+        kind, _ = FORMATS[name]
+        weight, _ = (quantize_int8 if kind == "int8" else quantize_int4)(values(g, n, k, scale=k**-0.5).float(), GROUP)
+        found = {"x": values(g, m, n if backward else k), "bias": values(g, n)}
+        offsets = {} if weight.offsets is None else {"offsets": weight.offsets.double()}
+        return found | {"packed": weight.packed, "scales": weight.scales.double(), **offsets}
+
+    def weight_of(a: Tensors) -> PackedWeight:
+        """Scales were stored in 16 bits, so that every type but bf16 holds them; the kernel gets them as stored."""
+        kind = "int8" if FORMATS[name][0] == "int8" else "int4"
+        return PackedWeight(kind, a["packed"], a["scales"].half(), _half(a.get("offsets")), GROUP, (n, k))
+
+    def run(a: Tensors) -> dict[str, Tensor]:
+        out = poisoned(m, k if backward else n, dtype=a["x"].dtype)
+        if backward:
+            return {"out": quantized_linear_backward(a["x"], weight_of(a), out=out)}
+        return {"out": quantized_linear(a["x"], weight_of(a), out=out, bias=a["bias"] if bias else None)}
+
+    def plain(a: Tensors) -> dict[str, Tensor]:
+        w = weight_of(a).dequantize(a["x"].dtype)
+        y = a["x"] @ (w if backward else w.T)
+        return {"out": y + a["bias"] if bias else y}
+
+    op = ("quantized_linear_backward" if backward else "quantized_linear") + "+" + name
+    case = f"M={m} N={n} K={k}" + " bias" * bias
+    return Trial(op, case, inputs, run, plain, useful=2 * m * n * k)
+
+
+def _half(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.half()
+
+
 def trials() -> list[Trial]:
     """Small vocabularies that divide nothing, a softcap, extreme logits, size 1."""
     return [
@@ -97,4 +186,15 @@ def trials() -> list[Trial]:
         _cross_entropy_trial(5, 64, 300, gradient=True, softcap=10.0),
         _cross_entropy_trial(9, 33, 130, gradient=True, scale=30.0),
         _cross_entropy_trial(1, 16, 2, gradient=True),
+        *(
+            _quantized_trial(37, 70, 96, name, backward)
+            for name in ("int8", "int4+offset")
+            for backward in (False, True)
+        ),
+        *(
+            _quantized_trial(3, 33, 77, name, backward)
+            for name in ("int8", "int4+offset")
+            for backward in (False, True)
+        ),
+        _quantized_trial(5, 40, 64, "int8", backward=False, bias=True),
     ]

@@ -4,13 +4,16 @@ from collections.abc import Callable
 
 import torch
 from embedgrad.kernels.embed import embed, embed_backward
+from embedgrad.kernels.prompt_step import prompt_step
 from embedgrad.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_backward
 from embedgrad.kernels.rope import rope, rope_backward
 from embedgrad.kernels.swiglu import swiglu, swiglu_backward
 from torch import Tensor
 
 from bench.capture import Launch
+from embedgrad import optimizer
 from embedgrad.backends import reference
+from embedgrad.trust_region import CosineCone, MeanCosine, TrustRegion
 
 from . import Cost, Specimen, Tensors, Trial
 from .shapes import MODELS, PROMPT_ROWS, TOKENS, TYPES, Model, poisoned, size, untouched, values
@@ -115,10 +118,33 @@ def _shown(tokens: int, k: int) -> tuple[Tensor, Tensor]:
     return ids, rows
 
 
+def _prompt_step(m: Model, region: TrustRegion, name: str) -> Specimen:
+    e, e0, first, second, g = (untouched(PROMPT_ROWS, m.width, dtype=torch.float32) for _ in range(5))
+    cosine, ratio = (untouched(PROMPT_ROWS, dtype=torch.float32) for _ in range(2))
+    moved = untouched(PROMPT_ROWS, dtype=torch.bool)
+    n = PROMPT_ROWS * m.width
+    least = 8 * 4 * n + 9 * PROMPT_ROWS
+
+    def run() -> None:
+        prompt_step(
+            e, e0, first, second, g, step=1, lr=0.1, region=region.describe(), cosine=cosine, norm_ratio=ratio,
+            projected=moved,
+        )  # fmt: skip
+
+    def cost(launches: list[Launch]) -> Cost:
+        """A second launch, for the region over the whole prompt, reads e and e0 and writes e again."""
+        return _streamed(least, (len(launches) - 1) * 3 * 4 * n, 30 * n)
+
+    return Specimen(name, m.name, torch.float32, run, cost, streaming=True, in_place=True)
+
+
 def specimens() -> list[Specimen]:
     """Every kernel of this family at both models' sizes, in each type."""
     makers = (_norms, _ropes, _swiglus, _embeds)
-    return [s for maker in makers for m in MODELS for dtype in TYPES for s in maker(m, dtype)]
+    rows = [s for maker in makers for m in MODELS for dtype in TYPES for s in maker(m, dtype)]
+    cone, mean = CosineCone(0.95, 0.9, 1.1), MeanCosine(0.95)
+    steps = [(cone, "prompt_step"), (mean, "prompt_step+mean_cosine")]
+    return [*rows, *(_prompt_step(m, region, name) for m in MODELS for region, name in steps)]
 
 
 def _norm_trials(tokens: int, d: int) -> list[Trial]:
@@ -219,10 +245,36 @@ def _embed_trials(tokens: int, k: int, d: int, vocabulary: int) -> list[Trial]:
     ]
 
 
+def _prompt_step_trial(k: int, d: int, region: TrustRegion, name: str) -> Trial:
+    def inputs(seed: int) -> dict[str, Tensor]:
+        g = torch.Generator().manual_seed(seed)
+        e0 = values(g, k, d)
+        found = {"e": e0 + 0.3 * values(g, k, d), "e0": e0, "m": values(g, k, d, scale=0.1), "g": values(g, k, d)}
+        return found | {"v": values(g, k, d, scale=0.1).square()}
+
+    def kernel(a: Tensors) -> dict[str, Tensor]:
+        e, m, v = (a[n].clone() for n in ("e", "m", "v"))
+        cosine, ratio = poisoned(k, dtype=torch.float32), poisoned(k, dtype=torch.float32)
+        prompt_step(
+            e, a["e0"], m, v, a["g"], step=3, lr=0.05, weight_decay=0.1, region=region.describe(), cosine=cosine,
+            norm_ratio=ratio, projected=torch.empty(k, dtype=torch.bool),
+        )  # fmt: skip
+        return {"e": e, "m": m, "v": v, "cosine": cosine, "norm_ratio": ratio}
+
+    def plain(a: Tensors) -> dict[str, Tensor]:
+        e, m, v = (a[n].clone() for n in ("e", "m", "v"))
+        report = optimizer.prompt_step(e, a["e0"], m, v, a["g"], step=3, lr=0.05, weight_decay=0.1, region=region)
+        return {"e": e, "m": m, "v": v, "cosine": report.similarity, "norm_ratio": report.norm_ratio}
+
+    return Trial(name, f"k={k} d={d}", inputs, kernel, plain, types=(torch.float32,))
+
+
 def trials() -> list[Trial]:
     """Each kernel at sizes that divide nothing, at size 1, and at a model's own row width."""
     norms = [t for shape in ((3, 77), (1, 1), (4, 1536)) for t in _norm_trials(*shape)]
     ropes = [t for shape in ((5, (3, 1, 16)), (2, (12, 2, 128)), (1, (1, 1, 80))) for t in _rope_trials(*shape)]
     gates = [t for shape in ((3, 77), (1, 1), (2, 1100)) for t in _swiglu_trials(*shape)]
     gathers = [t for shape in ((9, 3, 77, 11), (1, 1, 1, 1), (6, 2, 600, 5)) for t in _embed_trials(*shape)]
-    return [*norms, *ropes, *gates, *gathers]
+    cone, mean = CosineCone(0.95, 0.9, 1.1), MeanCosine(0.95)
+    steps = [_prompt_step_trial(k, d, cone, "prompt_step") for k, d in ((5, 77), (1, 1), (2, 576))]
+    return [*norms, *ropes, *gates, *gathers, *steps, _prompt_step_trial(5, 77, mean, "prompt_step+mean_cosine")]

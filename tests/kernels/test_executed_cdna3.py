@@ -12,13 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from bench import cdna3
 from bench.specimens import trials
 
 ROOT = Path(__file__).parents[2]
-TYPES = ("bfloat16", "float16", "float32")
-QUICK = {t.op: t.name for t in reversed(trials())}
+NAMES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+ALL = [(t.name, NAMES[dtype]) for t in trials() for dtype in t.types]
+QUICK = {t.op: (t.name, NAMES[t.types[0]]) for t in reversed(trials())}
 Row = dict[str, Any]
 
 pytestmark = [
@@ -54,12 +56,11 @@ def check(row: Row) -> None:
 
 
 @pytest.mark.parametrize("op", QUICK)
-def test_bf16(op: str, quick_rows: dict[tuple[str, str], Row]) -> None:
-    check(quick_rows[QUICK[op], "bfloat16"])
+def test_one_case_of_each(op: str, quick_rows: dict[tuple[str, str], Row]) -> None:
+    check(quick_rows[QUICK[op]])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dtype", TYPES)
-@pytest.mark.parametrize("trial", [t.name for t in trials()])
+@pytest.mark.parametrize(("trial", "dtype"), ALL)
 def test_every_type_and_case(trial: str, dtype: str, all_rows: dict[tuple[str, str], Row]) -> None:
     check(all_rows[trial, dtype])
