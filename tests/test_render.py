@@ -21,6 +21,7 @@ from embedgrad.example import Example
 from embedgrad.prompt import SoftPrompt
 from embedgrad.render import TokenisationWarning, render, render_query
 from embedgrad.template import Template
+from embedgrad.tokenise import Slot, tokenise_whole
 from tests.fake_model import BOS_EOS, CHAT_TEMPLATES, FakeModel, backend, fake_model
 
 FAMILIES = st.sampled_from(sorted(CHAT_TEMPLATES))
@@ -394,3 +395,48 @@ def test_smollm2_from_its_gguf_file() -> None:
             assert rendered.ids == whole[: len(rendered.ids)]
             assert len(whole) == len(rendered.ids) + 1
     assert not said
+
+
+@pytest.mark.parametrize("family", ["llama3", "no_system", "chatml", "qwen3"])
+def test_the_answer_is_trimmed_where_the_chat_template_trims_it(family: str) -> None:
+    model = fake_model(family)
+    prompt = SoftPrompt.from_ids(model, [40, 41])
+    rendered = render(model, prompt, Example("why", " \tyes \n"))
+    answer = model.tokenizer.decode(
+        [token for token, target in zip(rendered.ids, rendered.target_mask, strict=True) if target]
+    )
+    assert answer == ("yes" if family in ("llama3", "no_system") else " \tyes \n")
+    if family in ("llama3", "no_system"):
+        with pytest.raises(DataError, match="the target is empty"):
+            render(model, prompt, Example("why", " \n"))
+
+
+def test_a_target_that_would_join_the_context_is_tokenised_alone() -> None:
+    model = fake_model(None)
+    assert len(model.tokenizer.encode("ok great")) == len(model.tokenizer.encode("ok")) + 1
+    with heard() as said:
+        prompt = SoftPrompt.from_text(model, "Classify.", Template.text("{prompt}\n{query}\nok "))
+        rendered = render(model, prompt, Example("film", "great"))
+        context = render_query(model, prompt, "film").ids
+    assert rendered.ids[: len(context)] == context
+    assert model.tokenizer.decode(context).endswith("ok ")
+    assert rendered.ids[len(context) : -1] == model.tokenizer.encode("great")
+    assert len(said) == 1
+
+
+def test_the_constant_prefix_is_never_more_than_the_sequence_has() -> None:
+    model = fake_model("chatml")
+    prompt = SoftPrompt.from_text(model, "Classify.", Template.text("def f(x):{query}\n{prompt}"))
+    plain, joined = render_query(model, prompt, "film"), render_query(model, prompt, "\n    return 1")
+    assert plain.ids[: plain.constant_prefix] == model.tokenizer.encode("def f(x):")
+    assert joined.ids[: plain.constant_prefix] != plain.ids[: plain.constant_prefix]
+    assert joined.ids[: joined.constant_prefix] == plain.ids[: joined.constant_prefix]
+    assert joined.ids[joined.constant_prefix] != plain.ids[joined.constant_prefix]
+
+
+def test_a_slot_whose_text_ends_inside_a_token_has_no_place_in_the_whole() -> None:
+    tokenizer = fake_model("chatml").tokenizer
+    ids = tuple(tokenizer.encode("a great"))
+    assert tokenise_whole(tokenizer, ["\n", Slot(ids, "a great", True), "\n"]) is not None
+    assert tokenise_whole(tokenizer, ["\n", Slot(ids, "a gre", True), "at\n"]) is None
+    assert tokenise_whole(tokenizer, ["\n", Slot(ids[:1], "a great", True), "\n"]) is None
