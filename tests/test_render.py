@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from embedgrad.errors import ContextError, DataError, PromptError, TemplateError
 from embedgrad.example import Example
 from embedgrad.prompt import SoftPrompt
-from embedgrad.render import TokenisationWarning, render, render_query
+from embedgrad.render import TokenisationWarning, end_token, render, render_query
 from embedgrad.template import Template
 from embedgrad.tokenise import Slot, tokenise_whole
 from tests.fake_model import BOS_EOS, CHAT_TEMPLATES, FakeModel, backend, fake_model
@@ -32,7 +32,7 @@ WORDS = st.sampled_from(PLAIN) | st.sampled_from(
 TEXTS = st.lists(st.tuples(WORDS, st.sampled_from(["", " ", "  ", "\n", "\n\n", "\t"])), min_size=1, max_size=6).map(
     lambda pairs: "".join(word + gap for word, gap in pairs)
 )
-NEAT = TEXTS.map(str.strip).filter(lambda text: text[0].isalpha() and text[-1].isalpha())
+NEAT = st.tuples(TEXTS, st.sampled_from(["a", "film", "Ça"])).map(lambda pair: f"The {pair[0]} {pair[1]}")
 IDS = st.lists(st.integers(11, 500), min_size=1, max_size=6)
 AROUND = st.sampled_from(["", " ", "\n", "\n\n", "Task: ", "Review:\n", ". ", "<|im_start|>", "{'a': ", "<x>"])
 
@@ -234,6 +234,7 @@ def test_the_end_of_the_turn_is_the_last_target_and_not_doubled(family: str, end
     model = fake_model(family)
     prompt = SoftPrompt.from_ids(model, [40, 41])
     (token,) = model.tokenizer.encode(end)
+    assert end_token(model, prompt) == token
     for target in ("yes", "yes" + end, [50], [50, token]):
         ids = render(model, prompt, Example("why", target)).ids
         assert ids[-1] == token
