@@ -29,7 +29,7 @@ PLAIN_TEXT = Template.text("{prompt}\n\n{query}\n\n")
 class PromptModel(ModelLike, Protocol):
     """What a prompt needs of a model."""
 
-    def embedding_rows(self, ids: Sequence[int], /) -> torch.Tensor:
+    def embedding_rows(self, ids: list[int], /) -> torch.Tensor:
         """Rows of the embedding matrix, [n, d] float32 on the CPU."""
         ...
 
