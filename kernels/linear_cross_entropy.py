@@ -35,6 +35,8 @@ import triton
 import triton.language as tl
 
 from . import checks, launch
+from .packing import PackedWeight
+from .quantized_linear import dequantized_tile, packed_constants
 
 UNIT_ROUNDOFF = {torch.float32: 2.0**-25, torch.float16: 2.0**-12, torch.bfloat16: 2.0**-9}
 """Share of a row's mass that skipped tiles may have; fp32's 2⁻²⁵ is half of what its own rounding costs."""
@@ -65,29 +67,55 @@ def _any(flags):
 
 
 @triton.jit
+def _head_tile(
+    w_ptr, packed, o_v, start, d, head_row, head_col, EVEN: tl.constexpr,
+    FORM: tl.constexpr, ZERO: tl.constexpr, OFFSETS: tl.constexpr, GROUP: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Columns [start, start + BLOCK) of rows o_v of W, [ROWS, BLOCK], 0 or finite beyond column d.
+
+    w_ptr and the pointers in `packed` stand at row 0 of o_v. FORM: 0 as stored, 1 int8, 2 int4 (packing.py). A tile of
+    int4 lies in one half of the columns: the launcher sees to that.
+    """
+    o_c = tl.arange(0, BLOCK)
+    if FORM == 0:
+        # offsets inside a tile are 32 bits wide (the launcher checks), the tile's own start is 64 bits wide
+        p_w = w_ptr + _wide(start) * head_col + (o_v[:, None] * head_row + o_c[None, :] * head_col)
+        if EVEN:
+            return tl.load(p_w)
+        else:
+            return tl.load(p_w, mask=(start + o_c < d)[None, :], other=0.0)
+    else:
+        scales_ptr, offsets_ptr, scales_row, columns, groups = packed
+        is_high = (FORM == 2) & (start >= columns)
+        at = tl.where(is_high, start - columns, start)
+        b_q = tl.load(w_ptr + at + o_v[:, None] * head_row + o_c[None, :], mask=(at + o_c < columns)[None, :], other=0)
+        if FORM == 2:
+            b_q = tl.where(is_high, b_q >> 4, b_q & 15)
+        return dequantized_tile(
+            b_q, scales_ptr, offsets_ptr, o_v, o_v >= 0, start, groups, scales_row, ZERO, OFFSETS, GROUP, ROWS, BLOCK
+        )
+
+
+@triton.jit
 def _logits(
-    h_ptr, w_ptr, o_n, o_v, d, softcap, h_row, h_col, head_row, head_col,
+    h_ptr, w_ptr, packed, o_n, o_v, d, softcap, h_row, h_col, head_row, head_col,
     SOFTCAP: tl.constexpr, EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    FORM: tl.constexpr, ZERO: tl.constexpr, OFFSETS: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """z of one tile [BLOCK_N, BLOCK_V]; h_ptr and w_ptr point at its first rows, o_n and o_v count rows from there."""
     o_d = tl.arange(0, BLOCK_D)
-    # offsets inside a tile are 32 bits wide (the launcher checks), the tile's own start is 64 bits wide
     o_h = o_n[:, None] * h_row + o_d[None, :] * h_col
-    o_w = o_v[:, None] * head_row + o_d[None, :] * head_col
     b_z = tl.zeros((BLOCK_N, BLOCK_V), tl.float32)
     for start in range(0, d, BLOCK_D):
         # [BLOCK_N, BLOCK_D], [BLOCK_V, BLOCK_D]
-        if EVEN:
-            b_h = tl.load(h_ptr + o_h)
-            b_w = tl.load(w_ptr + o_w)
-        else:
-            m_d = (start + o_d < d)[None, :]
-            b_h = tl.load(h_ptr + o_h, mask=m_d, other=0.0)
-            b_w = tl.load(w_ptr + o_w, mask=m_d, other=0.0)
+        b_h = tl.load(h_ptr + o_h) if EVEN else tl.load(h_ptr + o_h, mask=(start + o_d < d)[None, :], other=0.0)
+        b_w = _head_tile(
+            w_ptr, packed, o_v, start, d, head_row, head_col, EVEN, FORM, ZERO, OFFSETS, GROUP, BLOCK_V, BLOCK_D
+        )
         b_z = tl.dot(b_h, tl.trans(b_w.to(b_h.dtype)), b_z, input_precision=PRECISION)
         h_ptr += BLOCK_D * _wide(h_col)
-        w_ptr += BLOCK_D * _wide(head_col)
     if SOFTCAP:
         b_z = softcap * _tanh(b_z / softcap)
     return b_z
@@ -95,37 +123,39 @@ def _logits(
 
 @triton.jit
 def _add_product(
-    sum_ptr, w_ptr, b_q, b_scale, o_n, o_v, rows, filled, d, head_row, head_col,
-    EVEN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_E: tl.constexpr,
+    sum_ptr, w_ptr, packed, b_q, b_scale, o_n, o_v, rows, filled, d, head_row, head_col,
+    EVEN: tl.constexpr, PRECISION: tl.constexpr,
+    FORM: tl.constexpr, ZERO: tl.constexpr, OFFSETS: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_V: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
     """sum [BLOCK_N, d] ← scale · sum + q [BLOCK_N, BLOCK_V] W for `rows` rows; the first `filled` hold a sum."""
     o_e = tl.arange(0, BLOCK_E)
     o_sum = o_n[:, None] * d + o_e[None, :]
-    o_w = o_v[:, None] * head_row + o_e[None, :] * head_col
     m_filled, m_rows = (o_n < filled)[:, None], (o_n < rows)[:, None]
     for start in range(0, d, BLOCK_E):
         # [BLOCK_V, BLOCK_E], [BLOCK_N, BLOCK_E]
+        b_w = _head_tile(
+            w_ptr, packed, o_v, start, d, head_row, head_col, EVEN, FORM, ZERO, OFFSETS, GROUP, BLOCK_V, BLOCK_E
+        )
         if EVEN:
-            b_w = tl.load(w_ptr + o_w)
             m_read, m_write = m_filled, m_rows
         else:
             m_e = (start + o_e < d)[None, :]
-            b_w = tl.load(w_ptr + o_w, mask=m_e, other=0.0)
             m_read, m_write = m_filled & m_e, m_rows & m_e
         b_sum = tl.load(sum_ptr + o_sum, mask=m_read, other=0.0) * b_scale
         b_sum += tl.dot(b_q, b_w.to(b_q.dtype), input_precision=PRECISION)
         tl.store(sum_ptr + o_sum, b_sum, mask=m_write)
         sum_ptr += BLOCK_E
-        w_ptr += BLOCK_E * _wide(head_col)
 
 
 @triton.jit(do_not_specialize=["N", "tiles"])
 def linear_cross_entropy_kernel(
-    h_ptr, head_ptr, target_ptr, weight_ptr,
+    h_ptr, head_ptr, scales_ptr, offsets_ptr, target_ptr, weight_ptr,
     maximum_ptr, mass_ptr, target_logit_ptr, best_ptr, used_ptr, sum_ptr,
     N, V, d, tiles, softcap, budget,
-    h_row, h_col, head_row, head_col, target_step, weight_step,
+    h_row, h_col, head_row, head_col, scales_row, columns, groups, target_step, weight_step,
     GRADIENT: tl.constexpr, SOFTCAP: tl.constexpr, SHIFT: tl.constexpr,
+    FORM: tl.constexpr, ZERO: tl.constexpr, OFFSETS: tl.constexpr, GROUP: tl.constexpr,
     EVEN: tl.constexpr, PRECISION: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_E: tl.constexpr,
 ):  # fmt: skip
@@ -158,10 +188,12 @@ def linear_cross_entropy_kernel(
         o_v = first + tl.arange(0, BLOCK_V)
         o_tile = tl.minimum(o_v, V - 1) - first
         w_ptr = head_ptr + _wide(first) * head_row
+        at_scale = _wide(first) * scales_row
+        packed = (scales_ptr + at_scale, offsets_ptr + at_scale, scales_row, columns, groups)
         # [BLOCK_N, BLOCK_V]
         b_z = _logits(
-            h_ptr, w_ptr, o_row, o_tile, d, softcap, h_row, h_col, head_row, head_col,
-            SOFTCAP, EVEN, PRECISION, BLOCK_N, BLOCK_V, BLOCK_D,
+            h_ptr, w_ptr, packed, o_row, o_tile, d, softcap, h_row, h_col, head_row, head_col,
+            SOFTCAP, EVEN, PRECISION, FORM, ZERO, OFFSETS, GROUP, BLOCK_N, BLOCK_V, BLOCK_D,
         )  # fmt: skip
         has_target = _any((b_target >= first) & (b_target < first + BLOCK_V))
         if has_target | (first + BLOCK_V > V):
@@ -188,8 +220,8 @@ def linear_cross_entropy_kernel(
                     b_ratio = b_z / softcap
                     b_q = tl.where(b_q > 0.0, b_q * (1.0 - b_ratio * b_ratio), 0.0)
                 _add_product(
-                    sum_ptr, w_ptr, b_q.to(h_ptr.dtype.element_ty), b_scale[:, None], o_n, o_tile, rows, filled,
-                    d, head_row, head_col, EVEN, PRECISION, BLOCK_E,
+                    sum_ptr, w_ptr, packed, b_q.to(h_ptr.dtype.element_ty), b_scale[:, None], o_n, o_tile, rows,
+                    filled, d, head_row, head_col, EVEN, PRECISION, FORM, ZERO, OFFSETS, GROUP, BLOCK_V, BLOCK_E,
                 )  # fmt: skip
                 b_scale = tl.full((BLOCK_N,), 1.0, tl.float32)
                 filled = rows
@@ -210,10 +242,11 @@ def linear_cross_entropy_kernel(
 @triton.jit(do_not_specialize=["N", "splits"])
 def linear_cross_entropy_merge_kernel(
     maximum_ptr, mass_ptr, target_logit_ptr, best_ptr, used_ptr, sum_ptr,
-    head_ptr, target_ptr, weight_ptr, nll_ptr, predicted_ptr, dh_ptr,
+    head_ptr, scales_ptr, offsets_ptr, target_ptr, weight_ptr, nll_ptr, predicted_ptr, dh_ptr,
     N, d, splits, softcap,
-    head_row, head_col, target_step, weight_step, dh_row, dh_col,
+    head_row, head_col, scales_row, columns, groups, target_step, weight_step, dh_row, dh_col,
     GRADIENT: tl.constexpr, SOFTCAP: tl.constexpr, SHIFT: tl.constexpr,
+    FORM: tl.constexpr, ZERO: tl.constexpr, OFFSETS: tl.constexpr, GROUP: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_N rows of the loss and arg-max, and where GRADIENT a block of dh: the splits merged in ascending order."""
@@ -264,8 +297,11 @@ def linear_cross_entropy_merge_kernel(
         if SOFTCAP:
             b_ratio = b_zt / softcap
             b_slope = 1.0 - b_ratio * b_ratio
-        p_t = head_ptr + (tl.maximum(b_target, 0) * head_row)[:, None] + (o_d * head_col)[None, :]
-        b_wt = tl.load(p_t, mask=m_dh, other=0.0).to(tl.float32)
+        packed = (scales_ptr, offsets_ptr, scales_row, columns, groups)
+        b_wt = _head_tile(
+            head_ptr, packed, tl.maximum(b_target, 0), i_d * BLOCK_D, d, head_row, head_col, False,
+            FORM, ZERO, OFFSETS, GROUP, BLOCK_N, BLOCK_D,
+        ).to(dh_ptr.dtype.element_ty).to(tl.float32)  # fmt: skip
         b_mean = b_sum / tl.where(b_s > 0.0, b_s, 1.0)[:, None]
         b_dh = tl.where(m_dh, b_factor[:, None] * (b_mean - b_slope[:, None] * b_wt), 0.0)
         p_dh = dh_ptr + (o_n * dh_row)[:, None] + (o_d * dh_col)[None, :]
@@ -288,7 +324,7 @@ def workspace_bytes(rows: int, d: int, vocabulary: int, options: launch.Options,
 
 def linear_cross_entropy(
     h: torch.Tensor,
-    head: torch.Tensor,
+    head: torch.Tensor | PackedWeight,
     targets: torch.Tensor,
     weights: torch.Tensor,
     *,
@@ -299,25 +335,28 @@ def linear_cross_entropy(
     """Loss and arg-max of softmax(h headᵀ) per row, and where wanted dh = weights · d nll/dh.
 
     h, dh [N, d] and head [V, d] float32, float16 or bfloat16, any strides (dh not expanded); targets [N] int64, −1 =
-    ignored, otherwise below V (not checked on the device); weights [N] float32. skip=False sums every tile.
+    ignored, otherwise below V (not checked on the device); weights [N] float32. skip=False sums every tile. A quantised
+    head is dequantised tile by tile, to h's type.
     Returns nll [N] float32, unweighted, 0 where ignored, and predicted [N] int64, the lowest arg-max, of every row.
     dh is 0 where ignored or where the weight is 0; all targets ignored gives zeros.
     Raises ValueError where shapes or types do not fit.
     """
     rows, d = h.shape
-    vocabulary = len(head)
-    checks.shape("head", head, (vocabulary, d))
+    vocabulary = head.shape[0]
+    if head.shape[1] != d:
+        raise ValueError(f"head has shape {list(head.shape)}, but h has {d} columns")
+    stored = head.packed if isinstance(head, PackedWeight) else head
     checks.shape("targets", targets, (rows,))
     checks.shape("weights", weights, (rows,))
-    checks.floating(h=h, head=head)
+    checks.floating(h=h) if isinstance(head, PackedWeight) else checks.floating(h=h, head=head)
     if dh is not None:
         checks.shape("dh", dh, (rows, d))
         checks.floating(dh=dh)
         checks.writable(dh=dh)
     arch = launch.architecture(h.device)
-    options = launch.options("linear_cross_entropy", arch, dtype=h.dtype, width=d)
-    reach = max(options["BLOCK_V"] * abs(head.stride(0)), options["BLOCK_N"] * abs(h.stride(0)))
-    if reach + max(options["BLOCK_D"], options["BLOCK_E"]) * max(head.stride(1), h.stride(1)) >= 2**31:
+    options = _fitted(launch.options("linear_cross_entropy", arch, dtype=h.dtype, width=d), head)
+    reach = max(options["BLOCK_V"] * stored.stride(0), options["BLOCK_N"] * h.stride(0))
+    if reach + max(options["BLOCK_D"], options["BLOCK_E"]) * max(stored.stride(1), h.stride(1)) >= 2**31:
         raise ValueError("the strides of h or head are so large that offsets inside a tile need more than 32 bits")
     splits, tiles = splits_of(rows, vocabulary, options)
     statistics = torch.empty(4, splits, rows, dtype=torch.float32, device=h.device)
@@ -327,22 +366,48 @@ def linear_cross_entropy(
     nll = torch.empty(rows, dtype=torch.float32, device=h.device)
     predicted = torch.empty(rows, dtype=torch.int64, device=h.device)
     shift = 15 if h.dtype == torch.float16 else 0  # q in fp16: small ones must not fall below its smallest number
-    common = {"GRADIENT": dh is not None, "SOFTCAP": softcap is not None, "SHIFT": shift}
+    common = {"GRADIENT": dh is not None, "SOFTCAP": softcap is not None, "SHIFT": shift, **_form(head)}
+    tensors, sizes = _head_arguments(head)
     blocks = {name: value for name, value in options.items() if name != "PROGRAMS"}
     budget = UNIT_ROUNDOFF[h.dtype] if skip else -1.0
     linear_cross_entropy_kernel[(triton.cdiv(rows, options["BLOCK_N"]), splits)](
-        h, head, targets, weights, maximum, mass, target_logit, best, used, sums,
+        h, *tensors, targets, weights, maximum, mass, target_logit, best, used, sums,
         rows, vocabulary, d, tiles, softcap or 1.0, budget,
-        *h.stride(), *head.stride(), *targets.stride(), *weights.stride(),
+        *h.stride(), *sizes, *targets.stride(), *weights.stride(),
         EVEN=d % options["BLOCK_D"] == 0 and d % options["BLOCK_E"] == 0, PRECISION="ieee", **common, **blocks,
     )  # fmt: skip
     out = h if dh is None else dh
-    merging = launch.options("linear_cross_entropy_merge", arch, dtype=torch.float32, width=d)
+    merging = _fitted(launch.options("linear_cross_entropy_merge", arch, dtype=torch.float32, width=d), head)
     columns = triton.cdiv(d, merging["BLOCK_D"]) if dh is not None else 1
     linear_cross_entropy_merge_kernel[(triton.cdiv(rows, merging["BLOCK_N"]), columns)](
-        maximum, mass, target_logit, best, used, sums, head, targets, weights, nll, predicted, out,
+        maximum, mass, target_logit, best, used, sums, *tensors, targets, weights, nll, predicted, out,
         rows, d, splits, softcap or 1.0,
-        *head.stride(), *targets.stride(), *weights.stride(), *out.stride(),
+        *sizes, *targets.stride(), *weights.stride(), *out.stride(),
         **common, **merging,
     )  # fmt: skip
     return nll, predicted
+
+
+def _form(head: torch.Tensor | PackedWeight) -> dict[str, object]:
+    """The constants that say how the head is stored."""
+    if not isinstance(head, PackedWeight):
+        return {"FORM": 0, "ZERO": 0, "OFFSETS": False, "GROUP": 1}
+    constants = packed_constants(head)
+    return {"FORM": 2 if constants.pop("INT4") else 1, **constants}
+
+
+def _head_arguments(head: torch.Tensor | PackedWeight) -> tuple[tuple[torch.Tensor, ...], tuple[int, ...]]:
+    """Tensors (W, scales, offsets) and numbers (row and column strides, scales' row stride, columns, groups)."""
+    if not isinstance(head, PackedWeight):
+        return (head, head, head), (*head.stride(), 0, 0, 0)
+    offsets = head.scales if head.offsets is None else head.offsets
+    sizes = (*head.packed.stride(), head.scales.stride(0), head.packed.shape[1], head.scales.shape[1])
+    return (head.packed, head.scales, offsets), sizes
+
+
+def _fitted(options: launch.Options, head: torch.Tensor | PackedWeight) -> launch.Options:
+    """Blocks of columns that lie in one half of an int4 row and hold whole groups or parts of one."""
+    if not isinstance(head, PackedWeight):
+        return options
+    limit = 1 << 30 if head.kind == "int8" else head.packed.shape[1] & -head.packed.shape[1]
+    return {name: min(size, limit) if name in ("BLOCK_D", "BLOCK_E") else size for name, size in options.items()}

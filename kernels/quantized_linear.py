@@ -24,7 +24,7 @@ from .packing import PackedWeight
 
 
 @triton.jit
-def _dequantized(
+def dequantized_tile(
     b_q, scales_ptr, offsets_ptr, o_n, m_n, first, groups, scales_row,
     ZERO: tl.constexpr, OFFSETS: tl.constexpr, GROUP: tl.constexpr, ROWS: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -81,18 +81,18 @@ def quantized_linear_kernel(
             o_h = columns + o_c
             m_h = m_m[:, None] & ((o_h < K) & (o_c < columns))[None, :]
             b_x2 = tl.load(p_x + (o_h.to(tl.int64) * x_col)[None, :], mask=m_h, other=0.0)
-            b_w = _dequantized(
+            b_w = dequantized_tile(
                 b_q & 15, scales_ptr, offsets_ptr, o_n, m_n, first, groups // 2, scales_row,
                 ZERO, OFFSETS, GROUP, BLOCK_N, BLOCK_K,
             )  # fmt: skip
             b_y = tl.dot(b_w.to(b_x.dtype), tl.trans(b_x), b_y, input_precision=PRECISION)
-            b_w = _dequantized(
+            b_w = dequantized_tile(
                 b_q >> 4, scales_ptr + groups // 2, offsets_ptr + groups // 2, o_n, m_n, first, groups // 2, scales_row,
                 ZERO, OFFSETS, GROUP, BLOCK_N, BLOCK_K,
             )  # fmt: skip
             b_y = tl.dot(b_w.to(b_x.dtype), tl.trans(b_x2), b_y, input_precision=PRECISION)
         else:
-            b_w = _dequantized(
+            b_w = dequantized_tile(
                 b_q, scales_ptr, offsets_ptr, o_n, m_n, first, groups, scales_row,
                 ZERO, OFFSETS, GROUP, BLOCK_N, BLOCK_K,
             )  # fmt: skip
@@ -129,18 +129,18 @@ def quantized_linear_backward_kernel(
         p_packed = packed_ptr + (o_n * packed_row)[:, None] + o_c[None, :]
         b_q = tl.load(p_packed, mask=m_n[:, None] & m_c[None, :], other=0)
         if INT4:
-            b_w = _dequantized(
+            b_w = dequantized_tile(
                 b_q & 15, scales_ptr, offsets_ptr, o_n, m_n, first, groups // 2, scales_row,
                 ZERO, OFFSETS, GROUP, BLOCK_N, BLOCK_K,
             )  # fmt: skip
             b_dx = tl.dot(b_dy, b_w.to(b_dy.dtype), b_dx, input_precision=PRECISION)
-            b_w = _dequantized(
+            b_w = dequantized_tile(
                 b_q >> 4, scales_ptr + groups // 2, offsets_ptr + groups // 2, o_n, m_n, first, groups // 2, scales_row,
                 ZERO, OFFSETS, GROUP, BLOCK_N, BLOCK_K,
             )  # fmt: skip
             b_dx2 = tl.dot(b_dy, b_w.to(b_dy.dtype), b_dx2, input_precision=PRECISION)
         else:
-            b_w = _dequantized(
+            b_w = dequantized_tile(
                 b_q, scales_ptr, offsets_ptr, o_n, m_n, first, groups, scales_row,
                 ZERO, OFFSETS, GROUP, BLOCK_N, BLOCK_K,
             )  # fmt: skip
@@ -175,7 +175,7 @@ def quantized_linear(
         x, weight.packed, weight.scales, offsets, b, out,
         rows, n, k, weight.packed.shape[1], weight.scales.shape[1],
         *x.stride(), weight.packed.stride(0), weight.scales.stride(0), b.stride(0), *out.stride(),
-        BIAS=bias is not None, **_constants(weight), **options,
+        BIAS=bias is not None, PRECISION="ieee", **packed_constants(weight), **options,
     )  # fmt: skip
     return out
 
@@ -197,7 +197,7 @@ def quantized_linear_backward(dy: torch.Tensor, weight: PackedWeight, *, out: to
         dy, weight.packed, weight.scales, offsets, out,
         rows, n, k, columns, weight.scales.shape[1],
         *dy.stride(), weight.packed.stride(0), weight.scales.stride(0), *out.stride(),
-        **_constants(weight), **options,
+        PRECISION="ieee", **packed_constants(weight), **options,
     )  # fmt: skip
     return out
 
@@ -221,9 +221,10 @@ def _options(name: str, x: torch.Tensor, weight: PackedWeight) -> launch.Options
     return options
 
 
-def _constants(weight: PackedWeight) -> dict[str, object]:
+def packed_constants(weight: PackedWeight) -> dict[str, object]:
+    """The constants that say how a weight is stored."""
     int4 = weight.kind == "int4"
     return {
         "INT4": int4, "ZERO": 8 if int4 and weight.offsets is None else 0, "OFFSETS": weight.offsets is not None,
-        "GROUP": weight.group, "PRECISION": "ieee",
+        "GROUP": weight.group,
     }  # fmt: skip

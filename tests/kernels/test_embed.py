@@ -4,7 +4,7 @@ import pytest
 import torch
 from embedgrad.kernels import launch
 from embedgrad.kernels.embed import embed, embed_backward
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -24,7 +24,7 @@ from .harness import (
     three_way,
 )
 
-QUICK = settings(max_examples=25, deadline=None)
+QUICK = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 SEEDS = st.integers(0, 2**31)
 
 

@@ -1,10 +1,13 @@
 """Cross entropy of h Wᵀ in one walk over the vocabulary, against fp64 on whole logits."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from embedgrad.kernels import launch
 from embedgrad.kernels.linear_cross_entropy import UNIT_ROUNDOFF, linear_cross_entropy
-from hypothesis import example, given, settings
+from embedgrad.kernels.packing import PackedWeight, quantize_int4, quantize_int8
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -24,12 +27,12 @@ from .harness import (
     three_way,
 )
 
-QUICK = settings(max_examples=12, deadline=None)
+QUICK = settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 SEEDS = st.integers(0, 2**31)
 SMALL = {"BLOCK_N": 16, "BLOCK_V": 16, "BLOCK_D": 16, "BLOCK_E": 16, "num_warps": 1, "num_stages": 1}
 
 
-def run_small(*args: Tensor, programs: int = 6, **keywords: object) -> tuple[Tensor, Tensor]:
+def run_small(*args: Tensor | PackedWeight, programs: int = 6, **keywords: object) -> tuple[Tensor, Tensor]:
     with (
         launch.overridden("linear_cross_entropy", **SMALL, PROGRAMS=programs),
         launch.overridden("linear_cross_entropy_merge", BLOCK_N=4, BLOCK_D=16, num_warps=1),
@@ -96,7 +99,7 @@ def test_linear_cross_entropy(
     check(h, head, guarded_copy(targets), laid_out(weights, "stepped"), softcap, programs, dh_layout)
 
 
-@settings(max_examples=4, deadline=None)
+@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(SEEDS, st.sampled_from([30.0, 300.0, 1e4]), st.sampled_from([None, 30.0]))
 def test_extreme_logits(seed: int, size: float, softcap: float | None) -> None:
     h, head = normal(seed, (9, 20)), normal(seed + 1, (50, 20))
@@ -107,6 +110,24 @@ def test_extreme_logits(seed: int, size: float, softcap: float | None) -> None:
 def test_a_narrow_head_under_a_wide_h() -> None:
     h, head = normal(0, (5, 20)), normal(1, (30, 20), torch.float16)
     check(h, guarded_copy(head), some_targets(0, 5, 30), torch.ones(5), None, 2, "contiguous")
+
+
+@pytest.mark.parametrize("dtype", FLOAT_TYPES)
+@pytest.mark.parametrize(("quantiser", "d"), [(quantize_int8, 32), (quantize_int8, 40), (quantize_int4, 100)])
+def test_a_quantised_head(
+    quantiser: Callable[[Tensor], tuple[PackedWeight, float]], d: int, dtype: torch.dtype
+) -> None:
+    """The same as with the dequantised head, up to the order of sums; d = 40 and 100 leave padding."""
+    weight, _ = quantiser(normal(0, (37, d)))
+    h, targets, weights = normal(1, (9, d), dtype), some_targets(0, 9, 37), normal(2, (9,)).abs()
+    found = []
+    for head in (weight, weight.dequantize(dtype)):
+        dh = guarded((9, d), dtype)
+        found.append((*run_small(h, head, targets, weights, programs=2, dh=dh), dh))
+    (nll, predicted, dh), (other_nll, other_predicted, other_dh) = found
+    assert torch.allclose(nll, other_nll, atol=1e-5)
+    assert torch.equal(predicted, other_predicted)
+    assert torch.allclose(dh, other_dh, atol=1e-5 if dtype == torch.float32 else 4e-3)
 
 
 @pytest.mark.parametrize("programs", [1, 5])

@@ -14,13 +14,13 @@ from embedgrad.kernels.packing import (
 )
 from gguf.constants import GGMLQuantizationType as Type
 from gguf.quants import dequantize, quantize
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from .harness import normal
 
 pytestmark = pytest.mark.needs_no_launch
-QUICK = settings(max_examples=25, deadline=None)
+QUICK = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 READERS = {Type.Q8_0: from_q8_0, Type.Q4_0: from_q4_0, Type.Q4_1: from_q4_1}
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from embedgrad.kernels import launch
 from embedgrad.kernels.prompt_step import KINDS, prompt_step
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -36,7 +36,7 @@ from .harness import (
     three_way,
 )
 
-QUICK = settings(max_examples=20, deadline=None)
+QUICK = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 SEEDS = st.integers(0, 2**31)
 BLOCKS = st.sampled_from([16, 64])  # 16: rows wider than one block
 TAUS = st.sampled_from([0.95, 0.99999, 0.5, 0.0, -0.5, 1.0, -1.0])
@@ -117,7 +117,7 @@ def test_prompt_step(
     check_canaries()
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(SEEDS, st.sampled_from([0.95, 0.999, 0.5]), BLOCKS)
 def test_a_second_projection_changes_no_bit(seed: int, tau: float, block: int) -> None:
     e, anchor, m, v, g = state(seed, 4, 45, 1.0)

@@ -5,7 +5,7 @@ import torch
 from embedgrad.kernels import launch
 from embedgrad.kernels.packing import PackedWeight, quantize_int4, quantize_int8
 from embedgrad.kernels.quantized_linear import quantized_linear, quantized_linear_backward
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -25,7 +25,7 @@ from .harness import (
     three_way,
 )
 
-QUICK = settings(max_examples=15, deadline=None)
+QUICK = settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 SEEDS = st.integers(0, 2**31)
 FORMS = st.sampled_from(["int8", "int8 with offsets", "int4", "int4 without offsets"])
 # group size and columns of a tile: a group is several tiles, one tile, or a part of one

@@ -4,7 +4,7 @@ import pytest
 import torch
 from embedgrad.kernels import launch
 from embedgrad.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_backward
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -24,7 +24,7 @@ from .harness import (
 )
 
 EPS = 1e-5
-QUICK = settings(max_examples=25, deadline=None)
+QUICK = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 BLOCKS = st.sampled_from([16, 256])  # 16: several blocks a row; 256: one block
 SCALES = st.sampled_from([1.0, 1e-4, 1e3])
 SEEDS = st.integers(0, 2**31)
@@ -110,6 +110,13 @@ def test_rms_norm_backward(
     truth = before.double() + plain_backward(dy.double(), x.double(), weight.double())
     three_way(dx, before + plain_backward(dy, x, weight).to(dtype), truth)
     check_canaries()
+
+
+def test_the_casts_are_where_transformers_has_them() -> None:
+    """Bits equal but for a last bit of r; without the rounding of x̂ a quarter of the elements would differ."""
+    x, weight = guarded_copy(normal(0, (20, 60), torch.float16)), guarded_copy(normal(1, (60,), torch.float16))
+    out = rms_norm(x, weight, EPS, out=guarded((20, 60), torch.float16))
+    assert float((out != plain(x, weight)).float().mean()) < 0.02
 
 
 def test_a_weight_of_another_type_and_no_rows() -> None:

@@ -4,14 +4,14 @@ import pytest
 import torch
 from embedgrad.kernels import launch
 from embedgrad.kernels.rope import rope, rope_backward
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from .harness import FLOAT_TYPES, Layout, check_canaries, guarded_copy, laid_out, layouts, normal, same_bits, three_way
 
 EPS = 1e-6
-QUICK = settings(max_examples=25, deadline=None)
+QUICK = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 SEEDS = st.integers(0, 2**31)
 HEADS = st.tuples(st.integers(0, 5), st.integers(0, 3), st.sampled_from([2, 6, 8, 10, 16])).filter(
     lambda h: h[0] + h[1]
