@@ -87,7 +87,7 @@ def _one(job: tuple[str, str]) -> Row:
     except Exception as fault:  # a trial that cannot run is a wrong one, and the others still count
         traceback.print_exc()
         nothing = dict.fromkeys((*cdna3.KINDS, "matrix_operations", "useful_operations"), 0)
-        ratios = {"done_per_useful": None, "vector_per_matrix": None, "launches": []}
+        ratios: Row = {"done_per_useful": None, "vector_per_matrix": None, "launches": []}
         wrong = {"output": repr(fault), "error": float("inf"), "allowed": 0.0, "right": False}
         return {"trial": name, "op": trial.op, "case": trial.case, "dtype": dtype, **wrong, **nothing, **ratios}
 

@@ -163,7 +163,7 @@ def heuristic(kernel: str, arch: str, element_bytes: int, sizes: dict[str, int])
     if kernel == "linear_cross_entropy":
         n, v = (32, 64) if small else (64, 128)
         tiles = {"BLOCK_N": n, "BLOCK_V": v, "BLOCK_D": 32, "BLOCK_E": 32, "PROGRAMS": programs}
-        return {**tiles, "num_warps": 4, "num_stages": stages}
+        return {**tiles, "num_warps": 4 if small else 8, "num_stages": stages}
     if kernel.startswith("quantized_linear"):
         m = 16 if sizes.get("rows", 64) <= 16 else 32 if small else 64
         return {"BLOCK_M": m, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": stages}

@@ -15,7 +15,7 @@ from embedgrad.backends import reference
 from embedgrad.tree import TreeMask
 
 from . import Cost, Specimen, Tensors, Trial
-from .shapes import MODELS, QWEN_1_5B, TOKENS, TYPES, Model, poisoned, size, tree, untouched, values, visible_pairs
+from .shapes import CASES, QWEN_1_5B, TOKENS, Model, poisoned, size, tree, untouched, values, visible_pairs
 
 # Other head dimensions that the kernels promise: SmolLM2 and Llama-3.2-1B, Phi-2, the widest.
 OTHERS = (
@@ -23,7 +23,6 @@ OTHERS = (
     replace(QWEN_1_5B, name="head_dim 80", heads=32, groups=32, head_dim=80),
     replace(QWEN_1_5B, name="head_dim 256", heads=8, groups=4, head_dim=256),
 )
-ALL = (*MODELS, *OTHERS)
 
 
 def _schedule(window: int | None = None) -> TreeSchedule:
@@ -140,9 +139,10 @@ def _decode(m: Model, dtype: torch.dtype) -> Specimen:
 
 def specimens() -> list[Specimen]:
     """Every attention kernel at both models' sizes and at other head dimensions, in each type."""
-    plain = [maker(m, dtype) for maker in (_forward, _backward) for m in ALL for dtype in TYPES]
+    cases = (*CASES, *((m, dtype) for m in OTHERS for dtype in (torch.bfloat16, torch.float32)))
+    plain = [maker(m, dtype) for maker in (_forward, _backward, _decode) for m, dtype in cases]
     masked = [maker(QWEN_1_5B, torch.bfloat16, window=512, softcap=50.0) for maker in (_forward, _backward)]
-    return [*plain, *masked, *(_decode(m, dtype) for m in (*MODELS, *OTHERS) for dtype in TYPES)]
+    return [*plain, *masked]
 
 
 class _SmallTree:

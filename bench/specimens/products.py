@@ -12,7 +12,7 @@ from bench.capture import Launch
 from embedgrad.backends import reference
 
 from . import Cost, Specimen, Tensors, Trial
-from .shapes import MODELS, QWEN_7B, TARGETS, TOKENS, TYPES, Model, poisoned, size, untouched, values
+from .shapes import CASES, QWEN_7B, TARGETS, TOKENS, Model, poisoned, size, untouched, values
 
 
 def _cross_entropy_cost(m: Model, dtype: torch.dtype, gradient: bool, launches: list[Launch]) -> Cost:
@@ -93,11 +93,10 @@ def _quantized(m: Model, dtype: torch.dtype, name: str, backward: bool, tokens: 
 
 def specimens() -> list[Specimen]:
     """Loss alone and with its gradient, and both directions of a quantised product, at both models' sizes."""
-    losses = [_cross_entropy(m, dtype, gradient) for m in MODELS for dtype in TYPES for gradient in (True, False)]
+    losses = [_cross_entropy(m, dtype, gradient) for m, dtype in CASES for gradient in (True, False)]
     steps = [
         _quantized(m, dtype, name, backward, TOKENS)
-        for m in MODELS
-        for dtype in TYPES
+        for m, dtype in CASES
         for name in FORMATS
         for backward in (False, True)
     ]

@@ -16,7 +16,7 @@ from embedgrad.backends import reference
 from embedgrad.trust_region import CosineCone, MeanCosine, TrustRegion
 
 from . import Cost, Specimen, Tensors, Trial
-from .shapes import MODELS, PROMPT_ROWS, TOKENS, TYPES, Model, poisoned, size, untouched, values
+from .shapes import CASES, MODELS, PROMPT_ROWS, TOKENS, Model, poisoned, size, untouched, values
 
 EPS = 1e-6
 Op = Callable[..., Tensor]
@@ -141,7 +141,7 @@ def _prompt_step(m: Model, region: TrustRegion, name: str) -> Specimen:
 def specimens() -> list[Specimen]:
     """Every kernel of this family at both models' sizes, in each type."""
     makers = (_norms, _ropes, _swiglus, _embeds)
-    rows = [s for maker in makers for m in MODELS for dtype in TYPES for s in maker(m, dtype)]
+    rows = [s for maker in makers for m, dtype in CASES for s in maker(m, dtype)]
     cone, mean = CosineCone(0.95, 0.9, 1.1), MeanCosine(0.95)
     steps = [(cone, "prompt_step"), (mean, "prompt_step+mean_cosine")]
     return [*rows, *(_prompt_step(m, region, name) for m in MODELS for region, name in steps)]

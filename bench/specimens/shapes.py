@@ -37,8 +37,9 @@ class Model:
 QWEN_1_5B = Model("Qwen2.5-Math-1.5B", 1536, 8960, 12, 2, 128, 151936)
 QWEN_7B = Model("Qwen2.5-Math-7B", 3584, 18944, 28, 4, 128, 152064)
 MODELS = (QWEN_1_5B, QWEN_7B)
-HALVES = (torch.bfloat16, torch.float16)
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
+CASES = (*((QWEN_1_5B, dtype) for dtype in TYPES), (QWEN_7B, torch.bfloat16))
+"""Which sizes in which types: another width changes no instruction but the number of blocks, so 7B is tried in one."""
 
 
 def untouched(*shape: int, dtype: torch.dtype) -> Tensor:
