@@ -175,7 +175,7 @@ def decode_merge_kernel(
         b_o = b_o * decay + tl.sum(b_part * b_w[:, None], 0)
         total = total * decay + tl.sum(b_l * b_w, 0)
         highest = new
-    b_o = b_o / tl.where(total == 0.0, 1.0, total)
+    b_o = b_o * (1.0 / tl.where(total == 0.0, 1.0, total))
     p_out = out + (i_r // GROUP).to(tl.int64) * stride_ob + (i_g * GROUP + i_r % GROUP) * stride_oh
     tl.store(p_out + o_d * stride_od, b_o.to(out.dtype.element_ty), mask=o_d < D)
 

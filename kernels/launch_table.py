@@ -20,6 +20,7 @@ No row has been timed: there was no GPU. A row is chosen by what the compiler ma
 """
 
 from .launch import Fit, Options, Row, power_of_two
+from .launch_attention import ATTENTION
 
 IN_PLACE = frozenset(
     {"rms_norm", "rms_norm_backward", "rope", "rope_backward", "swiglu", "swiglu_backward", "prompt_step"}
@@ -126,9 +127,15 @@ _PRODUCTS = (
         {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 1},
         "181 registers; as on sm_*", bytes=_HALF,
     ),
+    Row(
+        "quantized_linear_backward", "sm_*",
+        {"BLOCK_M": 32, "BLOCK_N": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2},
+        "fp32 products are multiply-adds of single elements, whose operands fill the registers: 128 here; 64 rows of W "
+        "or 4 warps spill or take 200", bytes=_FLOAT,
+    ),
 )  # fmt: skip
 
-ROWS: tuple[Row, ...] = _ROWWISE + _PRODUCTS
+ROWS: tuple[Row, ...] = _ROWWISE + _PRODUCTS + ATTENTION
 
 _ATTENTION = ("tree_attention_forward", "tree_attention_backward_dq", "tree_attention_backward_dkv", "decode_attention")
 _WHOLE_ROW = {"rms_norm": 512, "rms_norm_backward": 512, "prompt_step": 256}

@@ -195,7 +195,7 @@ def tree_attention_forward_kernel(
 
     # l is 0 in a row that has seen no key, and then m is −∞.
     b_l = tl.where(b_l == 0.0, 1.0, b_l)
-    b_o = b_o / b_l[:, None]
+    b_o = b_o * (1.0 / b_l)[:, None]
     b_lse = (b_m + tl.log2(b_l)) * LN2
     m_o = m_r[:, None] & (o_d < D)[None, :]
     p_o = o + (o_t * stride_ot + (i_g * GROUP + o_h) * stride_oh)[:, None] + o_d[None, :] * stride_od

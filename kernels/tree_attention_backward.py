@@ -358,13 +358,13 @@ def workspace_size(schedule: TreeSchedule, heads: int, groups: int, dim: int, dk
     """fp32 elements that `tree_attention_backward` needs: D and lse of each row, and the slots of partial sums.
 
     dkv: launch parameters of the dK, dV kernel; None where dk and dv are not wanted. At most
-    2 (Nq H + G · (BLOCK_Q + 4)) + 4 · PROGRAMS · BLOCK_K · G · (head dimension, padded).
+    2 (Nq H + G · (BLOCK_Q + 4)) + 4 · max(PROGRAMS, G) · BLOCK_K · (head dimension, padded).
     """
     group, block_q = heads // groups, dkv["BLOCK_Q"] if dkv is not None else 0
     rows = 2 * groups * row_pitch(len(schedule.query_index), group, block_q) * ROWS_ALIGNED
     if dkv is None:
         return rows
-    pieces = schedule.query_pieces(group, block_q, dkv["BLOCK_K"], dkv["PROGRAMS"])
+    pieces = schedule.query_pieces(group, block_q, dkv["BLOCK_K"], max(dkv["PROGRAMS"] // groups, 1))
     return rows + 2 * pieces.slots * groups * dkv["BLOCK_K"] * block_width(dim)
 
 
@@ -472,7 +472,7 @@ def _launch_dkv(
 ) -> None:
     do, q, k, v, row_delta, row_lse = inputs
     queries, (tree_keys, groups, dim), kept = len(q), dk.shape, schedule.kept
-    block_k, programs = constants["BLOCK_K"], constants.pop("PROGRAMS")
+    block_k, programs = constants["BLOCK_K"], max(constants.pop("PROGRAMS") // groups, 1)
     pieces = schedule.query_pieces(constants["GROUP"], constants["BLOCK_Q"], block_k, programs)
     key_position = schedule.key_position[kept:] if schedule.key_position is not None else None
     tree_attention_dkv_kernel[(len(pieces.pieces), groups)](
