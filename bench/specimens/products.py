@@ -12,17 +12,17 @@ from bench.capture import Launch
 from embedgrad.backends import reference
 
 from . import Cost, Specimen, Tensors, Trial
-from .shapes import CASES, QWEN_7B, TARGETS, TOKENS, Model, poisoned, size, untouched, values
+from .shapes import CASES, QWEN_1_5B, QWEN_7B, TARGETS, TOKENS, Model, poisoned, size, untouched, values
 
 
-def _cross_entropy_cost(m: Model, dtype: torch.dtype, gradient: bool, launches: list[Launch]) -> Cost:
+def _cross_entropy_cost(m: Model, dtype: torch.dtype, head_bytes: int, gradient: bool, launches: list[Launch]) -> Cost:
     walk = launches[0]
     rows_per, tile = walk.blocks["BLOCK_N"], walk.blocks["BLOCK_V"]
     row_blocks, splits = walk.grid[:2]
     n, d, v = TARGETS, m.width, m.vocabulary
-    least = size((n * d * (2 if gradient else 1) + v * d, dtype), (2 * n, torch.float32), (2 * n, torch.int64))
+    least = head_bytes + size((n * d * (2 if gradient else 1), dtype), (2 * n, torch.float32), (2 * n, torch.int64))
     tiles = row_blocks * -(-v // tile)
-    read = tiles * ((tile + rows_per) * d + (tile * d if gradient else 0)) * dtype.itemsize
+    read = row_blocks * head_bytes * (2 if gradient else 1) + tiles * rows_per * d * dtype.itemsize
     sums = (2 * tiles * rows_per + splits * n) * d * 4 if gradient else 0
     products = 2 if gradient else 1
     return Cost(
@@ -33,17 +33,19 @@ def _cross_entropy_cost(m: Model, dtype: torch.dtype, gradient: bool, launches: 
     )
 
 
-def _cross_entropy(m: Model, dtype: torch.dtype, gradient: bool) -> Specimen:
+def _cross_entropy(m: Model, dtype: torch.dtype, gradient: bool, stored: str = "") -> Specimen:
     h, dh = (untouched(TARGETS, m.width, dtype=dtype) for _ in range(2))
-    head = untouched(m.vocabulary, m.width, dtype=dtype)
+    head = _packed(stored, m.vocabulary, m.width) if stored else untouched(m.vocabulary, m.width, dtype=dtype)
+    head_bytes = head.bytes if isinstance(head, PackedWeight) else head.nbytes
     targets, weights = torch.zeros(TARGETS, dtype=torch.int64), torch.ones(TARGETS)
 
     def run() -> None:
         linear_cross_entropy(h, head, targets, weights, dh=dh if gradient else None)
 
     return Specimen(
-        "linear_cross_entropy" + ("+dh" if gradient else ""), m.name, dtype, run,
-        lambda a: _cross_entropy_cost(m, dtype, gradient, a), matrix=True, kernels=("linear_cross_entropy_kernel",),
+        "linear_cross_entropy" + "+dh" * gradient + ("+" + stored if stored else ""), m.name, dtype, run,
+        lambda a: _cross_entropy_cost(m, dtype, head_bytes, gradient, a), matrix=True,
+        kernels=("linear_cross_entropy_kernel",),
     )  # fmt: skip
 
 
@@ -100,6 +102,7 @@ def specimens() -> list[Specimen]:
         for name in FORMATS
         for backward in (False, True)
     ]
+    losses += [_cross_entropy(QWEN_1_5B, torch.bfloat16, True, name) for name in FORMATS]
     decoding = [_quantized(QWEN_7B, torch.bfloat16, name, False, 16) for name in FORMATS]
     return [*losses, *steps, *decoding]
 
@@ -119,7 +122,7 @@ class _Matrix:
 
 
 def _cross_entropy_trial(
-    n: int, d: int, v: int, gradient: bool, softcap: float | None = None, scale: float = 1.0
+    n: int, d: int, v: int, gradient: bool, softcap: float | None = None, scale: float = 1.0, stored: str = ""
 ) -> Trial:
     def inputs(seed: int) -> dict[str, Tensor]:
         g = torch.Generator().manual_seed(seed)
@@ -127,18 +130,26 @@ def _cross_entropy_trial(
         head = values(g, v, d, scale=scale * d**-0.5)
         return {"h": values(g, n, d), "head": head, "targets": targets, "weights": values(g, n).abs()}
 
+    def packed(head: Tensor) -> PackedWeight:
+        """Made from the same fp32 values in every type, so that all three ways see the same weights."""
+        quantize = quantize_int8 if FORMATS[stored][0] == "int8" else quantize_int4
+        return quantize(head.bfloat16().float(), GROUP)[0]
+
+    def head_of(a: Tensors) -> Tensor:
+        return packed(a["head"]).dequantize(a["h"].dtype) if stored else a["head"]
+
     def run(a: Tensors, op: Callable[..., tuple[Tensor, Tensor]], head: object) -> dict[str, Tensor]:
         wide = torch.float64 if a["h"].dtype == torch.float64 else torch.float32
         dh = poisoned(n, d, dtype=a["h"].dtype) if gradient else None
         nll, _ = op(a["h"], head, a["targets"], a["weights"].to(wide), softcap=softcap, dh=dh)
         return {"nll": nll} if dh is None else {"nll": nll, "dh": dh}
 
-    name = "linear_cross_entropy" + ("+dh" if gradient else "")
+    name = "linear_cross_entropy" + "+dh" * gradient + ("+" + stored if stored else "")
     case = f"N={n} d={d} V={v}" + (f" softcap {softcap:g}" if softcap else "") + (f" scale {scale:g}" * (scale != 1))
     return Trial(
         name, case, inputs,
-        lambda a: run(a, linear_cross_entropy, a["head"]),
-        lambda a: run(a, reference.linear_cross_entropy, _Matrix(a["head"])),
+        lambda a: run(a, linear_cross_entropy, packed(a["head"]) if stored else a["head"]),
+        lambda a: run(a, reference.linear_cross_entropy, _Matrix(head_of(a))),
         useful=2 * (1 + gradient) * n * d * v,
     )  # fmt: skip
 
@@ -185,6 +196,7 @@ def trials() -> list[Trial]:
         _cross_entropy_trial(5, 64, 300, gradient=True, softcap=10.0),
         _cross_entropy_trial(9, 33, 130, gradient=True, scale=30.0),
         _cross_entropy_trial(1, 16, 2, gradient=True),
+        *(_cross_entropy_trial(11, 96, 300, gradient=True, stored=name) for name in ("int8", "int4+offset")),
         *(
             _quantized_trial(37, 70, 96, name, backward)
             for name in ("int8", "int4+offset")

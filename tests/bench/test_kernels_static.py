@@ -54,6 +54,13 @@ def test_limits_quick(quick_rows: list[Row]) -> None:
     assert not violations(quick_rows)
 
 
+def test_costs_are_bounded_below(quick_rows: list[Row]) -> None:
+    """What the tiles ask for and do is never less than what the result needs."""
+    for row in quick_rows:
+        assert row["moved_bytes"] >= row["least_bytes"] > 0, row["specimen"]
+        assert row["done_operations"] >= row["useful_operations"] >= 0, row["specimen"]
+
+
 def test_every_kernel_is_compiled(quick_rows: list[Row]) -> None:
     assert kernel_names() <= {row["kernel"] for row in quick_rows}
 
