@@ -151,10 +151,8 @@ def _looked_up(
     from .launch_table import ROWS, heuristic
 
     named = dict(sizes)
-    for row in ROWS:
-        if row.fits(kernel, arch, dtype, named):
-            return row.resolve(named), row
-    return heuristic(kernel, arch, dtype.itemsize, named), None
+    row = next((row for row in ROWS if row.fits(kernel, arch, dtype, named)), None)
+    return heuristic(kernel, arch, dtype.itemsize, named) if row is None else row.resolve(named), row
 
 
 _observers: list[list[tuple[str, Row | None]]] = []
@@ -178,9 +176,9 @@ def candidates(kernel: str, arch: str, *, dtype: torch.dtype, **sizes: int) -> l
     wanted = [options(kernel, arch, dtype=dtype, **sizes)]
     for row in ROWS:
         if row.fits(kernel, row.arch, dtype, sizes) and row.arch != "interpreter":
-            common = {k: v for k, v in row.resolve(sizes).items() if k != "waves_per_eu"}
-            if common not in wanted and common.keys() == {k for k in wanted[0] if k != "waves_per_eu"}:
-                wanted.append(common)
+            choice = {**wanted[0], **row.resolve(sizes)}
+            if choice not in wanted and choice.keys() == wanted[0].keys():
+                wanted.append(choice)
     return wanted
 
 

@@ -1,0 +1,214 @@
+"""How fast, and in how much memory, is one optimisation step against PEFT prompt tuning on transformers?
+
+Forward and backward of one step on SmolLM2-135M-Instruct, float32, with the same ids and targets for both. Every
+contender is a process of its own; the steps of all contenders take turns, so that a noisy machine is noisy for all.
+Memory is the peak of the resident size during a step above its size once the model is loaded and has been used once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+SHAPES = {"64/64/8": (64, 64, 8), "200/50/8": (200, 50, 8), "32/250/8": (32, 250, 8)}
+CONTENDERS = ("peft", "embedgrad", "embedgrad-layer")
+TARGETS = 2  # answer tokens per example
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of this bench."""
+    parser.add_argument("--shapes", nargs="*", default=list(SHAPES), help="prompt/query/batch, default: %(default)s")
+    parser.add_argument("--repeats", type=int, default=5, help="steps per contender that count (default 5)")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
+
+
+def main(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure, print a table, and return the rows."""
+    if args.worker:
+        _work(args.worker, *(int(n) for n in args.shapes[0].split("/")))
+        return []
+    rows = []
+    for shape in args.shapes:
+        rows += _compare(shape, 2 if args.quick else args.repeats, args.threads)
+    return rows
+
+
+def _compare(shape: str, repeats: int, threads: int) -> list[dict[str, Any]]:
+    with contextlib.ExitStack() as stack:
+        workers = {name: stack.enter_context(_Worker(name, shape, threads)) for name in CONTENDERS}
+        results: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
+        for _ in range(repeats + 1):  # the first step of each is not counted
+            for name, worker in workers.items():
+                results[name].append(worker.step())
+    rows = []
+    for name, steps in results.items():
+        seconds = sorted(step["seconds"] for step in steps[1:])
+        rows.append(
+            {
+                "question": "step",
+                "contender": name,
+                "shape": shape,
+                "threads": threads,
+                "seconds_median": statistics.median(seconds),
+                "seconds_min": seconds[0],
+                "seconds_max": seconds[-1],
+                "repeats": repeats,
+                "peak_bytes": max(step["peak_bytes"] for step in steps),
+                "loss": steps[-1]["loss"],
+                "gradient_norm": steps[-1]["gradient_norm"],
+                "version": steps[-1]["version"],
+            }
+        )
+    _print(shape, rows)
+    return rows
+
+
+def _print(shape: str, rows: list[dict[str, Any]]) -> None:
+    peft = next(row for row in rows if row["contender"] == "peft")
+    print(
+        f"\nprompt/query/batch {shape}, {TARGETS} targets each, {rows[0]['threads']} threads, median of {rows[0]['repeats']}"
+    )
+    print(
+        f"{'contender':<16} {'seconds':>8} {'min..max':>14} {'speed-up':>9} {'peak MB':>8} {'of PEFT':>8}  loss, |grad|"
+    )
+    for row in rows:
+        print(
+            f"{row['contender']:<16} {row['seconds_median']:8.2f} {row['seconds_min']:6.2f}..{row['seconds_max']:<6.2f} "
+            f"{peft['seconds_median'] / row['seconds_median']:8.2f}x {row['peak_bytes'] / 1e6:8.0f} "
+            f"{row['peak_bytes'] / peft['peak_bytes']:8.2f}  {row['loss']:.6f}, {row['gradient_norm']:.6f}"
+        )
+    for row in rows:
+        if abs(row["loss"] - peft["loss"]) > 1e-4 * abs(peft["loss"]):
+            raise SystemExit(f"{row['contender']} computes another loss than PEFT at {shape}: no figure counts.")
+
+
+class _Worker:
+    """One contender in a process of its own; `step` runs one step there and returns what it measured."""
+
+    def __init__(self, name: str, shape: str, threads: int) -> None:
+        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
+        command = [sys.executable, "-m", "bench", "step", "--worker", name, "--shapes", shape]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=Path.cwd()
+        )
+        self._answer()
+
+    def __enter__(self) -> _Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def step(self) -> dict[str, Any]:
+        assert self._process.stdin is not None
+        self._process.stdin.write("step\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("{"):
+                return json.loads(line)
+        raise SystemExit("a contender's process ended before it answered; its message stands above.")
+
+
+def _work(name: str, prompt: int, query: int, batch: int) -> None:
+    """What a contender's process does: load, use once, then a step for every line on standard input."""
+    prepare = _peft if name == "peft" else _embedgrad
+    step, version = prepare(prompt, query, batch, "layer" if name.endswith("layer") else "all")
+    print(json.dumps({"ready": name}), flush=True)
+    for _ in sys.stdin:
+        base = _resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
+        started = time.perf_counter()
+        loss, gradient_norm = step()
+        seconds = time.perf_counter() - started
+        figures = {"seconds": seconds, "loss": loss, "gradient_norm": gradient_norm, "version": version}
+        _work_base.setdefault("base", base)
+        print(json.dumps({**figures, "peak_bytes": _resident("VmHWM") - _work_base["base"]}), flush=True)
+
+
+_work_base: dict[str, int] = {}  # resident bytes before the first step
+
+
+def _resident(field: str) -> int:
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
+
+
+def _batch(vocabulary: int, prompt: int, query: int, batch: int) -> tuple[list[int], list[list[int]], list[list[int]]]:
+    import random
+
+    draw = random.Random(0)
+
+    def tokens(n: int) -> list[int]:
+        return [draw.randrange(100, vocabulary) for _ in range(n)]
+
+    return tokens(prompt), [tokens(query) for _ in range(batch)], [tokens(TARGETS) for _ in range(batch)]
+
+
+def _embedgrad(prompt: int, query: int, batch: int, policy: str) -> tuple[Callable[[], tuple[float, float]], str]:
+    import embedgrad
+    from embedgrad.tasks import smollm2
+
+    model = embedgrad.load_model(smollm2.path())
+    ids, queries, targets = _batch(model.config.vocab_size, prompt, query, batch)
+    soft = embedgrad.SoftPrompt.from_ids(model, ids, template=embedgrad.Template.plain())
+    examples = [embedgrad.Example(q, t) for q, t in zip(queries, targets, strict=True)]
+    embedgrad.score(
+        model, soft.from_ids(model, ids[:4], template=embedgrad.Template.plain()), [embedgrad.Example(ids[:4], ids[:1])]
+    )
+
+    def step() -> tuple[float, float]:
+        loss, grad = embedgrad.loss_and_grad(model, soft, examples, policy=policy)
+        return loss, float(grad.norm())
+
+    return step, f"embedgrad {embedgrad.__version__}, backend {model.backend}"
+
+
+def _peft(prompt: int, query: int, batch: int, policy: str) -> tuple[Callable[[], tuple[float, float]], str]:
+    import peft
+    import torch
+    import transformers
+
+    import embedgrad
+    from bench.twin import transformers_twin
+    from embedgrad.tasks import smollm2
+
+    ours = embedgrad.load_model(smollm2.path())
+    model = transformers_twin(ours, attention="sdpa")
+    ids, queries, targets = _batch(ours.config.vocab_size, prompt, query, batch)
+    start = ours.embedding_rows(ids)
+    del ours
+    tuned = peft.get_peft_model(
+        model, peft.PromptTuningConfig(task_type=peft.TaskType.CAUSAL_LM, num_virtual_tokens=prompt)
+    )
+    weight = tuned.prompt_encoder["default"].embedding.weight
+    weight.data.copy_(start)
+    inputs = torch.tensor([q + t for q, t in zip(queries, targets, strict=True)])
+    labels = torch.tensor([[-100] * query + t for t in targets])
+    with torch.no_grad():
+        tuned(input_ids=torch.tensor([ids[:8]]))
+
+    def step() -> tuple[float, float]:
+        tuned.zero_grad(set_to_none=True)
+        loss = tuned(input_ids=inputs, labels=labels, attention_mask=torch.ones_like(inputs)).loss
+        loss.backward()
+        return float(loss), float(weight.grad.norm())
+
+    return step, f"peft {peft.__version__}, transformers {transformers.__version__}, torch {torch.__version__}"
