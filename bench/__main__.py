@@ -5,6 +5,7 @@ prints; its docstring's first line says which question it answers. `--json` writ
 """
 
 import argparse
+import ast
 import importlib
 import json
 import platform
@@ -36,20 +37,27 @@ def environment() -> dict[str, Any]:
     }
 
 
+def question(name: str) -> str:
+    """The first line of a bench's docstring, without importing it."""
+    return (ast.get_docstring(ast.parse((HERE / f"{name}.py").read_text())) or name).splitlines()[0]
+
+
 def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
     parser = argparse.ArgumentParser(prog="python -m bench", description="Ask one question of the program.")
     commands = parser.add_subparsers(dest="name", required=True, metavar="NAME")
-    modules = {name: importlib.import_module(f"bench.{name}") for name in names()}
-    for name, module in modules.items():
-        summary = (module.__doc__ or "").strip().splitlines()[0]
-        command = commands.add_parser(name, help=summary, description=module.__doc__)
+    module: Any = None
+    for name in names():
+        command = commands.add_parser(name, help=question(name), description=question(name))
         command.add_argument("--json", type=Path, metavar="FILE", help="write the rows here as well")
         command.add_argument("--quick", action="store_true", help="a small part of the question")
-        module.add_arguments(command)
+        if argv[:1] == [name]:  # the others need not even be importable
+            module = importlib.import_module(f"bench.{name}")
+            module.add_arguments(command)
     args = parser.parse_args(argv)
-    rows = modules[args.name].main(args)
+    rows = module.main(args)
     if args.json:
-        command_line = " ".join(["python -m bench", *(sys.argv[1:] if argv is None else argv)])
+        command_line = " ".join(["python -m bench", *argv])
         document = {"command": command_line, "environment": environment(), "rows": rows}
         args.json.write_text(json.dumps(document, indent=1) + "\n")
     return 0

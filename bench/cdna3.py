@@ -11,8 +11,8 @@ of that repository is contained here. It needs a C compiler named clang. Worked 
     executions[0].counts  # executed instructions by name, per wavefront
 
 Wavefronts run one after another between barriers, so a missing barrier may or may not show: this is no race detector.
-Not covered by the emulator: float atomics, 32x32 MFMA (hence matrix_instr_nonkdim=16, where a launch leaves the shape to
-the compiler), xf32 (fp32 products need input_precision="ieee"), buffer instructions (switched off), timing.
+Not covered by the emulator: float atomics, 32x32 MFMA (hence matrix_instr_nonkdim=16; a launch leaves the shape to the
+compiler), xf32 (fp32 products need input_precision="ieee"), buffer instructions (switched off), timing.
 """
 
 import ctypes
