@@ -51,7 +51,11 @@ def activation_bytes(config: ModelConfig, size: StepSize, dtype: torch.dtype, po
         if size.targets != len(hidden):
             arena.keep(size.targets, config.hidden_size, dtype=dtype)
             arena.keep(size.targets, config.hidden_size, dtype=dtype)
-        decoder.backward(arena.keep(*hidden.shape, dtype=dtype), step, torch.empty(0, device=META))
+        dh = arena.keep(*hidden.shape, dtype=dtype)
+        if size.targets != len(hidden):
+            with arena.frame():
+                arena.scratch(*hidden.shape, dtype=decoder.sum_dtype)
+        decoder.backward(dh, step, torch.empty(0, device=META))
     return arena.peak
 
 

@@ -9,16 +9,38 @@ import torch
 
 from embedgrad.errors import BackendError
 
-NAMES = ("reference",)
+NAMES = ("reference", "triton")
 
 
-def choose(name: str, device: torch.device) -> ModuleType:
-    """The backend called `name`; "auto" is the best one for `device`.
+def choose(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> ModuleType:
+    """The backend called `name`, for a model on `device` that computes in `dtype`.
 
-    Raises BackendError: an unknown name, or a backend that cannot run here.
+    "auto" is triton on GPUs (torch calls those of ROCm "cuda", too) and reference on CPUs and for float64.
+    Raises BackendError: an unknown name, or a backend that cannot run here or not in this type.
     """
     if name == "auto":
-        name = "reference"
+        name = "triton" if device.type == "cuda" and dtype != torch.float64 else "reference"
     if name not in NAMES:
         raise BackendError(f"unknown backend {name!r}; choose one of auto, {', '.join(NAMES)}.")
+    if name == "triton":
+        return _triton(device, dtype)
     return importlib.import_module(f"embedgrad.backends.{name}")
+
+
+def _triton(device: torch.device, dtype: torch.dtype) -> ModuleType:
+    if dtype == torch.float64:
+        raise BackendError("the triton backend computes in float32 or bfloat16; use the backend reference for float64.")
+    try:
+        module = importlib.import_module("embedgrad.backends.triton")
+    except ImportError as error:
+        if error.name is None or error.name.partition(".")[0] != "triton":
+            raise
+        raise BackendError("the triton backend needs the package triton; install it or use reference.") from None
+    if device.type != "cuda" and not module.interpreted():
+        raise BackendError(
+            f"the triton backend runs on GPUs, not on {device.type!r}, unless TRITON_INTERPRET=1 is set before Python "
+            "starts."
+        )
+    if dtype == torch.bfloat16 and module.interpreted():
+        raise BackendError("Triton's interpreter gets bfloat16 products wrong; use float32, or unset TRITON_INTERPRET.")
+    return module

@@ -13,10 +13,17 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from embedgrad.optimizer import prompt_step
 from embedgrad.tree import Block, TreeMask
 
+__all__ = [
+    "NAME", "add_rms_norm", "decode_attention", "embed", "embed_backward", "linear_cross_entropy", "prompt_step",
+    "rms_norm", "rms_norm_backward", "rope", "rope_backward", "swiglu", "swiglu_backward", "tree_attention",
+    "tree_attention_backward",
+]  # fmt: skip
+
 NAME = "reference"
-ROWS = 64  # rows per block of elementwise work: 64 rows of a few thousand floats stay in a core's cache
+BLOCK = 1 << 16  # numbers per block of elementwise work: a few arrays of this size stay in a core's cache
 LOGIT_BYTES = 32 << 20  # largest piece of the logit matrix that exists at once
 
 
@@ -34,9 +41,10 @@ def _wide(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-def _row_blocks(rows: int) -> Iterator[slice]:
-    for start in range(0, rows, ROWS):
-        yield slice(start, min(start + ROWS, rows))
+def _row_blocks(x: Tensor) -> Iterator[slice]:
+    rows = max(16, BLOCK // max(1, x.shape[1]))
+    for start in range(0, len(x), rows):
+        yield slice(start, min(start + rows, len(x)))
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:
@@ -49,7 +57,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float, *, out: Tensor) -> Tensor:
 
     x̂ is rounded to x's type before the product with the weight, as transformers does.
     """
-    for rows in _row_blocks(len(x)):
+    for rows in _row_blocks(x):
         wide = _wide(x[rows])
         torch.mul((wide * _inverse_rms(wide, eps)).to(x.dtype), weight, out=out[rows])
     return out
@@ -64,12 +72,15 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, out
 def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float, *, dx: Tensor) -> Tensor:
     """dx += r (w ⊙ dy − x̂ · mean(x̂ ⊙ w ⊙ dy)); all [T, d] but weight [d]."""
     wide_weight = _wide(weight)
-    for rows in _row_blocks(len(x)):
+    for rows in _row_blocks(x):
         wide = _wide(x[rows])
         r = _inverse_rms(wide, eps)
         wdy = _wide(dy[rows]) * wide_weight
-        mean = (wdy * wide).sum(-1, keepdim=True).mul_(r).div_(x.shape[-1])
-        dx[rows] += wdy.addcmul_(wide * r, mean, value=-1).mul_(r)
+        along = torch.bmm(wdy.unsqueeze(1), wide.unsqueeze(2)).squeeze(2).div_(x.shape[1]).mul_(r.pow(3))
+        if wdy.dtype == dx.dtype:
+            dx[rows].addcmul_(wdy, r).addcmul_(wide, along, value=-1)
+        else:
+            dx[rows] += wdy.mul_(r).addcmul_(wide, along, value=-1)
     return dx
 
 
@@ -101,7 +112,7 @@ def rope(
 
     qkv [T, (H + 2G)·D], cos and sin [T, D/2], heads = (H, G, D), q_norm and k_norm [D].
     """
-    for rows in _row_blocks(len(qkv)):
+    for rows in _row_blocks(qkv):
         block_cos, block_sin = cos[rows, None], sin[rows, None]
         for part, weight in zip(_split_heads(qkv[rows], heads), (q_norm, k_norm), strict=True):
             if weight is not None:
@@ -126,7 +137,7 @@ def rope_backward(
 
     qkv_raw [T, ≥ (H + G)·D] holds the projections before norm and rotation; read only with qk-norm.
     """
-    for rows in _row_blocks(len(dqkv)):
+    for rows in _row_blocks(dqkv):
         block_cos, block_sin = cos[rows, None], sin[rows, None]
         raw = (None, None) if qkv_raw is None else _split_heads(qkv_raw[rows], heads)
         for part, x, weight in zip(_split_heads(dqkv[rows], heads), raw, (q_norm, k_norm), strict=True):
@@ -143,7 +154,7 @@ def rope_backward(
 
 def swiglu(gate_up: Tensor, *, out: Tensor) -> Tensor:
     """out = g σ(g) ⊙ u; gate_up = [g, u] [T, 2F], out [T, F]."""
-    for rows in _row_blocks(len(out)):
+    for rows in _row_blocks(gate_up):
         gate, up = gate_up[rows].chunk(2, dim=1)
         torch.mul(torch.nn.functional.silu(gate), up, out=out[rows])
     return out
@@ -151,7 +162,7 @@ def swiglu(gate_up: Tensor, *, out: Tensor) -> Tensor:
 
 def swiglu_backward(da: Tensor, gate_up: Tensor, *, out: Tensor) -> Tensor:
     """dg = da ⊙ u ⊙ σ(g)(1 + g(1 − σ(g))), du = da ⊙ g σ(g); out [T, 2F] may be gate_up itself."""
-    for rows in _row_blocks(len(da)):
+    for rows in _row_blocks(gate_up):
         gate, up = gate_up[rows].chunk(2, dim=1)
         d_gate, d_up = out[rows].chunk(2, dim=1)
         d_silu = da[rows] * up
@@ -177,18 +188,29 @@ def _grouped_rows(x: Tensor, groups: int) -> Tensor:
     return _grouped(x.unsqueeze(2), groups)
 
 
-def _scores(q: Tensor, k: Tensor, block: Block, scale: float, softcap: float | None) -> tuple[Tensor, Tensor | None]:
-    """Scores [G, (H/G)·n, S'] with −inf where hidden, and the softcap's derivative where there is a softcap."""
-    scores = torch.matmul(q, k.transpose(1, 2)).mul_(scale)
-    slope = None
+def _scores(
+    q: Tensor, k: Tensor, block: Block, scale: float, softcap: float | None, minus: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Scores [G, (H/G)·n, S'] less `minus` [G, (H/G)·n, 1], −inf where hidden; and the softcap's derivative."""
+    groups, rows = q.shape[:2]
+    bias = block.bias(q.dtype)
     if softcap is not None:
-        capped = torch.tanh(scores.div_(softcap))
+        capped = torch.tanh(torch.matmul(q, k.transpose(1, 2)).mul_(scale / softcap))
         slope = 1 - capped.square()
         scores = capped.mul_(softcap)
-    if block.hidden is not None:
-        n = block.hidden.shape[0]
-        scores.view(scores.shape[0], -1, n, block.num_keys).masked_fill_(block.hidden, float("-inf"))
-    return scores, slope
+        if bias is not None:
+            scores.view(groups, -1, *bias.shape).add_(bias)
+        return (scores if minus is None else scores.sub_(minus)), slope
+    if bias is None:
+        start = torch.zeros((), dtype=q.dtype, device=q.device) if minus is None else -minus
+        return torch.baddbmm(start.expand(groups, rows, block.num_keys), q, k.transpose(1, 2), alpha=scale), None
+    scores = torch.empty(groups, rows, block.num_keys, dtype=q.dtype, device=q.device)
+    split = scores.view(groups, -1, *bias.shape)
+    if minus is None:
+        split.copy_(bias)
+    else:
+        torch.sub(bias, minus.view(groups, -1, len(bias), 1), out=split)
+    return scores.baddbmm_(q, k.transpose(1, 2), alpha=scale), None
 
 
 def tree_attention(
@@ -220,8 +242,7 @@ def tree_attention(
         total = p.sum(-1, keepdim=True)
         lse[block.queries] = _ungrouped(highest + total.log(), n).squeeze(2)
         total.masked_fill_(total == 0, 1)
-        p = p.div_(total).to(v.dtype).to(block_v.dtype)
-        out[block.queries] = _ungrouped(torch.matmul(p, block_v), n)
+        out[block.queries] = _ungrouped(torch.matmul(p.to(v.dtype).to(block_v.dtype), block_v).div_(total), n)
     return out, lse
 
 
@@ -260,20 +281,21 @@ def tree_attention_backward(
         block_q, block_do = (_grouped(_wide(x[queries]), groups) for x in (q, do))
         block_k, block_v = (_wide(x[keys]).transpose(0, 1) for x in (k, v))
         normaliser = _grouped_rows(lse[queries], groups)
-        p, slope = _scores(block_q, block_k, block, scale, softcap)
-        p.sub_(normaliser.masked_fill(normaliser == float("-inf"), 0)).exp_()
+        normaliser = normaliser.masked_fill(normaliser == float("-inf"), 0)
+        p, slope = _scores(block_q, block_k, block, scale, softcap, minus=normaliser)
+        p.exp_()
         if "dv" in sums:
             _accumulate(sums["dv"], keys, torch.matmul(p.transpose(1, 2), block_do))
         if dq is None and dk is None:
             continue
         delta = (block_do * _grouped(_wide(o[queries]), groups)).sum(-1, keepdim=True)
-        ds = torch.matmul(block_do, block_v.transpose(1, 2)).sub_(delta).mul_(p).mul_(scale)
+        ds = torch.baddbmm((-delta).expand_as(p), block_do, block_v.transpose(1, 2)).mul_(p)
         if slope is not None:
             ds.mul_(slope)
         if dq is not None:
-            dq[queries] = _ungrouped(torch.matmul(ds, block_k), n)
+            dq[queries] = _ungrouped(torch.matmul(ds, block_k).mul_(scale), n)
         if "dk" in sums:
-            _accumulate(sums["dk"], keys, torch.matmul(ds.transpose(1, 2), block_q))
+            _accumulate(sums["dk"], keys, torch.matmul(ds.transpose(1, 2), block_q).mul_(scale))
     for name, given in (("dk", dk), ("dv", dv)):
         if given is not None:
             given.copy_(sums[name][:, mask.kept :].transpose(0, 1))

@@ -15,14 +15,15 @@ GROWTH = 64  # tokens by which the cache grows when it is full
 class KeyValueCache:
     """Keys and values of a shared trunk and of B sequences behind it.
 
-    trunk [L, 2, S, G, D]; own [L, 2, B, C, G, D], of which `lengths` [B] count; C grows as tokens come.
+    trunk [L, 2, S, G, D]; own [L, 2, B, C, G, D], of which `lengths` [B] count; C grows as tokens come. As long as it
+    need not grow, `advance` works in place and asks the device for nothing, so that a CUDA graph can hold it.
     """
 
     def __init__(self, model: Model, trunk: Tensor, lengths: Tensor) -> None:
         config = model.config
         self.model = model
         self.trunk = trunk
-        self.lengths = lengths.to(model.device)
+        self.lengths = lengths.to(model.device, copy=True)
         self._longest = int(lengths.max())
         self.own = torch.empty(
             config.num_layers, 2, len(lengths), self._longest + GROWTH, config.num_kv_heads, config.head_dim,
@@ -50,7 +51,8 @@ class KeyValueCache:
         batch, dtype, device = self.batch, model.dtype, model.device
         every = torch.arange(batch, device=device)
         cos, sin = rotations(config, self.trunk.shape[2] + self.lengths, dtype)
-        at, self.lengths = self.lengths, self.lengths + 1
+        at = self.lengths.clone()
+        self.lengths += 1
         self._longest += 1  # at least the largest of `lengths`, known without asking the device
         if self._longest > self.own.shape[3]:
             self._grow()
@@ -89,17 +91,18 @@ class KeyValueCache:
 
     def mark(self) -> tuple[Tensor, int]:
         """The present state, for `rewind`."""
-        return self.lengths, self._longest
+        return self.lengths.clone(), self._longest
 
     def rewind(self, mark: tuple[Tensor, int]) -> None:
         """Back to an earlier state of the same sequences: what came after it is forgotten."""
-        self.lengths, self._longest = mark
+        lengths, self._longest = mark
+        self.lengths.copy_(lengths)
 
     def _first_seen(self) -> dict[int | None, Tensor | None]:
         """For each sliding window the first key, counted through trunk and own, that each sequence [B] still sees."""
-        trunk = self.trunk.shape[2]
+        length = self.trunk.shape[2] + self.lengths
         return {
-            window: None if window is None or trunk + self._longest <= window else trunk + self.lengths - window
+            window: None if window is None else (length - window).clamp_min(0)
             for window in set(self.model.config.windows)
         }
 

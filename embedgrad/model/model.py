@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from types import ModuleType
 
 import torch
@@ -50,7 +50,7 @@ class Model:
     def __repr__(self) -> str:
         return f"Model({self.name!r}, {self.config.family}, {self.dtype}, backend={self.backend!r}, {self.device})"
 
-    def embedding_rows(self, ids: list[int] | Tensor) -> Tensor:
+    def embedding_rows(self, ids: Sequence[int] | Tensor, /) -> Tensor:
         """Rows of the embedding matrix for token ids: [n, d] float32 on the CPU."""
         index = torch.as_tensor(ids, dtype=torch.int64, device=self.device)
         return self.weights.embedding[index].float().cpu()
@@ -87,12 +87,12 @@ def load_model(
     """
     chosen_device = _device(device)
     chosen_dtype = _dtype(dtype, chosen_device)
-    ops = backends.choose(backend, chosen_device)
+    ops = backends.choose(backend, chosen_device, chosen_dtype)
     if weights not in WEIGHTS:
         raise ConfigError(f"unknown weights {weights!r}; choose one of {', '.join(WEIGHTS)}.")
     checkpoint = read_checkpoint(resolve(path_or_id))
     wide_bytes = sum(torch.Size(shape).numel() for shape in checkpoint.config.shapes().values()) * chosen_dtype.itemsize
-    widen = weights == "compute" or (weights == "auto" and wide_bytes < available_memory() // 2)
+    widen = weights == "compute" or (weights == "auto" and wide_bytes < available_memory(chosen_device) // 2)
     frozen = read_weights(checkpoint.config, checkpoint.tensors, chosen_dtype, chosen_device, widen=widen)
     return Model(checkpoint, frozen, ops, chosen_dtype, chosen_device)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
+from embedgrad.machine import send
 from embedgrad.model.config import ModelConfig, inverse_frequencies
 from embedgrad.tree import TokenTree, TreeMask
 
@@ -39,8 +41,14 @@ class Step:
 def rotations(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin [T, D/2] of position × inverse frequency; angles in float32, or float64 for a float64 model."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    angles = positions.to(wide)[:, None] * inverse_frequencies(config, wide).to(positions.device)
+    angles = positions.to(wide)[:, None] * _frequencies(config, wide, positions.device)
     return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+@lru_cache(maxsize=32)
+def _frequencies(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Kept on the device, so that a decode step sends nothing to it."""
+    return inverse_frequencies(config, dtype).to(device)
 
 
 def build_step(
@@ -54,17 +62,19 @@ def build_step(
     prompt_only: bool = True,
 ) -> Step:
     """The pass over `tree` behind `kept`; index arithmetic happens on the CPU, before anything is sent to `device`."""
-    masks = {window: tree.mask(window) for window in set(config.windows)}
-    last = masks[config.windows[-1]]
+    windows = set(config.windows)
     cos, sin = rotations(config, tree.positions, dtype)
+    on_host = {window: tree.mask(window) for window in windows}
+    masks = {window: mask.to(device) for window, mask in on_host.items()}
+    last = config.windows[-1]
     return Step(
-        ids=tree.ids.to(device),
-        prompt_rows=tree.prompt_rows.to(device),
-        cos=cos.to(device),
-        sin=sin.to(device),
-        masks={window: mask.to(device) for window, mask in masks.items()},
-        last_mask=(last if rows is None else last.select_queries(rows)).to(device),
+        ids=send(tree.ids, device),
+        prompt_rows=send(tree.prompt_rows, device),
+        cos=send(cos, device),
+        sin=send(sin, device),
+        masks=masks,
+        last_mask=masks[last] if rows is None else on_host[last].select_queries(rows).to(device),
         kept=kept,
-        rows=None if rows is None else rows.to(device),
-        prompt_positions=tree.prompt_positions.to(device) if prompt_only else None,
+        rows=None if rows is None else send(rows, device),
+        prompt_positions=send(tree.prompt_positions, device) if prompt_only else None,
     )
