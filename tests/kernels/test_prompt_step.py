@@ -137,6 +137,7 @@ def test_a_second_projection_changes_no_bit(seed: int, tau: float, block: int) -
 
 def test_the_mean_cosine_is_met_from_below() -> None:
     e, anchor, m, v, g = state(3, 3, 40, 1.5)
+    e[0] = anchor[0]  # a row to spare: the others' common cosine is below the mean
     cosine, projected = guarded((3,)), torch.empty(3, dtype=torch.bool, device=DEVICE)
     with launch.overridden("prompt_step", BLOCK=64):
         prompt_step(
@@ -144,7 +145,26 @@ def test_the_mean_cosine_is_met_from_below() -> None:
             region=MeanCosine(0.9).describe(), cosine=cosine, norm_ratio=guarded((3,)), projected=projected,
         )  # fmt: skip
     assert math.isclose(float(cosine.mean()), 0.9, abs_tol=1e-6)
+    assert torch.allclose(cosine, torch.tensor([1.0, 0.85, 0.85], device=DEVICE), atol=1e-6)
     assert projected.any()
+
+
+@pytest.mark.parametrize("block", [16, 64])
+@pytest.mark.parametrize(("length", "ratio"), [(0.3, 0.9), (3.0, 1.1)])
+def test_the_norm_band_scales_rows_that_the_cone_has_turned(length: float, ratio: float, block: int) -> None:
+    _, anchor, m, v, g = state(5, 3, 40, 1.0)
+    turned = normal(6, (3, 40))
+    e = length * (anchor / anchor.norm(dim=1, keepdim=True) + turned / turned.norm(dim=1, keepdim=True))
+    e *= anchor.norm(dim=1, keepdim=True)
+    region, found = CosineCone(0.95, 0.9, 1.1), guarded_copy(e)
+    norms, projected = guarded((3,)), torch.empty(3, dtype=torch.bool, device=DEVICE)
+    with launch.overridden("prompt_step", BLOCK=block, num_warps=1):
+        prompt_step(
+            found, anchor, torch.zeros_like(m), v, torch.zeros_like(g), step=1, lr=0.0, region=region.describe(),
+            cosine=guarded((3,)), norm_ratio=norms, projected=projected,
+        )  # fmt: skip
+    three_way(found, region.project(e, anchor), region.project(e.double(), anchor.double()), by="max")
+    assert torch.allclose(norms, torch.full((3,), ratio), atol=1e-6)
 
 
 def test_every_region_of_the_project_is_known() -> None:
