@@ -1,4 +1,4 @@
-"""One new token for each of several sequences behind a shared trunk: the decoder's forward with kept keys and values."""
+"""One new token for each of several sequences behind a shared trunk: the decoder's forward with a cache."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from torch import Tensor
 
 from embedgrad.model.model import Model
 from embedgrad.model.step import rotations
-
 
 GROWTH = 64  # tokens by which the cache grows when it is full
 

@@ -1,70 +1,119 @@
 """Frozen matrices: two verbs, and how they are stored is their own secret.
 
 `forward(x)` is x Wᵀ (+ b) and `backward(dy)` is dy W; no gradient of W or b exists. A matrix may be made of several
-stored parts that stand on top of each other (q, k and v; gate and up), so that one product serves all of them.
+stored parts that stand on top of each other (q, k and v; gate and up), so that one product serves all of them. A part
+is a tensor or a `PackedWeight`, int8 or int4 blocks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from embedgrad.kernels.packing import PackedWeight
 
 TILE_BYTES = 64 << 20  # largest piece of a narrow matrix that is widened at once
 # Longest sum that one backward product takes: BLAS adds term after term in the compute type, and over a vocabulary's
 # 49,152 terms that made the gradient of a real prompt ten times less exact (1.7e-4 against 1.5e-5 with pieces).
 SUM_ROWS = 4096
+UNPACKED = 1 << 20  # elements dequantised at once: what that takes on the way stays in the cache
 
 
 class Widening:
-    """One buffer into which narrow matrices are widened, a tile at a time; shared by all matrices of a model."""
+    """One buffer into which narrow and packed matrices are widened, a tile at a time; shared by a model's matrices."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype = dtype
         self._buffer = torch.empty(0, dtype=dtype, device=device)
 
-    def widen(self, tiles: Sequence[Tensor], columns: int) -> Tensor:
+    def widen(self, tiles: Sequence[Any], columns: int) -> Tensor:
         """The rows of `tiles` on top of each other, in the compute type; valid until the next call."""
-        rows = sum(len(tile) for tile in tiles)
+        rows = sum(tile.shape[0] for tile in tiles)
         if rows * columns > len(self._buffer):
             self._buffer = torch.empty(rows * columns, dtype=self.dtype, device=self._buffer.device)
         wide = self._buffer[: rows * columns].view(rows, columns)
         start = 0
         for tile in tiles:
-            wide[start : start + len(tile)].copy_(tile)
-            start += len(tile)
+            into = wide[start : start + tile.shape[0]]
+            start += tile.shape[0]
+            if isinstance(tile, PackedWeight):
+                _unpack(tile, into)
+            else:
+                into.copy_(tile)
         return wide
+
+
+def _unpack(weight: PackedWeight, out: Tensor) -> None:
+    step = max(1, UNPACKED // weight.shape[1])
+    for start in range(0, weight.shape[0], step):
+        stop = min(start + step, weight.shape[0])
+        out[start:stop].copy_(weight.rows(start, stop).dequantize())
+
+
+def tensors_of(part: Any) -> list[Tensor]:
+    """What a part of a matrix is stored in."""
+    return [x for x in part.tensors() if x is not None] if isinstance(part, PackedWeight) else [part]
+
+
+def moved(part: Any, move: Callable[[Tensor], Tensor]) -> Any:
+    """The part with every tensor that it is stored in replaced by `move` of it."""
+    if not isinstance(part, PackedWeight):
+        return move(part)
+    packed, scales, offsets = (None if x is None else move(x) for x in part.tensors())
+    assert packed is not None
+    assert scales is not None
+    return PackedWeight(part.kind, packed, scales, offsets, part.group, part.shape)
 
 
 class FrozenMatrix:
     """A frozen weight [out, in] with an optional frozen bias [out].
 
-    parts: stored tensors [out_i, in], stacked by rows. Where their type is the compute type they are one tensor and are
-    used as they are; otherwise tiles of at most `TILE_BYTES` are widened through `widening` for each product.
+    parts: tensors or packed weights [out_i, in], stacked by rows. Where their type is the compute type they are one
+    tensor and are used as they are; otherwise tiles of at most `TILE_BYTES` are widened through `widening` for each
+    product.
     """
 
-    def __init__(self, parts: Sequence[Tensor], bias: Tensor | None, widening: Widening) -> None:
+    def __init__(self, parts: Sequence[Any], bias: Tensor | None, widening: Widening) -> None:
         self.parts = list(parts)
         self.bias = bias
-        self.shape = (sum(len(p) for p in self.parts), self.parts[0].shape[1])
+        self.shape = (sum(p.shape[0] for p in self.parts), self.parts[0].shape[1])
         self._widening = widening
         self._tiles = None if self._is_wide() else self._cut()
 
     def _is_wide(self) -> bool:
-        return len(self.parts) == 1 and self.parts[0].dtype == self._widening.dtype
+        (part, *others) = self.parts
+        return not others and isinstance(part, Tensor) and part.dtype == self._widening.dtype
 
-    def _cut(self) -> list[tuple[slice, list[Tensor]]]:
+    def _cut(self) -> list[tuple[slice, list[Any]]]:
         limit = max(1, TILE_BYTES // (self.shape[1] * self._widening.dtype.itemsize))
-        tiles: list[tuple[slice, list[Tensor]]] = []
+        tiles: list[tuple[slice, list[Any]]] = []
         if self.shape[0] <= limit:
             return [(slice(0, self.shape[0]), self.parts)]
         row = 0
         for part in self.parts:
-            for piece in part.split(limit):
-                tiles.append((slice(row, row + len(piece)), [piece]))
-                row += len(piece)
+            for start in range(0, part.shape[0], limit):
+                piece = _rows(part, start, min(start + limit, part.shape[0]))
+                tiles.append((slice(row, row + piece.shape[0]), [piece]))
+                row += piece.shape[0]
         return tiles
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor that the matrix is stored in."""
+        for part in self.parts:
+            yield from tensors_of(part)
+        if self.bias is not None:
+            yield self.bias
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> FrozenMatrix:
+        """The same matrix with every tensor replaced by `move` of it, in the order of `tensors`."""
+        parts = [moved(part, move) for part in self.parts]
+        return self._of(parts, None if self.bias is None else move(self.bias))
+
+    def _of(self, parts: Sequence[Any], bias: Tensor | None) -> FrozenMatrix:
+        return FrozenMatrix(parts, bias, self._widening)
 
     def forward(self, x: Tensor, out: Tensor, *, add: Tensor | None = None) -> Tensor:
         """out [T, out] = x [T, in] Wᵀ + b (+ `add` [T, out]); out must not overlap x."""
@@ -94,11 +143,15 @@ class FrozenMatrix:
         """The rows [start, stop) as a matrix of its own, sharing the storage."""
         parts, row = [], 0
         for part in self.parts:
-            piece = part[max(start - row, 0) : max(stop - row, 0)]
-            row += len(part)
-            if len(piece):
-                parts.append(piece)
-        return FrozenMatrix(parts, None if self.bias is None else self.bias[start:stop], self._widening)
+            first, last = max(start - row, 0), min(stop - row, part.shape[0])
+            row += part.shape[0]
+            if first < last:
+                parts.append(_rows(part, first, last))
+        return self._of(parts, None if self.bias is None else self.bias[start:stop])
+
+
+def _rows(part: Any, start: int, stop: int) -> Any:
+    return part.rows(start, stop) if isinstance(part, PackedWeight) else part[start:stop]
 
 
 def _product(x: Tensor, weight: Tensor, out: Tensor, add: Tensor | None) -> None:

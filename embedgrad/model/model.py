@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Sequence
 from types import ModuleType
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from embedgrad.model.checkpoint import Checkpoint, read_checkpoint
 from embedgrad.model.config import ModelConfig
 from embedgrad.model.decoder import Decoder
 from embedgrad.model.hub import resolve
+from embedgrad.model.packed import Products
 from embedgrad.model.tokenizer import Tokenizer
 from embedgrad.model.weights import Weights, read_weights
 from embedgrad.prefix_cache import PrefixCache
@@ -25,7 +27,7 @@ DTYPES = {
     "float32": torch.float32, "fp32": torch.float32, "float64": torch.float64, "fp64": torch.float64,
     "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
 }  # fmt: skip
-WEIGHTS = ("auto", "compute", "stored")
+WEIGHTS = ("auto", "compute", "stored", "int8", "int4")
 
 
 class Model:
@@ -64,6 +66,11 @@ class Model:
         """sha256 over every frozen tensor, hexadecimal: equal before and after an optimisation."""
         return self.weights.hash()
 
+    @property
+    def quantisation_errors(self) -> dict[str, float]:
+        """‖W − Ŵ‖/‖W‖ (Frobenius) of every tensor that was quantised when the model was loaded, by name."""
+        return self.weights.quantisation_errors
+
     def release_memory(self) -> None:
         """Give the activation arena and the kept keys and values back; the next step allocates them again."""
         self.arena.release()
@@ -76,14 +83,19 @@ def load_model(
     backend: str = "auto",
     device: str | torch.device = "auto",
     weights: str = "auto",
+    max_device_memory: int | None = None,
 ) -> Model:
     """Open a Hugging Face folder, a .gguf file, or a hub id.
 
     dtype: what is computed in (default float32 on a CPU, bfloat16 on a GPU); float64 for checks. weights: "compute"
-    brings every matrix to that type once; "stored" keeps it as the file has it, memory-mapped, and widens it tile by
-    tile for each product; "auto" is "compute" where that takes less than half of the free memory.
+    brings every matrix to that type once; "stored" keeps it as the file has it, memory-mapped, GGUF's Q8_0, Q4_0 and
+    Q4_1 as blocks, and widens it tile by tile for each product; "int8" and "int4" quantise the matrices (see
+    `read_weights` for which) while they are read; "auto" is "compute" where that takes less than half of the free
+    memory, else "stored". max_device_memory: bytes that the weights may take on the device (default, on a GPU: three
+    quarters of what is free, where they are larger than that); blocks that do not fit are streamed from host memory.
 
-    Raises ModelError (cannot be read, not supported), BackendError, ConfigError (unknown dtype or weights).
+    Raises ModelError (cannot be read, not supported), BackendError, ConfigError (unknown dtype or weights, or a
+    max_device_memory that is too small for two blocks).
     """
     chosen_device = _device(device)
     chosen_dtype = _dtype(dtype, chosen_device)
@@ -92,8 +104,16 @@ def load_model(
         raise ConfigError(f"unknown weights {weights!r}; choose one of {', '.join(WEIGHTS)}.")
     checkpoint = read_checkpoint(resolve(path_or_id))
     wide_bytes = sum(torch.Size(shape).numel() for shape in checkpoint.config.shapes().values()) * chosen_dtype.itemsize
-    widen = weights == "compute" or (weights == "auto" and wide_bytes < available_memory(chosen_device) // 2)
-    frozen = read_weights(checkpoint.config, checkpoint.tensors, chosen_dtype, chosen_device, widen=widen)
+    free = available_memory(chosen_device)
+    if weights == "auto":
+        weights = "compute" if wide_bytes < free // 2 else "stored"
+    if max_device_memory is None and chosen_device.type == "cuda" and wide_bytes > free * 3 // 4:
+        max_device_memory = free * 3 // 4
+    frozen = read_weights(
+        checkpoint.config, checkpoint.tensors, chosen_dtype, chosen_device, form=weights,
+        products=cast(Products, ops) if hasattr(ops, "quantized_linear") else None,
+        max_device_memory=max_device_memory,
+    )  # fmt: skip
     return Model(checkpoint, frozen, ops, chosen_dtype, chosen_device)
 
 
