@@ -3,7 +3,6 @@
 from setuptools import find_packages, setup
 
 setup(
-    packages=find_packages(include=["embedgrad", "embedgrad.*"])
-    + ["embedgrad.kernels", *("embedgrad.kernels." + name for name in find_packages("kernels"))],
+    packages=[*find_packages(include=["embedgrad", "embedgrad.*"]), "embedgrad.kernels"],
     package_dir={"embedgrad": "embedgrad", "embedgrad.kernels": "kernels"},
 )

@@ -77,14 +77,16 @@ def _compare(shape: str, repeats: int, threads: int) -> list[dict[str, Any]]:
 def _print(shape: str, rows: list[dict[str, Any]]) -> None:
     peft = next(row for row in rows if row["contender"] == "peft")
     print(
-        f"\nprompt/query/batch {shape}, {TARGETS} targets each, {rows[0]['threads']} threads, median of {rows[0]['repeats']}"
+        f"\nprompt/query/batch {shape}, {TARGETS} targets each, {rows[0]['threads']} threads, "
+        f"median of {rows[0]['repeats']}"
     )
     print(
         f"{'contender':<16} {'seconds':>8} {'min..max':>14} {'speed-up':>9} {'peak MB':>8} {'of PEFT':>8}  loss, |grad|"
     )
     for row in rows:
         print(
-            f"{row['contender']:<16} {row['seconds_median']:8.2f} {row['seconds_min']:6.2f}..{row['seconds_max']:<6.2f} "
+            f"{row['contender']:<16} {row['seconds_median']:8.2f} "
+            f"{row['seconds_min']:6.2f}..{row['seconds_max']:<6.2f} "
             f"{peft['seconds_median'] / row['seconds_median']:8.2f}x {row['peak_bytes'] / 1e6:8.0f} "
             f"{row['peak_bytes'] / peft['peak_bytes']:8.2f}  {row['loss']:.6f}, {row['gradient_norm']:.6f}"
         )
@@ -195,10 +197,10 @@ def _peft(prompt: int, query: int, batch: int, policy: str) -> tuple[Callable[[]
     ids, queries, targets = _batch(ours.config.vocab_size, prompt, query, batch)
     start = ours.embedding_rows(ids)
     del ours
-    tuned = peft.get_peft_model(
+    tuned: Any = peft.get_peft_model(
         model, peft.PromptTuningConfig(task_type=peft.TaskType.CAUSAL_LM, num_virtual_tokens=prompt)
     )
-    weight = tuned.prompt_encoder["default"].embedding.weight
+    weight: Any = tuned.get_parameter("prompt_encoder.default.embedding.weight")
     weight.data.copy_(start)
     inputs = torch.tensor([q + t for q, t in zip(queries, targets, strict=True)])
     labels = torch.tensor([[-100] * query + t for t in targets])
@@ -209,6 +211,6 @@ def _peft(prompt: int, query: int, batch: int, policy: str) -> tuple[Callable[[]
         tuned.zero_grad(set_to_none=True)
         loss = tuned(input_ids=inputs, labels=labels, attention_mask=torch.ones_like(inputs)).loss
         loss.backward()
-        return float(loss), float(weight.grad.norm())
+        return float(loss.detach()), float(weight.grad.norm())
 
     return step, f"peft {peft.__version__}, transformers {transformers.__version__}, torch {torch.__version__}"

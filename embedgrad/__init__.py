@@ -30,13 +30,13 @@ _HOMES = {
         "TemplateError",
         "TrainingError",
     ),
-    "embedgrad.evaluate": ("Evaluation", "evaluate"),
+    "embedgrad.evaluation": ("Evaluation", "evaluate"),
     "embedgrad.example": ("Example",),
-    "embedgrad.generate": ("Generation", "generate"),
+    "embedgrad.generation": ("Generation", "generate"),
     "embedgrad.gradient": ("Details", "loss_and_grad", "score"),
     "embedgrad.model.model": ("Model", "load_model"),
     "embedgrad.prompt": ("SoftPrompt",),
-    "embedgrad.render": ("Rendered", "render"),
+    "embedgrad.rendering": ("Rendered", "render"),
     "embedgrad.sampling": ("Sampling",),
     "embedgrad.settings": ("OptimizeConfig",),
     "embedgrad.template": ("Template",),
@@ -45,7 +45,7 @@ _HOMES = {
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
-__all__ = sorted(_HOME)  # noqa: PLE0605 (a list of the names above)
+__all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
     from embedgrad.errors import (
@@ -60,13 +60,13 @@ if TYPE_CHECKING:
         TemplateError,
         TrainingError,
     )
-    from embedgrad.evaluate import Evaluation, evaluate
+    from embedgrad.evaluation import Evaluation, evaluate
     from embedgrad.example import Example
-    from embedgrad.generate import Generation, generate
+    from embedgrad.generation import Generation, generate
     from embedgrad.gradient import Details, loss_and_grad, score
     from embedgrad.model.model import Model, load_model
     from embedgrad.prompt import SoftPrompt
-    from embedgrad.render import Rendered, render
+    from embedgrad.rendering import Rendered, render
     from embedgrad.sampling import Sampling
     from embedgrad.settings import OptimizeConfig
     from embedgrad.template import Template

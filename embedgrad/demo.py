@@ -19,7 +19,7 @@ from rich.table import Table
 
 from embedgrad.data import split
 from embedgrad.errors import EmbedGradError
-from embedgrad.evaluate import Accuracy, Evaluation, evaluate
+from embedgrad.evaluation import Accuracy, Evaluation, evaluate
 from embedgrad.files import write_atomic
 from embedgrad.machine import peak_memory
 from embedgrad.model.model import load_model
@@ -32,7 +32,7 @@ from embedgrad.train import OptimizeResult, optimize
 FOLDER = Path("runs/demo")
 SEED = 0
 SIZES = {"train": 2000, "validation": 100, "test": 500}
-CONFIG = OptimizeConfig(steps=40, batch_size=16, learning_rate=2e-3, schedule="cosine", validate_every=20, seed=SEED)
+CONFIG = OptimizeConfig(steps=45, batch_size=16, learning_rate=3e-3, validate_every=45, seed=SEED)
 
 
 def main() -> int:

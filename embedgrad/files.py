@@ -7,7 +7,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, cast
 
 from embedgrad.errors import SaveError
 
@@ -24,7 +24,7 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | Callable[[BinaryIO]
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False) as file:
             temporary = file.name
             if callable(data):
-                data(file)
+                data(cast(BinaryIO, file))
             else:
                 file.write(data)
             file.flush()
@@ -33,7 +33,8 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | Callable[[BinaryIO]
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
-        raise SaveError(f"cannot write {path}: {error.strerror or error}; free some space or choose another folder.") from error
+        reason = error.strerror or error
+        raise SaveError(f"cannot write {path}: {reason}; free some space or choose another folder.") from error
     finally:
         if temporary is not None:
             with contextlib.suppress(OSError):

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from embedgrad.errors import DataError
 from embedgrad.example import Example
-from embedgrad.machine import available_memory
+from embedgrad.machine import available_memory, send
 from embedgrad.memory import StepSize, activation_bytes, choose_policy
 from embedgrad.model.model import Model
 from embedgrad.model.step import Step, build_step
 from embedgrad.prompt import SoftPrompt
-from embedgrad.render import Rendered, render
+from embedgrad.rendering import Rendered, render
 from embedgrad.tree import TokenTree, build_tree
 
 SCORE_TOKENS = 4096  # tokens that a forward-only pass packs together
@@ -66,7 +66,7 @@ def loss_and_grad(
     policy: str = "auto",
     memory_budget: int | None = None,
     details: bool = False,
-    _omit: _Omit = _Omit(),  # noqa: B008 (immutable)
+    _omit: _Omit = _Omit(),
 ) -> tuple[float, Tensor] | tuple[float, Tensor, Details]:
     """Loss (nats) and gradient [k, d] of the prompt's embeddings; with `details=True` also `Details`.
 
@@ -87,19 +87,19 @@ def loss_and_grad(
     )
     step = _step(model, tree, _omit)
     size = _size(tree, step)
-    budget = available_memory() // 2 if memory_budget is None else memory_budget
+    budget = available_memory(model.device) // 2 if memory_budget is None else memory_budget
     policy, nbytes = choose_policy(model.config, size, model.dtype, policy, budget)
     model.arena.begin(nbytes)
-    embeddings = prompt.embeddings.to(model.device)
-    hidden = model.decoder.forward(embeddings, step, policy)
+    hidden = model.decoder.forward(send(prompt.embeddings, model.device), step, policy)
     nll, predicted, dh = _cross_entropy(model, hidden, tree, size, differentiate=True, whole=not _omit.whole_logits)
     assert dh is not None
     grad = torch.empty(prompt.embeddings.shape, dtype=model.decoder.sum_dtype, device=model.device)
     model.decoder.backward(dh, step, grad)
+    nll, grad = nll.cpu(), grad.cpu()  # only now is the device waited for
     loss = float((nll.double() * tree.target_weights).sum())
     if not details:
-        return loss, grad.cpu()
-    return loss, grad.cpu(), _details(tree, nll, predicted, len(batch))
+        return loss, grad
+    return loss, grad, _details(tree, nll, predicted.cpu(), len(batch))
 
 
 def score(model: Model, prompt: SoftPrompt, batch: Sequence[Example]) -> Details:
@@ -123,9 +123,9 @@ def _score(model: Model, prompt: SoftPrompt, sequences: Sequence[Rendered]) -> D
     step = _step(model, tree, _Omit())
     size = _size(tree, step)
     model.arena.begin(activation_bytes(model.config, size, model.dtype, None))
-    hidden = model.decoder.forward(prompt.embeddings.to(model.device), step, None)
+    hidden = model.decoder.forward(send(prompt.embeddings, model.device), step, None)
     nll, predicted, _ = _cross_entropy(model, hidden, tree, size, differentiate=False)
-    return _details(tree, nll, predicted, len(sequences))
+    return _details(tree, nll.cpu(), predicted.cpu(), len(sequences))
 
 
 def _check_batch(batch: Sequence[Example]) -> None:
@@ -164,9 +164,9 @@ def _size(tree: TokenTree, step: Step) -> StepSize:
 def _cross_entropy(
     model: Model, hidden: Tensor, tree: TokenTree, size: StepSize, *, differentiate: bool, whole: bool = False
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Per target: negative log-likelihood and arg-max (on the CPU); and the loss's gradient at `hidden`."""
+    """Per target: negative log-likelihood and arg-max; and the loss's gradient at `hidden`."""
     arena, device = model.arena, model.device
-    slot = (tree.target_slot if size.rows is not None else tree.predicting[tree.target_slot]).to(device)
+    slot = send(tree.target_slot if size.rows is not None else tree.predicting[tree.target_slot], device)
     at_targets, dh = hidden, None
     gathered = size.targets != len(hidden)
     if gathered:
@@ -177,13 +177,16 @@ def _cross_entropy(
     nll, predicted = model.ops.linear_cross_entropy(
         at_targets,
         model.weights.head,
-        tree.target_ids.to(device),
-        tree.target_weights.to(device, model.decoder.sum_dtype),
+        send(tree.target_ids, device),
+        send(tree.target_weights.to(model.decoder.sum_dtype), device),
         dh=dh,
     )
     if dh is not None and gathered:
-        dh = arena.keep(*hidden.shape, dtype=hidden.dtype).zero_().index_add_(0, slot, dh)
-    return nll.cpu(), predicted.cpu(), dh
+        at_hidden = arena.keep(*hidden.shape, dtype=hidden.dtype)
+        with arena.frame():  # the prompt's index-add has a fixed order, which index_add_ has not on every device
+            sums = arena.scratch(*hidden.shape, dtype=model.decoder.sum_dtype)
+            dh = at_hidden.copy_(model.ops.embed_backward(dh, slot, grad=sums))
+    return nll, predicted, dh
 
 
 def _details(tree: TokenTree, nll: Tensor, predicted: Tensor, examples: int) -> Details:

@@ -17,7 +17,7 @@ import torch
 from embedgrad.errors import PromptError, TemplateError
 from embedgrad.memo import PerObject
 from embedgrad.prompt_file import read_prompt_file, write_prompt_file
-from embedgrad.render import ModelLike, check_ids, layout, prompt_tokens
+from embedgrad.rendering import ModelLike, check_ids, layout, prompt_tokens
 from embedgrad.template import Template
 from embedgrad.trust_region import cosine_similarity
 

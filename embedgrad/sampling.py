@@ -58,7 +58,7 @@ def choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Genera
 
 
 def filtered_probabilities(logits: Tensor, sampling: Sampling) -> Tensor:
-    """The distribution [B, V] that is drawn from, float32: temperature, then top-k, top-p, min-p; at least one token."""
+    """The distribution [B, V] that is drawn from, float32: temperature, then top-k, top-p, min-p."""
     scaled = logits.float() / sampling.temperature
     if 0 < sampling.top_k < logits.shape[1]:
         least = scaled.topk(sampling.top_k, dim=1).values[:, -1:]

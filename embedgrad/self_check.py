@@ -21,7 +21,7 @@ from embedgrad.example import Example
 from embedgrad.gradient import loss_and_grad
 from embedgrad.model.model import load_model
 from embedgrad.prompt import SoftPrompt
-from embedgrad.render import Rendered, render
+from embedgrad.rendering import Rendered, render
 from embedgrad.template import Template
 
 # A right gradient has 3e-15, 1e-6 and 4e-2 (measured; bfloat16 rounds the weights too); a wrong one is near 1.

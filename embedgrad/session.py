@@ -16,10 +16,10 @@ from embedgrad.example import Example
 from embedgrad.gradient import loss_and_grad, score
 from embedgrad.interrupts import StopRequest
 from embedgrad.model.model import Model
-from embedgrad.optimizer import StepReport, clip_by_norm, learning_rate, prompt_step, sgd_step, zeros_like_prompt
+from embedgrad.optimizer import StepReport, clip_by_norm, learning_rate, sgd_step, zeros_like_prompt
 from embedgrad.progress import Progress
 from embedgrad.prompt import SoftPrompt
-from embedgrad.render import render
+from embedgrad.rendering import render
 from embedgrad.run_state import RunState, differences, identity, tensor_hash
 from embedgrad.runs import RunFolder
 from embedgrad.settings import OptimizeConfig
@@ -161,10 +161,12 @@ class Session:
         state, config = self.state, self.config
         before = [tensor.clone() for tensor in (state.e, state.m, state.v)]
         if config.optimizer == "adamw":
-            report = prompt_step(
-                state.e, self.anchor, state.m, state.v, gradient, step=state.step + 1, lr=rate,
+            e, e0, m, v, g = (x.to(self.model.device) for x in (state.e, self.anchor, state.m, state.v, gradient))
+            report = self.model.ops.prompt_step(
+                e, e0, m, v, g, step=state.step + 1, lr=rate,
                 region=config.trust_region, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay,
             )  # fmt: skip
+            state.e, state.m, state.v = (x.cpu() for x in (e, m, v))
         else:
             report = sgd_step(
                 state.e, self.anchor, state.m, gradient, lr=rate,

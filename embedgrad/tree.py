@@ -11,19 +11,22 @@ visible to the interval of its own descendants. The last token of a sequence pre
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from embedgrad.machine import send
+
+Plan = TypeVar("Plan")
 QUERY_BLOCK = 128  # query rows that the block plan of `TreeMask.blocks` puts together
 
 
 class TokenSequence(Protocol):
-    """One rendered sequence (`embedgrad.render.Rendered`)."""
+    """One rendered sequence (`embedgrad.rendering.Rendered`)."""
 
     @property
     def ids(self) -> Sequence[int]: ...
@@ -37,7 +40,7 @@ class TokenSequence(Protocol):
 
 @dataclass(frozen=True)
 class KeptUnit:
-    """A run of tokens before the first prompt row, computed once: its `path` is (ids of its ancestors…, its own ids)."""
+    """A run of tokens before the first prompt row, computed once; `path`: (ids of its ancestors…, its own ids)."""
 
     path: tuple[tuple[int, ...], ...]
     begin: int
@@ -68,23 +71,23 @@ class TreeMask:
     window: int | None = None
     query_position: Tensor | None = None
     key_position: Tensor | None = None
-    _blocks: dict[int, list[Block]] = field(default_factory=dict, repr=False, compare=False)
+    _cache: dict[object, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def to(self, device: torch.device) -> TreeMask:
         """The same mask with its tensors on `device`."""
-        moved = {name: v.to(device) for name, v in vars(self).items() if isinstance(v, Tensor)}
-        return replace(self, **moved, _blocks={})
+        moved: dict[str, Any] = {name: send(v, device) for name, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **moved, _cache={})
 
     def select_queries(self, rows: Tensor) -> TreeMask:
         """The same keys seen from the query rows `rows` [n] (indices into this mask's queries, ascending)."""
         position = None if self.query_position is None else self.query_position[rows]
-        return replace(self, query_index=self.query_index[rows], query_position=position, _blocks={})
+        return replace(self, query_index=self.query_index[rows], query_position=position, _cache={})
 
     def select_keys(self, keys: Tensor) -> TreeMask:
-        """The same queries looking at the keys `keys` [n] (indices into this mask's keys) only; none of them is kept."""
+        """The same queries looking at the keys `keys` [n] (indices into this mask's keys) only; none is kept."""
         position = None if self.key_position is None else self.key_position[keys]
         begin, end = self.key_begin[keys], self.key_end[keys]
-        return replace(self, key_begin=begin, key_end=end, key_position=position, kept=0, _blocks={})
+        return replace(self, key_begin=begin, key_end=end, key_position=position, kept=0, _cache={})
 
     def visible(self) -> Tensor:
         """The mask as a dense boolean matrix [Nq, S]."""
@@ -100,10 +103,28 @@ class TreeMask:
         return seen
 
     def blocks(self, size: int = QUERY_BLOCK) -> list[Block]:
-        """Blocks of `size` queries with the keys that any of them sees; computed once, used by every layer."""
-        if size not in self._blocks:
-            self._blocks[size] = [self._block(slice(a, a + size)) for a in range(0, len(self.query_index), size)]
-        return self._blocks[size]
+        """Blocks of at most `size` queries with the keys that any of them sees; computed once, used by every layer.
+
+        A block ends where a subtree ends, if that makes it a quarter of `size` or more: then it sees no other branch.
+        """
+        return self.cached(size, lambda: [self._block(queries) for queries in self._query_slices(size)])
+
+    def _query_slices(self, size: int) -> list[slice]:
+        count = len(self.query_index)
+        ends = torch.searchsorted(self.query_index, self.key_end.unique()).tolist()
+        slices, start = [], 0
+        while start < count:
+            limit = min(start + size, count)
+            stop = next((end for end in ends if start + size // 4 <= end <= limit and end > start), limit)
+            slices.append(slice(start, stop))
+            start = stop
+        return slices
+
+    def cached(self, key: object, make: Callable[[], Plan]) -> Plan:
+        """What `make` returns, made once per mask and key: a backend's work list, which every layer uses."""
+        if key not in self._cache:
+            self._cache[key] = make()
+        return self._cache[key]
 
     def _block(self, queries: slice) -> Block:
         index = self.query_index[queries]
@@ -124,6 +145,16 @@ class Block:
     keys: slice | Tensor
     num_keys: int
     hidden: Tensor | None
+    _bias: dict[torch.dtype, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def bias(self, dtype: torch.dtype) -> Tensor | None:
+        """What is added to scores: 0, or −inf where hidden; [queries, keys], None where all is visible."""
+        if self.hidden is None:
+            return None
+        if dtype not in self._bias:
+            zero = torch.zeros(self.hidden.shape, dtype=dtype, device=self.hidden.device)
+            self._bias[dtype] = zero.masked_fill_(self.hidden, float("-inf"))
+        return self._bias[dtype]
 
 
 @dataclass(frozen=True)
@@ -131,9 +162,9 @@ class TokenTree:
     """One step's packed tokens (T of them), the kept units in front, and the targets (N of them); all on the CPU.
 
     ids, prompt_rows, positions [T] int64; key_end [T] int32. `prompt_rows` is -1 where no prompt row is shown.
-    predicting [R] int64: tree indices whose next token is a target, ascending. Target n (in order of slot) is the token `target_ids[n]`
-    after `predicting[target_slot[n]]`, belongs to example `target_example[n]`, and counts `target_weights[n]` in the
-    loss (mean over examples of the mean over their targets; float64). `leaves[b]` is the tree index of the last packed
+    predicting [R] int64: tree indices whose next token is a target, ascending. Target n (in order of slot) is the
+    token `target_ids[n]` after `predicting[target_slot[n]]`, belongs to example `target_example[n]`, and counts
+    `target_weights[n]` in the loss (mean over examples of the mean over their targets; float64). `leaves[b]` is the tree index of the last packed
     token of sequence `b`.
     """
 
@@ -163,7 +194,7 @@ class TokenTree:
         return (self.prompt_rows >= 0).nonzero().squeeze(1)
 
     def mask(self, window: int | None = None) -> TreeMask:
-        """The attention mask of all T queries over `num_kept + T` keys, optionally with a sliding window (in tokens)."""
+        """The attention mask of all T queries over `num_kept + T` keys; `window`: a sliding one, in tokens."""
         own = torch.arange(self.num_tokens, dtype=torch.int32)
         begins, ends, positions = [], [], []
         for unit in self.units:
@@ -254,7 +285,10 @@ def _pack(trie: _Trie, targets: list[tuple[int, int, int]], ends: list[int], wei
     index = [0] * len(order)  # tree index of a node; of a unit: of its first descendant
     size = [0] * len(order)  # packed tokens in the node's subtree
     position = [-1] * len(order)  # position id of the node's last token
-    ids, rows, positions, packed = [], [], [], []
+    ids: list[int] = []
+    rows: list[int] = []
+    positions: list[int] = []
+    packed: list[int] = []
     units: list[tuple[int, tuple[tuple[int, ...], ...]]] = []
     for node in order[1:]:
         label, before = trie.label[node], position[trie.parent[node]]

@@ -4,9 +4,10 @@ The paper (EmbedGrad, arXiv 2508.03533) names a per-token cosine similarity but 
 here is our own. A region is handed `e` `[k, d]` (the prompt) and `anchor` `[k, d]` (the embedding rows it starts from)
 and knows three verbs: `project` (back to the region), `penalty` and `penalty_gradient` (a term added to the loss).
 
-Sums are taken in float64 and the result is rounded to `e`'s type. Rounding may leave a projected row outside by the
-last bits of that type, so rows closer to the region than `TOLERANCE` of their length count as inside; the projection
-is therefore idempotent bit for bit, and rows inside come back with their bits unchanged.
+Sums are taken in float64 and the result is rounded to `e`'s type. Rounding moves a projected row by the last bits of
+that type: the cosine cone puts rows that much inside, so that what is measured keeps its promise, and the other regions
+count rows closer than `TOLERANCE` of their length as inside. Projections are therefore idempotent bit for bit, and rows
+inside come back with their bits unchanged.
 """
 
 from __future__ import annotations
@@ -116,13 +117,16 @@ class CosineCone(TrustRegion):
     def _onto_cone(self, e: Tensor, anchor: Tensor, tolerance: float) -> Tensor:
         if self.tau <= -1.0:
             return e
-        tau, s = self.tau, math.sqrt(1.0 - self.tau**2)
         unit, across, a, b = _split(e, anchor)
-        kappa = a * tau + b * s
         length = e.norm(dim=1, keepdim=True)
-        # b τ − a s is ‖e‖ times the sine of the angle between the row and the cone: a margin in it is an angle, at
-        # every τ, where a margin in the cosine would be a wide angle near τ = 1.
-        inside = (a >= tau * length) | ((kappa > 0) & (b * tau - a * s <= tolerance * length))
+        inside = a >= self.tau * length
+        # A row is put inside the cone by an angle that rounding cannot undo, so that its cosine, measured, is at least
+        # τ. A cone thinner than that angle (τ = 1) has no such inside: there what is as close as that counts as in it.
+        angle = math.acos(self.tau) - tolerance
+        tau, s = math.cos(max(angle, 0.0)), math.sin(max(angle, 0.0))
+        if angle < tolerance:
+            inside |= (a > 0) & (b <= 2 * tolerance * length)
+        kappa = a * tau + b * s
         boundary = kappa * (tau * unit + s * across)
         has_plane = (across != 0).any(dim=1, keepdim=True) | (tau >= 0)
         boundary = torch.where((kappa > 0) & has_plane, boundary, torch.zeros_like(e))

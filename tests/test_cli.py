@@ -26,7 +26,7 @@ from embedgrad.runs import read_summary
 from tests.training import model_folder, outcome, start_prompt, tiny_model
 
 ROOT = Path(__file__).parent.parent
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "200"}
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "NO_COLOR": "1", "COLUMNS": "200", "TRITON_INTERPRET": "0"}
 
 
 def command(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:

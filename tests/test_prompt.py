@@ -19,7 +19,7 @@ from embedgrad import prompt_file
 from embedgrad.errors import PromptError, SaveError
 from embedgrad.example import Example
 from embedgrad.prompt import SoftPrompt, hash_rows
-from embedgrad.render import render
+from embedgrad.rendering import render
 from embedgrad.template import Template
 from tests.fake_model import CHAT_TEMPLATES, FakeModel, fake_model
 

@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 from embedgrad.errors import ContextError, DataError, PromptError, TemplateError
 from embedgrad.example import Example
 from embedgrad.prompt import SoftPrompt
-from embedgrad.render import TokenisationWarning, end_token, render, render_query
+from embedgrad.rendering import TokenisationWarning, end_token, render, render_query
 from embedgrad.template import Template
 from embedgrad.tokenise import Slot, tokenise_whole
 from tests.fake_model import BOS_EOS, CHAT_TEMPLATES, FakeModel, backend, fake_model

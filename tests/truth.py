@@ -8,50 +8,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from bench.twin import transformers_twin
 from embedgrad.model.model import Model
-from embedgrad.render import Rendered
+from embedgrad.rendering import Rendered
 
-
-def transformers_twin(model: Model) -> torch.nn.Module:
-    """The transformers model with `model`'s config and weights, float32."""
-    import transformers
-
-    c = model.config
-    classes = {
-        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
-        "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
-    }
-    config_class, model_class = classes[c.family]
-    assert c.rope.kind == "default"
-    config = config_class(
-        vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
-        num_hidden_layers=c.num_layers, num_attention_heads=c.num_heads, num_key_value_heads=c.num_kv_heads,
-        rms_norm_eps=c.rms_eps, rope_parameters={"rope_theta": c.rope.theta, "rope_type": "default"},
-        tie_word_embeddings=c.tied, max_position_embeddings=c.max_position, attn_implementation="eager",
-        pad_token_id=None, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
-    twin = model_class(config).eval().requires_grad_(False)
-    heads = c.num_heads * c.head_dim
-    kv = c.num_kv_heads * c.head_dim
-    state = {"model.embed_tokens.weight": model.weights.embedding, "model.norm.weight": model.weights.final_norm}
-    for i, layer in enumerate(model.weights.layers):
-        at = f"model.layers.{i}."
-        q, k, v = layer.qkv.parts[0].split((heads, kv, kv))
-        gate, up = layer.gate_up.parts[0].chunk(2)
-        state |= {
-            at + "self_attn.q_proj.weight": q, at + "self_attn.k_proj.weight": k, at + "self_attn.v_proj.weight": v,
-            at + "self_attn.o_proj.weight": layer.out.parts[0], at + "mlp.gate_proj.weight": gate,
-            at + "mlp.up_proj.weight": up, at + "mlp.down_proj.weight": layer.down.parts[0],
-            at + "input_layernorm.weight": layer.attention_norm, at + "post_attention_layernorm.weight": layer.mlp_norm,
-        }  # fmt: skip
-        if layer.qkv.bias is not None:
-            bias = zip("qkv", layer.qkv.bias.split((heads, kv, kv)), strict=True)
-            state |= {f"{at}self_attn.{name}_proj.bias": b for name, b in bias}
-    state["lm_head.weight"] = model.weights.head.parts[0]
-    missing, unexpected = twin.load_state_dict(state, strict=False)
-    assert not unexpected
-    assert not missing
-    return twin
+__all__ = ["dense_loss", "relative_error", "transformers_loss_and_grad", "transformers_twin"]
 
 
 def transformers_loss_and_grad(
@@ -103,7 +64,7 @@ def _dense_logits(model: Model, x: Tensor) -> Tensor:
     def norm(y: Tensor, w: Tensor) -> Tensor:
         return y / torch.sqrt(y.square().mean(-1, keepdim=True) + c.rms_eps) * w.to(wide)
 
-    def linear(y: Tensor, m) -> Tensor:  # noqa: ANN001
+    def linear(y: Tensor, m) -> Tensor:
         out = y @ torch.cat([p.to(wide) for p in m.parts]).T
         return out if m.bias is None else out + m.bias.to(wide)
 
@@ -131,5 +92,6 @@ def _dense_logits(model: Model, x: Tensor) -> Tensor:
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:
-    """‖value − truth‖ / ‖truth‖."""
-    return float((value.double() - truth.double()).norm() / truth.double().norm())
+    """‖value − truth‖ / ‖truth‖; 0 where both are 0 (a prompt that a sliding window hides)."""
+    difference = float((value.double() - truth.double()).norm())
+    return difference and difference / float(truth.double().norm())

@@ -23,7 +23,7 @@ __all__ = [
 ]  # fmt: skip
 
 NAME = "reference"
-BLOCK = 1 << 16  # numbers per block of elementwise work: a few arrays of this size stay in a core's cache
+BLOCK = 1 << 18  # numbers per block of elementwise work: a few arrays of this size stay in the cache
 LOGIT_BYTES = 32 << 20  # largest piece of the logit matrix that exists at once
 
 

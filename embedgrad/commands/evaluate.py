@@ -9,7 +9,7 @@ from typing import Any
 
 from embedgrad.commands.shared import MEASURES, with_interval, write_text
 from embedgrad.data import read_jsonl
-from embedgrad.evaluate import evaluate
+from embedgrad.evaluation import evaluate
 from embedgrad.model.model import Model
 from embedgrad.prompt import SoftPrompt
 from embedgrad.sampling import Sampling

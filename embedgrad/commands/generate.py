@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from embedgrad.errors import DataError, SaveError
-from embedgrad.generate import Generation, generate
+from embedgrad.generation import Generation, generate
 from embedgrad.model.model import Model
 from embedgrad.prompt import SoftPrompt
 from embedgrad.sampling import Sampling

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from embedgrad.commands.shared import MEASURES, examples, open_model, prompt_text, with_interval, write_text
-from embedgrad.evaluate import Evaluation, evaluate
+from embedgrad.evaluation import Evaluation, evaluate
 from embedgrad.example import Example
 from embedgrad.machine import peak_memory
 from embedgrad.model.model import Model
@@ -31,7 +31,9 @@ def run(config_path: Path, overrides: Sequence[str], resume: bool, quiet: bool, 
     data = examples(config.data)
     text = prompt_text(config.prompt)
     section = config.model
-    model = open_model(section.path, section.dtype, section.backend, section.device, section.weights)
+    model = open_model(
+        section.path, section.dtype, section.backend, section.device, section.weights, section.max_device_memory
+    )
     prompt = SoftPrompt.from_text(model, text, config.template)
     progress: Progress = JsonLines() if as_json else Quiet() if quiet else Bar()
     result = optimize(

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from embedgrad.data import read_jsonl, split
 from embedgrad.errors import ConfigError
-from embedgrad.evaluate import Accuracy
+from embedgrad.evaluation import Accuracy
 from embedgrad.example import Example
 from embedgrad.model.model import Model, load_model
 from embedgrad.settings import DataSection, FileSection, PromptSection, expand_path
@@ -15,11 +15,17 @@ MEASURES = {"generated_accuracy": "exact answer", "choice_accuracy": "likeliest 
 
 
 def open_model(
-    path: str, dtype: str | None = None, backend: str = "auto", device: str = "auto", weights: str = "auto"
+    path: str,
+    dtype: str | None = None,
+    backend: str = "auto",
+    device: str = "auto",
+    weights: str = "auto",
+    max_device_memory: int | None = None,
 ) -> Model:
     """`load_model`, with ~ and $VARIABLES in `path` replaced; a path that does not exist may be a hub id."""
     expanded = expand_path(path)
-    return load_model(expanded if expanded.exists() else str(expanded), dtype, backend, device, weights)
+    found = expanded if expanded.exists() else str(expanded)
+    return load_model(found, dtype, backend, device, weights, max_device_memory)
 
 
 def prompt_text(section: PromptSection) -> str:

@@ -132,6 +132,6 @@ def _dtype(dtype: torch.dtype | str | None, device: torch.device) -> torch.dtype
     if dtype is None:
         return torch.float32 if device.type == "cpu" else torch.bfloat16
     chosen = DTYPES.get(dtype) if isinstance(dtype, str) else dtype
-    if chosen not in DTYPES.values():
+    if chosen is None or chosen not in DTYPES.values():
         raise ConfigError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}.")
     return chosen

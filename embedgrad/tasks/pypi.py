@@ -37,8 +37,9 @@ def check(path: Path, sha256: str) -> None:
     with open(path, "rb") as stream:
         while piece := stream.read(1 << 20):
             digest.update(piece)
-    if digest.hexdigest() != sha256:
-        raise DataError(f"{path} is not the published file (its sha256 is {digest.hexdigest()}); delete it to get a new one.")
+    found = digest.hexdigest()
+    if found != sha256:
+        raise DataError(f"{path} is not the published file (its sha256 is {found}); delete it to get a new one.")
 
 
 def _download(requirement: str, path: Path, source: bool) -> None:

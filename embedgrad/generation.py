@@ -15,7 +15,7 @@ from embedgrad.model.model import Model
 from embedgrad.model.step import build_step
 from embedgrad.prefix_cache import keys_and_values
 from embedgrad.prompt import SoftPrompt
-from embedgrad.render import Rendered, end_token, render_query
+from embedgrad.rendering import Rendered, end_token, render_query
 from embedgrad.sampling import Sampling, choose
 from embedgrad.tree import pack_branches
 
@@ -59,7 +59,12 @@ def generate(
     prompt.check_model(model)
     rendered = [render_query(model, prompt, query, where=f"query {i}") for i, query in enumerate(queries)]
     return write_answers(
-        model, prompt, rendered, Sampling() if sampling is None else sampling, batch_size=batch_size, on_answer=on_answer
+        model,
+        prompt,
+        rendered,
+        Sampling() if sampling is None else sampling,
+        batch_size=batch_size,
+        on_answer=on_answer,
     )
 
 
@@ -82,7 +87,9 @@ def write_answers(
         model, rendered[0].ids[:trunk], (), (), prompt.embeddings.to(model.device), rendered[0].prompt_rows[:trunk]
     )
     end = end_token(model, prompt)
-    writer = _Writer(model, prompt, sampling, {*model.tokenizer.eos_ids, *(() if end is None else (end,))}, on_answer, on_prefill)
+    writer = _Writer(
+        model, prompt, sampling, {*model.tokenizer.eos_ids, *(() if end is None else (end,))}, on_answer, on_prefill
+    )
     for start in range(0, len(rendered), batch_size):
         writer.write(rendered[start : start + batch_size], start, kept)
     return [writer.answers[i] for i in range(len(rendered))]
@@ -129,7 +136,7 @@ class _Writer:
         for i, sequence in enumerate(batch, start):
             if len(sequence.ids) >= room:
                 raise ContextError(
-                    f"query {i} takes {len(sequence.ids)} tokens with its prompt, which leaves no room for an answer in "
+                    f"query {i} takes {len(sequence.ids)} tokens with its prompt: no room for an answer is left in "
                     f"the model's context of {room}; shorten it."
                 )
             active.append(_Sequence(i, room - len(sequence.ids), self.sampling.generator(i)))
@@ -151,9 +158,7 @@ class _Writer:
         """Keys and values of what each sequence does not share, and the hidden state of its last token [B, d]."""
         model, shared = self.model, trunk.shape[2]
         tree = pack_branches(batch, shared)
-        step = build_step(
-            model.config, tree, (trunk,) if shared else (), model.dtype, model.device, rows=tree.leaves
-        )
+        step = build_step(model.config, tree, (trunk,) if shared else (), model.dtype, model.device, rows=tree.leaves)
         lengths = torch.tensor([len(s.ids) - shared for s in batch])
         cache = KeyValueCache(model, trunk, lengths)
         sequence = torch.repeat_interleave(torch.arange(len(batch)), lengths)

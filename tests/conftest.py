@@ -1,0 +1,32 @@
+"""What several test folders share; also says that Triton interprets, before anything imports it (0: on a GPU)."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from embedgrad.errors import DataError
+from embedgrad.example import Example
+from embedgrad.tasks import movie_snippets, smollm2
+
+
+@pytest.fixture(scope="session")
+def smollm2_path() -> Path:
+    """The real SmolLM2-135M-Instruct; skips where it is neither cached nor to be downloaded."""
+    try:
+        return smollm2.path()
+    except DataError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
+def snippets() -> list[Example]:
+    """Real labelled sentences; skips where they are neither cached nor to be downloaded."""
+    try:
+        return movie_snippets.load()
+    except DataError as error:
+        pytest.skip(str(error))
