@@ -23,10 +23,10 @@ demo: $(VENV)/.installed-demo
 	$(BIN)/python -m embedgrad.demo
 
 test: lint
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=15
 
 test-all: lint
-	$(BIN)/python -m pytest -m ''
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "" --durations=30
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
