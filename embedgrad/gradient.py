@@ -90,16 +90,26 @@ def loss_and_grad(
     budget = available_memory(model.device) // 2 if memory_budget is None else memory_budget
     policy, nbytes = choose_policy(model.config, size, model.dtype, policy, budget)
     model.arena.begin(nbytes)
-    hidden = model.decoder.forward(send(prompt.embeddings, model.device), step, policy)
-    nll, predicted, dh = _cross_entropy(model, hidden, tree, size, differentiate=True, whole=not _omit.whole_logits)
-    assert dh is not None
-    grad = torch.empty(prompt.embeddings.shape, dtype=model.decoder.sum_dtype, device=model.device)
-    model.decoder.backward(dh, step, grad)
+    nll, predicted, grad = _launch(model, prompt, tree, step, size, policy, whole=not _omit.whole_logits)
     nll, grad = nll.cpu(), grad.cpu()  # only now is the device waited for
     loss = float((nll.double() * tree.target_weights).sum())
     if not details:
         return loss, grad
     return loss, grad, _details(tree, nll, predicted.cpu(), len(batch))
+
+
+def _launch(
+    model: Model, prompt: SoftPrompt, tree: TokenTree, step: Step, size: StepSize, policy: str, *, whole: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Forward and backward: per target its loss and the arg-max, and the gradient, all on the device.
+
+    Nothing in here waits for the device.
+    """
+    hidden = model.decoder.forward(send(prompt.embeddings, model.device), step, policy)
+    nll, predicted, dh = _cross_entropy(model, hidden, tree, size, differentiate=True, whole=whole)
+    assert dh is not None
+    grad = torch.empty(prompt.embeddings.shape, dtype=model.decoder.sum_dtype, device=model.device)
+    return nll, predicted, model.decoder.backward(dh, step, grad)
 
 
 def score(model: Model, prompt: SoftPrompt, batch: Sequence[Example]) -> Details:
@@ -150,9 +160,7 @@ def _by_tokens(sequences: Sequence[Rendered]) -> Iterator[list[Rendered]]:
 def _step(model: Model, tree: TokenTree, omit: _Omit) -> Step:
     kept = model.prefix_cache.units(model, tree.units)
     rows = tree.predicting if omit.last_layer and omit.other_logits else None
-    return build_step(
-        model.config, tree, kept, model.dtype, model.device, rows=rows, prompt_only=omit.first_layer
-    )
+    return build_step(model.config, tree, kept, model.dtype, model.device, rows=rows, prompt_only=omit.first_layer)
 
 
 def _size(tree: TokenTree, step: Step) -> StepSize:

@@ -1,7 +1,7 @@
-"""How many bytes of activations a step needs, by policy, without running it.
+"""How many bytes a step needs, by policy and weight type, without running it.
 
-The decoder itself is walked with operations that compute nothing and an arena that has no memory behind it, so the
-figure is what the real arena will hand out, to the byte.
+For the activations the decoder itself is walked with operations that compute nothing and an arena that has no memory
+behind it, so the figure is what the real arena will hand out, to the byte. The weights are counted from their shapes.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from embedgrad.tree import TreeMask
 
 META = torch.device("meta")
 POLICIES = tuple(KEPT)  # from most memory to least
+GROUP = 32  # elements of a quantised group, and its bytes: quants, a float16 scale, and int4's float16 offset
+GROUP_BYTES = {"int8": GROUP + 2, "int4": GROUP // 2 + 4}
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,69 @@ def activation_bytes(config: ModelConfig, size: StepSize, dtype: torch.dtype, po
     return arena.peak
 
 
-def choose_policy(
-    config: ModelConfig, size: StepSize, dtype: torch.dtype, policy: str, budget: int
-) -> tuple[str, int]:
+@dataclass(frozen=True)
+class DeviceBytes:
+    """Peak bytes on the device: weights, activations (the arena), keys and values of the kept units, and workspace
+    (partial sums of the loss, D and partial dK and dV of the attention's backward: an upper bound)."""
+
+    weights: int
+    activations: int
+    kept: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.activations + self.kept + self.workspace
+
+
+def device_bytes(
+    config: ModelConfig, size: StepSize, dtype: torch.dtype, policy: str, weights: str = "compute", arch: str = "sm_90"
+) -> DeviceBytes:
+    """Peak device memory of one step on the backend triton.
+
+    weights: "compute" (all in `dtype`), "int8" or "int4" (the table in `dtype`, as of a file that stores it so). arch:
+    whose launch parameters decide about the workspace. Not counted: the step's index tensors and the attention's work
+    lists (some hundred bytes a token), and what the driver and the allocator keep for themselves.
+    """
+    kept = config.num_layers * 2 * size.kept * config.num_kv_heads * config.head_dim * dtype.itemsize
+    return DeviceBytes(
+        weight_bytes(config, dtype, weights),
+        activation_bytes(config, size, dtype, policy),
+        kept,
+        _workspace(config, size, dtype, arch),
+    )
+
+
+def weight_bytes(config: ModelConfig, dtype: torch.dtype, weights: str = "compute") -> int:
+    """Bytes of all frozen parameters as `read_weights` stores them in the form `weights`.
+
+    Scales are taken to be float16; a matrix with groups too small for that has float32 ones.
+    """
+    total = 0
+    for name, shape in config.shapes().items():
+        if len(shape) == 2 and weights in GROUP_BYTES and name != "model.embed_tokens.weight":
+            multiple = 2 if weights == "int4" else 1
+            groups = -(-shape[1] // (GROUP * multiple)) * multiple
+            total += shape[0] * groups * GROUP_BYTES[weights]
+        else:
+            total += torch.Size(shape).numel() * dtype.itemsize
+    return total
+
+
+def _workspace(config: ModelConfig, size: StepSize, dtype: torch.dtype, arch: str) -> int:
+    """The larger of what the loss and what one layer's attention allocates; they are never there together."""
+    from embedgrad.kernels import launch, linear_cross_entropy, tree_attention
+
+    d, dim, groups = config.hidden_size, config.head_dim, config.num_kv_heads
+    options = launch.options("linear_cross_entropy", arch, dtype=dtype, width=d)
+    loss = linear_cross_entropy.workspace_bytes(size.targets, d, config.vocab_size, options, True)
+    dkv = launch.options("tree_attention_backward_dkv", arch, dtype=dtype, head_dim=dim)
+    rows = 2 * (size.tokens * config.num_heads + groups * (dkv["BLOCK_Q"] + 4))
+    slots = 4 * max(dkv["PROGRAMS"], groups) * dkv["BLOCK_K"] * tree_attention.block_width(dim)
+    return max(loss, 4 * (rows + slots))
+
+
+def choose_policy(config: ModelConfig, size: StepSize, dtype: torch.dtype, policy: str, budget: int) -> tuple[str, int]:
     """The policy to use and its bytes. "auto" takes the first of `POLICIES` that stays within `budget` bytes.
 
     Raises ConfigError when the policy asked for, or the leanest one, needs more than `budget`.

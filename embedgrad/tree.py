@@ -164,8 +164,8 @@ class TokenTree:
     ids, prompt_rows, positions [T] int64; key_end [T] int32. `prompt_rows` is -1 where no prompt row is shown.
     predicting [R] int64: tree indices whose next token is a target, ascending. Target n (in order of slot) is the
     token `target_ids[n]` after `predicting[target_slot[n]]`, belongs to example `target_example[n]`, and counts
-    `target_weights[n]` in the loss (mean over examples of the mean over their targets; float64). `leaves[b]` is the tree
-    index of the last packed token of sequence `b`.
+    `target_weights[n]` in the loss (mean over examples of the mean over their targets; float64). `leaves[b]` is the
+    tree index of the last packed token of sequence `b`.
     """
 
     ids: Tensor

@@ -1,0 +1,58 @@
+"""How much device memory does a step take, by model, weight type and memory policy?
+
+Counted, not measured: `embedgrad.memory.device_bytes`, which the tests hold against real tensors and the arena's peak.
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+import torch
+
+from embedgrad.memory import POLICIES, StepSize, device_bytes
+from embedgrad.model.config import ModelConfig
+
+QWEN = {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], "hidden_act": "silu", "rms_norm_eps": 1e-6,
+        "rope_theta": 10000.0, "max_position_embeddings": 4096, "num_hidden_layers": 28}  # fmt: skip
+MODELS = {
+    "Qwen2.5-Math-1.5B": {
+        **QWEN, "hidden_size": 1536, "intermediate_size": 8960, "num_attention_heads": 12, "num_key_value_heads": 2,
+        "vocab_size": 151_936, "tie_word_embeddings": True,
+    },
+    "Qwen2.5-Math-7B": {
+        **QWEN, "hidden_size": 3584, "intermediate_size": 18_944, "num_attention_heads": 28, "num_key_value_heads": 4,
+        "vocab_size": 152_064, "tie_word_embeddings": False,
+    },
+}  # fmt: skip
+WEIGHTS = {"compute": "bf16", "int8": "int8", "int4": "int4"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Options of this bench."""
+    parser.add_argument("--models", nargs="*", default=list(MODELS), choices=list(MODELS), help="default: %(default)s")
+    parser.add_argument("--tokens", type=int, default=4096, help="packed tokens of a step (default 4096)")
+    parser.add_argument("--targets", type=int, default=None, help="tokens whose loss counts (default: half of all)")
+    parser.add_argument("--prompt", type=int, default=64, help="tokens that show a prompt row (default 64)")
+    parser.add_argument("--kept", type=int, default=32, help="kept tokens in front (default 32)")
+    parser.add_argument("--arch", default="sm_90", help="whose launch parameters (default sm_90)")
+
+
+def main(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Count, print a table per model, and return the rows."""
+    targets = args.tokens // 2 if args.targets is None else args.targets
+    size = StepSize(args.tokens, args.kept, targets, args.prompt, targets)
+    rows = []
+    for model in args.models[:1] if args.quick else args.models:
+        config = ModelConfig.from_hf(MODELS[model], model)
+        print(f"\n{model}, {args.tokens} packed tokens, {targets} targets, GiB in bf16 activations, {args.arch}")
+        names = ("weights", "activations", "kept", "workspace", "total")
+        print(f"{'type':<8} {'policy':<7}" + "".join(f"{name:>13}" for name in names))
+        for weights, told in WEIGHTS.items():
+            for policy in POLICIES:
+                found = device_bytes(config, size, torch.bfloat16, policy, weights, args.arch)
+                rows.append({"model": model, "weight_type": told, "policy": policy, "arch": args.arch,
+                             **vars(size), **vars(found), "total": found.total})  # fmt: skip
+                counted = (found.weights, found.activations, found.kept, found.workspace, found.total)
+                print(f"{told:<8} {policy:<7}" + "".join(f"{nbytes / 2**30:13.3f}" for nbytes in counted))
+    return rows

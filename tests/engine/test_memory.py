@@ -1,0 +1,68 @@
+"""Predicted bytes against real tensors, the arena's peak, and the kernels' own workspace."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+import pytest
+from embedgrad.kernels import launch
+from embedgrad.kernels.tree_attention_backward import workspace_size
+from embedgrad.kernels.tree_schedule import TreeSchedule
+from hypothesis import HealthCheck, given, settings
+
+from bench import memory as bench
+from embedgrad.example import Example
+from embedgrad.gradient import _Omit, _size, _step, loss_and_grad
+from embedgrad.memory import POLICIES, _workspace, device_bytes, weight_bytes
+from embedgrad.model.model import load_model
+from embedgrad.rendering import render
+from embedgrad.tree import build_tree
+from tests.engine.drawn import batches, configs, make_prompt, pair, prompts
+from tests.model.tiny import write_folder
+
+
+@pytest.mark.parametrize("weights", ["compute", "int8", "int4"])
+@pytest.mark.parametrize(("family", "tied", "ffn"), [("qwen2", True, 96), ("qwen3", False, 100), ("llama", True, 44)])
+def test_weights_take_what_is_predicted(tmp_path: Path, weights: str, family: str, tied: bool, ffn: int) -> None:
+    write_folder(tmp_path, family, tie_word_embeddings=tied, intermediate_size=ffn)
+    model = load_model(tmp_path, weights=weights)
+    assert weight_bytes(model.config, model.dtype, weights) == sum(x.nbytes for x in model.weights.tensors())
+
+
+@settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
+@given(config=configs(), prompt=prompts(), batch=batches())
+def test_activations_and_kept_keys_take_what_is_predicted(config: Any, prompt: Any, batch: list[Example]) -> None:
+    model = pair(*config).model
+    p = make_prompt(model, prompt)
+    tree = build_tree([render(model, p, example) for example in batch])
+    size = _size(tree, _step(model, tree, _Omit()))
+    for policy in POLICIES:
+        model.prefix_cache.clear()
+        loss_and_grad(model, p, batch, policy=policy)
+        predicted = device_bytes(model.config, size, model.dtype, policy)
+        assert model.arena.peak == predicted.activations
+        assert model.arena.overflow == 0
+        assert model.prefix_cache.nbytes == predicted.kept
+    masks = [tree.mask(window) for window in set(model.config.windows)]
+    heads, groups, dim = model.decoder.heads
+    options = launch.options("tree_attention_backward_dkv", "sm_90", dtype=model.dtype, head_dim=dim)
+    bound = _workspace(model.config, size, model.dtype, "sm_90")
+    for mask in masks:
+        schedule = TreeSchedule(mask.key_begin, mask.key_end, mask.query_index, mask.kept)
+        assert 4 * workspace_size(schedule, heads, groups, dim, options) <= bound
+
+
+def test_the_bench_prints_its_table(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = argparse.ArgumentParser()
+    bench.add_arguments(parser)
+    rows = bench.main(argparse.Namespace(**vars(parser.parse_args([])), quick=False))
+    assert "Qwen2.5-Math-7B" in capsys.readouterr().out
+    assert len(rows) == 2 * 3 * len(POLICIES)
+    by = {(r["model"], r["weight_type"], r["policy"]): r for r in rows}
+    big = by["Qwen2.5-Math-7B", "bf16", "all"]
+    assert big["weights"] == 2 * 7_615_616_512  # parameters of the published checkpoint
+    assert by["Qwen2.5-Math-1.5B", "bf16", "all"]["weights"] == 2 * 1_543_714_304
+    assert by["Qwen2.5-Math-7B", "int4", "layer"]["total"] < 8 << 30 < big["total"]
+    assert all(r["total"] == r["weights"] + r["activations"] + r["kept"] + r["workspace"] for r in rows)

@@ -1,0 +1,138 @@
+"""What only a GPU can show: bfloat16, steps that never wait for the device, CUDA graphs, copies on a second stream."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from embedgrad.example import Example
+from embedgrad.generation import generate
+from embedgrad.gradient import _launch, _Omit, _size, _step, loss_and_grad
+from embedgrad.memory import activation_bytes
+from embedgrad.model.decoding import KeyValueCache
+from embedgrad.model.model import Model, load_model
+from embedgrad.model.streaming import StreamedLayers, _packed_size
+from embedgrad.prefix_cache import keys_and_values
+from embedgrad.prompt import SoftPrompt
+from embedgrad.rendering import render
+from embedgrad.sampling import Sampling
+from embedgrad.template import Template
+from embedgrad.tree import build_tree
+from tests.model.tiny import write_folder
+from tests.truth import relative_error, transformers_loss_and_grad
+
+COMPILED = torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1"
+pytestmark = pytest.mark.skipif(not COMPILED, reason="needs a GPU, and TRITON_INTERPRET=0 so that kernels are compiled")
+BATCH = [Example([10, 11, 12], [20, 21]), Example([10, 11, 12], [20, 23]), Example([13], [30])]
+TEMPLATE = Template.text("{query} {prompt} =")
+BF16 = 0.05  # relative error of a bfloat16 gradient; its numbers have 8 bits, and weights and activations round
+
+
+def on_gpu(folder: Path, family: str, *, sizes: dict[str, Any] | None = None, **options: Any) -> tuple[Model, Any]:
+    twin = write_folder(folder, family, **(sizes or {}))
+    twin.set_attn_implementation("eager")
+    return load_model(folder, device="cuda", **options), twin
+
+
+def moved(model: Model) -> SoftPrompt:
+    prompt = SoftPrompt.from_ids(model, [9, 30, 200], template=TEMPLATE)
+    noise = torch.randn(prompt.embeddings.shape, generator=torch.Generator().manual_seed(1))
+    return prompt.replace(embeddings=prompt.embeddings + 0.1 * noise)
+
+
+@contextmanager
+def no_waiting() -> Iterator[None]:
+    """Inside, whatever makes the host wait for the device raises RuntimeError."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "qwen3"])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 2e-5), (torch.bfloat16, BF16)])
+def test_the_engine_equals_transformers(tmp_path: Path, family: str, dtype: torch.dtype, tolerance: float) -> None:
+    model, twin = on_gpu(tmp_path, family, dtype=dtype)
+    assert model.backend == "triton"
+    p = moved(model)
+    truth, truth_grad = transformers_loss_and_grad(twin, p.embeddings, [render(model, p, e) for e in BATCH])
+    for policy in ("all", "mlp", "layer"):
+        loss, grad = loss_and_grad(model, p, BATCH, policy=policy)
+        assert loss == pytest.approx(truth, rel=tolerance)
+        assert relative_error(grad, truth_grad) <= tolerance
+        assert torch.equal(loss_and_grad(model, p, BATCH, policy=policy)[1], grad)
+
+
+@pytest.mark.parametrize(
+    ("weights", "streamed"), [("compute", False), ("int8", False), ("int4", False), ("int8", True)]
+)
+def test_a_step_never_waits(tmp_path: Path, weights: str, streamed: bool) -> None:
+    model, _ = on_gpu(tmp_path, "qwen3", weights=weights, sizes={"num_hidden_layers": 4})
+    if streamed:
+        model = load_model(tmp_path, device="cuda", weights=weights, max_device_memory=_room(model))
+    p = moved(model)
+    tree = build_tree([render(model, p, example) for example in BATCH])
+    size = _size(tree, _step(model, tree, _Omit()))
+    expected, _, expected_grad = _launch(model, p, tree, _step(model, tree, _Omit()), size, "mlp")  # compiles
+    model.arena.begin(activation_bytes(model.config, size, model.dtype, "mlp"))
+    torch.cuda.synchronize()
+    with no_waiting():
+        nll, _, grad = _launch(model, p, tree, _step(model, tree, _Omit()), size, "mlp")
+    assert torch.equal(nll, expected)
+    assert torch.equal(grad, expected_grad)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_decode_step_fits_a_cuda_graph(tmp_path: Path, family: str) -> None:
+    model, _ = on_gpu(tmp_path, family, sizes={"sliding_window": 5} if family == "mistral" else {})
+    trunk = keys_and_values(model, [9, 30, 200, 7], (), ())
+    length = torch.zeros(2, dtype=torch.int64)
+    tokens = torch.tensor([[50, 51], [60, 61], [70, 71], [80, 81]], device="cuda")
+
+    plain = KeyValueCache(model, trunk, length)
+    expected = [plain.logits(plain.advance(ids)).clone() for ids in tokens]
+    cache, ids = KeyValueCache(model, trunk, length), tokens[0].clone()
+    start = cache.mark()
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        cache.logits(cache.advance(ids))  # compiles
+    torch.cuda.current_stream().wait_stream(stream)
+    cache.rewind(start)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        logits = cache.logits(cache.advance(ids))
+    cache.rewind(start)
+    for chosen, right in zip(tokens, expected, strict=True):
+        ids.copy_(chosen)
+        graph.replay()
+        torch.testing.assert_close(logits, right, rtol=0.02, atol=0.02)
+
+
+def _room(model: Model) -> int:
+    """Device memory for everything outside the blocks, one block for good, and two buffers."""
+    blocks = sum(x.nbytes for layer in model.weights.layers for x in layer.tensors())
+    return sum(x.nbytes for x in model.weights.tensors()) - blocks + 3 * _packed_size(model.weights.layers[0])
+
+
+@pytest.mark.parametrize("weights", ["compute", "int8", "int4"])
+def test_streamed_blocks_give_the_same_bits(tmp_path: Path, weights: str) -> None:
+    whole, _ = on_gpu(tmp_path, "qwen2", weights=weights, sizes={"num_hidden_layers": 6})
+    streamed = load_model(tmp_path, device="cuda", weights=weights, max_device_memory=_room(whole))
+    assert isinstance(streamed.weights.layers, StreamedLayers)
+    p = moved(whole)
+    expected = loss_and_grad(whole, p, BATCH)
+    for _ in range(3):
+        loss, grad = loss_and_grad(streamed, p, BATCH)
+        assert loss == expected[0]
+        assert torch.equal(grad, expected[1])
+    asked, sampling = [[50, 51], [52]], Sampling(max_new_tokens=8)
+    assert generate(streamed, p, asked, sampling) == generate(whole, p, asked, sampling)
+    assert streamed.weights_hash() == whole.weights_hash()
