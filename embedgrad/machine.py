@@ -13,7 +13,7 @@ from torch import Tensor
 
 def send(x: Tensor, device: torch.device) -> Tensor:
     """`x` on `device`, without waiting for it: a copy from pinned memory is only put into the device's queue."""
-    if device.type != "cuda" or x.device.type != "cpu":
+    if device.type != "cuda" or x.device.type != "cpu" or not x.numel():
         return x.to(device)
     return x.pin_memory().to(device, non_blocking=True)
 

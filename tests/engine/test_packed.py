@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -186,6 +187,21 @@ def test_streamed_blocks_give_the_same_bits(tmp_path: Path, weights: str) -> Non
     assert isinstance(load_model(tmp_path, weights=weights, max_device_memory=1 << 30).weights.layers, list)
     with pytest.raises(ConfigError, match=r"^max_device_memory is 1,000 bytes, but .* two blocks take [\d,]+; .*\.$"):
         load_model(tmp_path, weights=weights, max_device_memory=1000)
+
+
+def test_the_next_block_is_always_on_its_way(tmp_path: Path) -> None:
+    write_folder(tmp_path, "llama", **{**SIZES, "num_hidden_layers": 5})
+    whole = load_model(tmp_path)
+    rest, block = weight_bytes(whole) - block_bytes(whole), _packed_size(whole.weights.layers[0])
+    layers = load_model(tmp_path, max_device_memory=rest + 2 * block).weights.layers
+    assert isinstance(layers, StreamedLayers)
+    walk = [0, 1, 2, 3, 4, 4, 3, 2, 1, 0, 0, 1]  # forward, backward, and into the next step
+    for index, following in pairwise(walk):
+        assert torch.equal(layers[index].attention_norm, whole.weights.layers[index].attention_norm)
+        copies = layers.copies
+        layers._bring(following)
+        assert layers.copies == copies
+    assert layers.copies == 5 + 3
 
 
 def test_streamed_generation_gives_the_same_tokens(tmp_path: Path) -> None:
