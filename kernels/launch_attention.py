@@ -18,14 +18,24 @@ each multiprocessor of an H100."""
 
 
 def _row(
-    kernel: str, arch: str, bytes: tuple[int, ...], head_dim: int, tile: tuple[int, int, int, int], reason: str
+    kernel: str,
+    arch: str,
+    bytes: tuple[int, ...],
+    head_dim: int,
+    tile: tuple[int, int, int, int],
+    reason: str,
+    plain: bool = False,
 ) -> Row:
-    """tile: BLOCK_Q, BLOCK_K, num_warps, num_stages; for head dimensions up to head_dim."""
+    """tile: BLOCK_Q, BLOCK_K, num_warps, num_stages; for head dimensions up to head_dim.
+
+    plain: only without a sliding window and without a softcap, which need registers of their own (size "extras").
+    """
     block_q, block_k, warps, stages = tile
     options = {"BLOCK_Q": block_q, "BLOCK_K": block_k, "num_warps": warps, "num_stages": stages}
     if kernel in (DKV, DECODE):
         options["PROGRAMS"] = _PROGRAMS.get(arch, 264)
-    return Row(kernel, arch, {**options}, reason, bytes=bytes, at_most={"head_dim": head_dim})
+    limits = {"head_dim": head_dim, "extras": 0} if plain else {"head_dim": head_dim}
+    return Row(kernel, arch, {**options}, reason, bytes=bytes, at_most=limits)
 
 
 _AMPERE = (
@@ -44,7 +54,8 @@ _HOPPER = (
     _row(FORWARD, "sm_90", _HALF, 128, (128, 64, 8, 2), "234; 128 keys spill 28"),
     _row(FORWARD, "sm_90", _HALF, 256, (128, 32, 8, 2), "240; 64 keys spill"),
     _row(DQ, "sm_90", _HALF, 64, (128, 64, 8, 2), "179"),
-    _row(DQ, "sm_90", _HALF, 128, (128, 64, 8, 2), "243; 64 rows with 4 warps spill 26"),
+    _row(DQ, "sm_90", _HALF, 128, (128, 64, 8, 2), "243; 64 rows with 4 warps spill 26", plain=True),
+    _row(DQ, "sm_90", _HALF, 128, (128, 32, 8, 2), "with a window and a softcap, 64 keys spill 26"),
     _row(DQ, "sm_90", _HALF, 256, (64, 32, 8, 2), "250"),
     _row(DKV, "sm_90", _HALF, 64, (64, 128, 8, 2), "203"),
     _row(DKV, "sm_90", _HALF, 128, (64, 64, 8, 2), "220"),
@@ -52,9 +63,11 @@ _HOPPER = (
 )
 _BLACKWELL = (
     _row(FORWARD, "sm_100", _HALF, 64, (128, 64, 8, 3), "142; with 4 warps 50 spill: a thread reads whole rows of S"),
-    _row(FORWARD, "sm_100", _HALF, 128, (128, 64, 8, 2), "216; the sums are in tensor memory"),
+    _row(FORWARD, "sm_100", _HALF, 128, (128, 64, 8, 2), "216; the sums are in tensor memory", plain=True),
+    _row(FORWARD, "sm_100", _HALF, 128, (128, 32, 8, 2), "with a window and a softcap, 64 keys spill 27"),
     _row(FORWARD, "sm_100", _HALF, 256, (128, 32, 8, 2), "248"),
-    _row(DQ, "sm_100", _HALF, 128, (128, 64, 8, 2), "158"),
+    _row(DQ, "sm_100", _HALF, 128, (128, 64, 8, 2), "158", plain=True),
+    _row(DQ, "sm_100", _HALF, 128, (128, 32, 8, 2), "with a window and a softcap, 64 keys spill 19"),
     _row(DQ, "sm_100", _HALF, 256, (64, 32, 8, 2), "128"),
     _row(DKV, "sm_100", _HALF, 64, (64, 128, 8, 2), "126"),
     _row(DKV, "sm_100", _HALF, 128, (64, 64, 8, 2), "106"),
@@ -70,7 +83,8 @@ _CDNA = (
     _row(DQ, "gfx942", _HALF, 128, (64, 32, 4, 1), "234"),
     _row(DQ, "gfx942", _HALF, 256, (64, 32, 4, 1), "439; 8 warps may have 256 each and spill"),
     _row(DKV, "gfx942", _HALF, 64, (32, 64, 4, 1), "176; 64 rows take 280"),
-    _row(DKV, "gfx942", _HALF, 128, (32, 64, 8, 1), "232; 4 warps take 303"),
+    _row(DKV, "gfx942", _HALF, 128, (32, 64, 8, 1), "232; 4 warps take 303", plain=True),
+    _row(DKV, "gfx942", _HALF, 128, (32, 64, 4, 1), "with a window and a softcap, 8 warps spill 29"),
     _row(DKV, "gfx942", _HALF, 256, (32, 32, 4, 1), "446"),
     _row(FORWARD, "gfx942", _FLOAT, 64, (64, 32, 4, 1), "fp32 has matrix instructions here"),
     _row(FORWARD, "gfx942", _FLOAT, 128, (32, 32, 4, 1), "232; 64 rows take 288"),

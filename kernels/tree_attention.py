@@ -257,7 +257,8 @@ def tree_attention(
         return
     if options is None:
         arch = launch.architecture(q.device)
-        options = launch.options("tree_attention_forward", arch, dtype=q.dtype, head_dim=dim)
+        extras = count_extras(schedule, softcap)
+        options = launch.options("tree_attention_forward", arch, dtype=q.dtype, head_dim=dim, extras=extras)
     lists = schedule.key_lists(group, options["BLOCK_Q"], options["BLOCK_K"])
     tree_attention_forward_kernel[(lists.order.shape[0], groups)](
         q, k, v, out, lse,
@@ -268,6 +269,11 @@ def tree_attention(
         GROUP=group, D=dim, BLOCK_D=block_width(dim), PRECISION=precision, BF16_IN_BITS=bf16_in_bits(q),
         **options,
     )  # fmt: skip
+
+
+def count_extras(schedule: TreeSchedule, softcap: float | None) -> int:
+    """How many of window and softcap there are: each needs registers, which the launch table minds."""
+    return (schedule.window is not None) + (softcap is not None)
 
 
 def check_schedule(schedule: TreeSchedule, queries: int, keys: int) -> None:

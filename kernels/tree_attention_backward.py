@@ -41,6 +41,7 @@ from .tree_attention import (
     block_width,
     check_heads,
     check_schedule,
+    count_extras,
     load_tile,
     narrowed,
     soft_capped,
@@ -411,10 +412,12 @@ def tree_attention_backward(
     if queries == 0 or (dq is None and dk is None):
         return
     options = {} if options is None else options
-    arch = launch.architecture(q.device)
+    arch, extras = launch.architecture(q.device), count_extras(schedule, softcap)
 
     def of(name: str) -> Options:
-        return options[name] if name in options else launch.options(name, arch, dtype=q.dtype, head_dim=dim)
+        if name in options:
+            return options[name]
+        return launch.options(name, arch, dtype=q.dtype, head_dim=dim, extras=extras)
 
     of_dkv = of("tree_attention_backward_dkv") if dk is not None else None
     needed = workspace_size(schedule, heads, groups, dim, of_dkv)
