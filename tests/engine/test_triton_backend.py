@@ -1,7 +1,7 @@
 """The whole engine on the kernels, in Triton's interpreter, against the reference backend.
 
 Tolerances, float32: a gradient may differ by 1e-5 of its norm (measured: 1e-6; the two sum in another order), a loss by
-1e-6 of itself, a prompt after ten AdamW steps by 1e-4 of the way it has gone.
+1e-6 of itself, a prompt after ten AdamW steps by 1e-5 of the way it has gone (measured: 1e-6).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from tests.truth import relative_error
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 interpreter = pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter (TRITON_INTERPRET=1)")
-GRADIENT, LOSS, AFTER_TEN_STEPS = 1e-5, 1e-6, 1e-4
+GRADIENT, LOSS, AFTER_TEN_STEPS = 1e-5, 1e-6, 1e-5
 SIZES = {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1, "intermediate_size": 48}
 # The query stands before the prompt, so that there are kept keys; two targets follow one query, so that a branch of
 # the tree has branches and one position predicts two targets.
