@@ -102,7 +102,7 @@ _CDNA = (
 )
 _IEEE = "exact fp32 products have no matrix instruction on NVIDIA; both operands of a product are held in registers"
 _NVIDIA = (
-    *(_row(kernel, "sm_*", _FLOAT, 64, (32, 32, 8, 1), _IEEE) for kernel in (FORWARD, DQ, DKV, DECODE)),
+    *(_row(kernel, "sm_*", _FLOAT, 64, (32, 32, 8, 1), _IEEE) for kernel in (FORWARD, DQ, DKV)),
     *(_row(kernel, "sm_*", _FLOAT, 128, (32, 16, 8, 1), _IEEE) for kernel in (FORWARD, DQ, DECODE)),
     _row(DKV, "sm_*", _FLOAT, 128, (16, 32, 8, 1), _IEEE),
     *(_row(kernel, "sm_*", _FLOAT, 256, (16, 16, 8, 1), _IEEE) for kernel in (FORWARD, DQ, DKV, DECODE)),
