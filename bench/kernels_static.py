@@ -22,13 +22,14 @@ Row = dict[str, Any]
 
 
 def wanted_names(args: argparse.Namespace) -> list[str]:
-    """The specimens to compile: all, or those of --only and --dtype; --quick keeps one type and one model."""
+    """The specimens to compile: all, or those of --only and --dtype; --quick keeps one of each op, bf16 if it can."""
     from .specimens import specimens
 
-    types = args.dtype or (["bfloat16"] if args.quick else None)
+    types = args.dtype
     found = [s for s in specimens() if args.only in s.name and (not types or s.name.rsplit("/", 1)[1] in types)]
     if args.quick:
-        found = list({s.op: s for s in reversed(found)}.values())[::-1]
+        bf16_first = sorted(found, key=lambda s: not s.name.endswith("/bfloat16"))
+        found = [s for i, s in enumerate(bf16_first) if s.op not in {earlier.op for earlier in bf16_first[:i]}]
     return [s.name for s in found]
 
 

@@ -48,9 +48,7 @@ def main() -> int:
     before = evaluate(model, prompt, parts["test"], movie_snippets.LABELS)
     if FOLDER.exists():
         shutil.rmtree(FOLDER)
-    result = optimize(
-        model, prompt, parts["train"], parts["validation"], CONFIG, run_dir=FOLDER, progress=Bar()
-    )
+    result = optimize(model, prompt, parts["train"], parts["validation"], CONFIG, run_dir=FOLDER, progress=Bar())
     after = evaluate(model, result.prompt, parts["test"], movie_snippets.LABELS)
 
     report(console, before, after, result)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, overload
@@ -38,7 +39,10 @@ class Details:
 
 @dataclass(frozen=True)
 class _Omit:
-    """What the engine leaves out; each can be switched off to show that it changes nothing but cost."""
+    """What the engine leaves out; each can be switched off to show that it changes nothing but cost.
+
+    `whole_logits` has no counterpart in the kernels, which hold one tile of them in registers: reference backend only.
+    """
 
     trunk_copies: bool = True
     kept_tokens: bool = True
@@ -188,6 +192,7 @@ def _cross_entropy(
         send(tree.target_ids, device),
         send(tree.target_weights.to(model.decoder.sum_dtype), device),
         dh=dh,
+        **({"logit_bytes": sys.maxsize} if whole else {}),
     )
     if dh is not None and gathered:
         at_hidden = arena.keep(*hidden.shape, dtype=hidden.dtype)

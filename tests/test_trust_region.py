@@ -214,7 +214,7 @@ def test_stated_answers_of_degenerate_rows() -> None:
     for tau in (-0.3, -0.99):
         turned = CosineCone(tau).project(opposite, anchor)
         assert float(cosine_similarity(turned, anchor)) == pytest.approx(tau, abs=1e-6)
-        assert float((turned - opposite).norm()) == pytest.approx(1.5 * math.sqrt(1 - tau**2), rel=1e-6)
+        assert float((turned - opposite).norm()) == pytest.approx(1.5 * math.sqrt(1 - tau**2), rel=1e-5)
     assert torch.equal(CosineCone(0.95).project(zero, anchor), zero)
     assert torch.equal(CosineCone(0.95, norm_min=0.25).project(zero, anchor), 0.25 * anchor)
     lone = torch.tensor([[2.0]])

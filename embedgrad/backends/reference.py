@@ -316,17 +316,18 @@ def linear_cross_entropy(
     *,
     softcap: float | None = None,
     dh: Tensor | None = None,
+    logit_bytes: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood [N] of `targets` under softmax(h Wᵀ), and the arg-max token [N].
 
     h [N, d], targets [N] int64 (−1: ignored, nll 0), weights [N]. Where `dh` [N, d] is given it becomes
-    Σ weights·dnll/dh. The logits exist `LOGIT_BYTES` at a time, a few rows whole.
+    Σ weights·dnll/dh. The logits exist `logit_bytes` at a time (default `LOGIT_BYTES`), some rows whole.
     """
     vocabulary = head.shape[0]
     wide = _wide(h[:0]).dtype
     nll = torch.zeros(len(h), dtype=wide, device=h.device)
     predicted = torch.empty(len(h), dtype=torch.int64, device=h.device)
-    step = max(1, LOGIT_BYTES // (vocabulary * h.dtype.itemsize))
+    step = max(1, (LOGIT_BYTES if logit_bytes is None else logit_bytes) // (vocabulary * h.dtype.itemsize))
     buffer = torch.empty(min(step, len(h)), vocabulary, dtype=h.dtype, device=h.device)
     for start in range(0, len(h), step):
         rows = slice(start, min(start + step, len(h)))

