@@ -1,0 +1,160 @@
+"""Faults for the kernels' own tests to find: one change to one kernel's source each, and the test file that must fail.
+
+`python -m tests.kernels.faults [TEXT…]` plants each (whose name has a TEXT) and prints which test failed. As a pytest
+plugin (-p, with the fault's name in PLANTED_FAULT) this module loads the kernel from the changed source wherever a test
+imports it. The attention kernels plant their own faults at every run; see FAULTS in their test files.
+"""
+
+from __future__ import annotations
+
+import importlib.abc
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType
+from typing import NamedTuple
+
+KERNELS = Path(__file__).parents[2] / "kernels"
+PACKAGE = "embedgrad.kernels"
+VARIABLE = "PLANTED_FAULT"
+
+
+class Fault(NamedTuple):
+    """`old` in kernels/`module`.py becomes `new`, everywhere it stands; tests/kernels/test_`tests`.py must fail."""
+
+    module: str
+    old: str
+    new: str
+    tests: str = ""
+
+    @property
+    def test_file(self) -> str:
+        return f"tests/kernels/test_{self.tests or self.module}.py"
+
+
+FAULTS = {
+    "rms_norm: no ε": Fault("rms_norm", " / d + eps)", " / d)"),
+    "rms_norm: x̂ not rounded before the weight": Fault("rms_norm", "b_hat.to(dtype).to(tl.float32)", "b_hat"),
+    "rms_norm: the sum x + residual not stored": Fault(
+        "rms_norm", "tl.store(p_x + o_d * x_col, b_x, mask=m_d)", "pass"
+    ),
+    "rms_norm_backward: no mean term": Fault("rms_norm", "b_wdy - b_x * r * mean", "b_wdy"),
+    "rms_norm_backward: overwrites instead of adding": Fault("rms_norm", "b_dx + r * (", "r * ("),
+    "rope: backward turns forward": Fault(
+        "rope",
+        "b_1 * b_cos + b_2 * b_sin, b_2 * b_cos - b_1 * b_sin",
+        "b_1 * b_cos - b_2 * b_sin, b_2 * b_cos + b_1 * b_sin",
+    ),
+    "rope: keys normed with the queries' weight": Fault(
+        "rope", "b_q[None, :], b_k[None, :]", "b_q[None, :], b_q[None, :]"
+    ),
+    "rope: mean over half a head": Fault("rope", ", 1) / (2 * HALF) + eps", ", 1) / HALF + eps"),
+    "rope: last token left out": Fault("rope", "grid = (rows * ", "grid = ((rows - 1) * "),
+    "swiglu: silu not rounded before u": Fault(
+        "swiglu", "(b_wide * tl.sigmoid(b_wide)).to(b_gate.dtype).to(tl.float32)", "(b_wide * tl.sigmoid(b_wide))"
+    ),
+    "swiglu_backward: dg without σ′": Fault("swiglu", "(b_sigma + b_silu * (1.0 - b_sigma))", "b_sigma"),
+    "swiglu_backward: du of u instead of g": Fault("swiglu", "b_da * b_silu, mask", "b_da * b_up, mask"),
+    "embed: row 0 from the table": Fault("embed", "if row >= 0:", "if row > 0:"),
+    "embed_backward: last position of a row left out": Fault(
+        "embed", "tl.load(begin_ptr + i_r + 1))", "tl.load(begin_ptr + i_r + 1) - 1)"
+    ),
+    "prompt_step: no bias correction of v": Fault("prompt_step", "tl.sqrt_rn(b_v) * correction", "tl.sqrt_rn(b_v)"),
+    "prompt_step: gradient not clipped": Fault("prompt_step", ") * clip", ")"),
+    "prompt_step: cone's wrong nearest point": Fault("prompt_step", "kappa = a * tau + b * s", "kappa = a * tau"),
+    "prompt_step: norm floor ignored": Fault(
+        "prompt_step", "low = length < floor * (1 - _TOLERANCE)", "low = length < 0 * floor"
+    ),
+    "prompt_step: mean cosine after one round": Fault(
+        "prompt_step", "while turn & (level < before):", "if turn & (level < before):"
+    ),
+    "prompt_step: an absolute ball made relative": Fault(
+        "prompt_step", "    if RELATIVE:\n        bound", "    if True:\n        bound"
+    ),
+    "linear_cross_entropy: last split left out of the merge": Fault(
+        "linear_cross_entropy", "for i_s in range(0, splits):", "for i_s in range(0, tl.maximum(splits - 1, 1)):"
+    ),
+    "linear_cross_entropy: columns beyond V count": Fault("linear_cross_entropy", "m_t | (o_v >= V)[None, :]", "m_t"),
+    "linear_cross_entropy: no slope of the softcap": Fault(
+        "linear_cross_entropy", "b_q * (1.0 - b_ratio * b_ratio)", "b_q"
+    ),
+    "linear_cross_entropy: ignored rows have a gradient": Fault(
+        "linear_cross_entropy", "tl.where(b_target >= 0, b_weight, 0.0)", "b_weight"
+    ),
+    "linear_cross_entropy: sums not rescaled to a new maximum": Fault(
+        "linear_cross_entropy", "b_scale = b_scale * b_shrink", "b_scale = b_scale"
+    ),
+    "linear_cross_entropy: a block too many skipped": Fault(
+        "linear_cross_entropy", "b_skipped + b_mass > budget * b_s", "b_skipped + b_mass > 0.05 * b_s"
+    ),
+    "quantized_linear: zero point dropped": Fault(
+        "quantized_linear", "b_q.to(tl.float32) - ZERO", "b_q.to(tl.float32)"
+    ),
+    "quantized_linear: offset dropped": Fault("quantized_linear", "b_w += b_offset[:, :, None]", "b_w += 0.0"),
+    "quantized_linear: scale of the first group for all": Fault(
+        "quantized_linear", "scales_row + first // GROUP", "scales_row"
+    ),
+    "quantized_linear: low half of the bytes twice": Fault("quantized_linear", "b_q >> 4", "b_q & 15"),
+    "quantized_linear: bias left out": Fault("quantized_linear", "    if BIAS:", "    if False:"),
+}
+
+
+def sources(fault: Fault) -> str:
+    """The kernel's source with the fault in it. Raises ValueError where the text it changes is gone."""
+    text = (KERNELS / f"{fault.module}.py").read_text()
+    if fault.old not in text:
+        raise ValueError(f"kernels/{fault.module}.py no longer has {fault.old!r}")
+    return text.replace(fault.old, fault.new)
+
+
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds one module of the package in another file."""
+
+    def __init__(self, module: str, path: Path) -> None:
+        self.name, self.path = f"{PACKAGE}.{module}", path
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        return importlib.util.spec_from_file_location(fullname, self.path) if fullname == self.name else None
+
+
+if VARIABLE in os.environ:
+    from hypothesis import Phase, settings
+
+    settings.register_profile("planted", phases=(Phase.explicit, Phase.generate), database=None, derandomize=True)
+    settings.load_profile("planted")
+    _folder = tempfile.TemporaryDirectory()  # Triton reads a kernel's text from its file again
+    _fault = FAULTS[os.environ[VARIABLE]]
+    _path = Path(_folder.name) / f"{_fault.module}.py"
+    _path.write_text(sources(_fault))
+    sys.meta_path.insert(0, _Finder(_fault.module, _path))
+
+
+def failed_tests(name: str) -> list[str]:
+    """Plant the fault and run its test file to the first failure: the tests that failed, none if it went unnoticed."""
+    command = [sys.executable, "-m", "pytest", "-p", "tests.kernels.faults", "-p", "no:cacheprovider", "-q", "-x"]
+    found = subprocess.run(
+        [*command, "--tb=no", FAULTS[name].test_file],
+        env={**os.environ, VARIABLE: name, "OMP_NUM_THREADS": "1"},
+        cwd=KERNELS.parent,
+        capture_output=True,
+        text=True,
+    )
+    if found.returncode < 0:  # an access far out of bounds ends the process
+        return [f"{test} (crash)" for test in re.findall(r", line \d+ in (test_\w+)", found.stderr)[-1:]]
+    if found.returncode not in (0, 1):
+        raise RuntimeError(f"pytest did not run: {found.stdout}{found.stderr}")
+    return re.findall(r"^FAILED \S+::(\S+)", found.stdout, re.MULTILINE)
+
+
+if __name__ == "__main__":
+    print("| fault | first test that failed |\n| --- | --- |")
+    for planted in [name for name in FAULTS if not sys.argv[1:] or any(text in name for text in sys.argv[1:])]:
+        print(f"| {planted} | {', '.join(failed_tests(planted)) or 'NONE'} |", flush=True)
