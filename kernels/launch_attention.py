@@ -72,6 +72,7 @@ _BLACKWELL = (
     _row(DKV, "sm_100", _HALF, 64, (64, 128, 8, 2), "126"),
     _row(DKV, "sm_100", _HALF, 128, (64, 64, 8, 2), "106"),
     _row(DKV, "sm_100", _HALF, 256, (32, 64, 8, 1), "217"),
+    _row(FORWARD, "sm_100", _FLOAT, 256, (16, 32, 8, 1), "128; with 16 keys ptxas keeps to 80 and spills 6"),
 )
 _CDNA = (
     _row(
@@ -84,7 +85,7 @@ _CDNA = (
     _row(DQ, "gfx942", _HALF, 256, (64, 32, 4, 1), "439; 8 warps may have 256 each and spill"),
     _row(DKV, "gfx942", _HALF, 64, (32, 64, 4, 1), "176; 64 rows take 280"),
     _row(DKV, "gfx942", _HALF, 128, (32, 64, 8, 1), "232; 4 warps take 303", plain=True),
-    _row(DKV, "gfx942", _HALF, 128, (32, 64, 4, 1), "with a window and a softcap, 8 warps spill 29"),
+    _row(DKV, "gfx942", _HALF, 128, (16, 64, 4, 1), "182 with a window and a softcap; 32 rows take 303, or spill 29"),
     _row(DKV, "gfx942", _HALF, 256, (32, 32, 4, 1), "446"),
     _row(FORWARD, "gfx942", _FLOAT, 64, (64, 32, 4, 1), "fp32 has matrix instructions here"),
     _row(FORWARD, "gfx942", _FLOAT, 128, (32, 32, 4, 1), "232; 64 rows take 288"),
