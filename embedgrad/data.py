@@ -36,6 +36,18 @@ def read_jsonl(
     return examples
 
 
+def read_queries(path: str | os.PathLike[str], query: str = "query") -> list[str]:
+    """The queries of a UTF-8 file: the field `query` of JSON lines (.jsonl, .json, .ndjson), else one a line.
+
+    Lines end at line feeds only: other separators (U+2028, form feed) may stand inside a query. Empty lines are
+    skipped. Raises DataError as `read_jsonl` does, but for a file without any query.
+    """
+    lines = _lines(Path(path))
+    if Path(path).suffix not in (".jsonl", ".json", ".ndjson"):
+        return [line for _, line in lines]
+    return [_text(_object(line, where), query, where) for where, line in lines]
+
+
 def split(examples: Sequence[Example], sizes: Mapping[str, int | float], seed: int = 0) -> dict[str, list[Example]]:
     """Divides `examples` into named parts; each part comes in an order drawn by `seed`.
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from embedgrad.errors import DataError
 from embedgrad.example import Example
-from embedgrad.generation import write_answers
+from embedgrad.generation import check_room, write_answers
 from embedgrad.model.decoding import KeyValueCache
 from embedgrad.model.model import Model
 from embedgrad.prompt import SoftPrompt
@@ -80,19 +80,10 @@ def evaluate(
     sampling: default greedy, as many tokens as the longest target (and label) needs and eight more. Raises DataError
     (no examples, a target that is not text or not among the labels) and what `generate` raises.
     """
-    if not examples:
-        raise DataError("there are no examples to evaluate on; give at least one.")
-    for i, example in enumerate(examples):
-        if not isinstance(example.target, str):
-            raise DataError(f"example {i} has a target of token ids; an evaluation compares texts.")
-        if labels is not None and example.target not in labels:
-            raise DataError(f"example {i} has the target {example.target!r}, which is not one of {', '.join(labels)}.")
+    rendered, chooser = _prepared(model, prompt, examples, labels)
     if sampling is None:
         texts = {str(example.target) for example in examples} | set(labels or ())
         sampling = Sampling(max_new_tokens=max(len(model.tokenizer.encode(text)) for text in texts) + 8)
-    prompt.check_model(model)
-    rendered = [render_query(model, prompt, e.query, where=f"example {i}") for i, e in enumerate(examples)]
-    chooser = None if labels is None else _LabelChooser(model, prompt, examples, rendered, labels)
     answers = write_answers(model, prompt, rendered, sampling, on_prefill=chooser)
     choices = [None] * len(examples) if chooser is None else chooser.choices
     records = [
@@ -104,6 +95,32 @@ def evaluate(
         None if labels is None else Accuracy.of([record.choice == record.target for record in records]),
         records,
     )
+
+
+def check_evaluation(
+    model: Model, prompt: SoftPrompt, examples: Sequence[Example], labels: Sequence[str] | None = None
+) -> None:
+    """Raises what `evaluate` would refuse these examples with, without computing anything."""
+    rendered, _ = _prepared(model, prompt, examples, labels)
+    check_room(model, rendered)
+
+
+def _prepared(
+    model: Model, prompt: SoftPrompt, examples: Sequence[Example], labels: Sequence[str] | None
+) -> tuple[list[Rendered], _LabelChooser | None]:
+    """The queries' contexts, and what finds the likeliest of `labels`."""
+    if not examples:
+        raise DataError("there are no examples to evaluate on; give at least one.")
+    if labels is not None and (isinstance(labels, str) or not labels):
+        raise DataError(f"labels must be a list of at least one text, not {labels!r}.")
+    for i, example in enumerate(examples):
+        if not isinstance(example.target, str):
+            raise DataError(f"example {i} has a target of token ids; an evaluation compares texts.")
+        if labels is not None and example.target not in labels:
+            raise DataError(f"example {i} has the target {example.target!r}, which is not one of {', '.join(labels)}.")
+    prompt.check_model(model)
+    rendered = [render_query(model, prompt, e.query, where=f"example {i}") for i, e in enumerate(examples)]
+    return rendered, None if labels is None else _LabelChooser(model, prompt, examples, rendered, labels)
 
 
 def same_answer(answer: str, target: str) -> bool:
@@ -126,8 +143,6 @@ class _LabelChooser:
         rendered: Sequence[Rendered],
         labels: Sequence[str],
     ) -> None:
-        if not labels:
-            raise DataError("there are no labels to choose from; give at least one.")
         self.labels = labels
         self.choices: list[str] = []
         self._device = model.device

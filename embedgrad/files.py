@@ -20,6 +20,7 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | Callable[[BinaryIO]
     """
     path = Path(path)
     temporary = None
+    check_target(path)
     try:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp", delete=False) as file:
             temporary = file.name
@@ -39,6 +40,17 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | Callable[[BinaryIO]
         if temporary is not None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
+
+
+def check_target(path: Path) -> None:
+    """Raises SaveError where `path` cannot name a file: a rename onto a folder fails, one onto a device such as
+    /dev/null would take the device's place."""
+    try:
+        usable = bool(path.name) and (path.is_file() or not path.exists())
+    except OSError as error:
+        raise SaveError(f"cannot write {path}: {error.strerror or error}; choose another name.") from error
+    if not usable:
+        raise SaveError(f"cannot write {path}: there is something that is no file; give the name of a file.")
 
 
 def _umask() -> int:

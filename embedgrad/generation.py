@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from embedgrad.errors import ContextError
+from embedgrad.errors import ConfigError, ContextError, DataError
 from embedgrad.memory import StepSize, activation_bytes
 from embedgrad.model.decoding import KeyValueCache
 from embedgrad.model.model import Model
@@ -54,8 +54,11 @@ def generate(
     """The model's answers to `queries` (texts, or lists of token ids), in their order.
 
     `batch_size` queries are decoded at a time; it changes speed and memory only. `on_answer(index, generation)` is
-    called as each answer is finished. Raises PromptError, DataError, ContextError (a query that fills the context).
+    called as each answer is finished. Raises PromptError, DataError, ContextError (a query that fills the context),
+    all before the first answer.
     """
+    if isinstance(queries, str):
+        raise DataError("generate takes a list of queries, not one text; put it into a list.")
     prompt.check_model(model)
     rendered = [render_query(model, prompt, query, where=f"query {i}") for i, query in enumerate(queries)]
     return write_answers(
@@ -80,8 +83,11 @@ def write_answers(
 ) -> list[Generation]:
     """`generate` for rendered queries. `on_prefill(first index, cache, logits [B, V])` sees each batch before its first
     token is chosen; it may go on with the cache as long as it rewinds it."""
+    if batch_size < 1:
+        raise ConfigError(f"batch_size is {batch_size}, but must be at least 1.")
     if not rendered:
         return []
+    check_room(model, rendered)
     trunk = _common_prefix(rendered)
     kept = keys_and_values(
         model, rendered[0].ids[:trunk], (), (), prompt.embeddings.to(model.device), rendered[0].prompt_rows[:trunk]
@@ -93,6 +99,17 @@ def write_answers(
     for start in range(0, len(rendered), batch_size):
         writer.write(rendered[start : start + batch_size], start, kept)
     return [writer.answers[i] for i in range(len(rendered))]
+
+
+def check_room(model: Model, rendered: Sequence[Rendered]) -> None:
+    """Raises ContextError where a query leaves no room for an answer in the model's context."""
+    room = model.config.max_position
+    for i, sequence in enumerate(rendered):
+        if len(sequence.ids) >= room:
+            raise ContextError(
+                f"query {i} takes {len(sequence.ids)} tokens with its prompt: no room for an answer is left in "
+                f"the model's context of {room}; shorten it."
+            )
 
 
 def _common_prefix(sequences: Sequence[Rendered]) -> int:
@@ -132,14 +149,7 @@ class _Writer:
     def write(self, batch: Sequence[Rendered], start: int, trunk: Tensor) -> None:
         """Answer `batch`, whose first query has the index `start`, behind the keys and values `trunk`."""
         room = self.model.config.max_position
-        active = []
-        for i, sequence in enumerate(batch, start):
-            if len(sequence.ids) >= room:
-                raise ContextError(
-                    f"query {i} takes {len(sequence.ids)} tokens with its prompt: no room for an answer is left in "
-                    f"the model's context of {room}; shorten it."
-                )
-            active.append(_Sequence(i, room - len(sequence.ids), self.sampling.generator(i)))
+        active = [_Sequence(i, room - len(s.ids), self.sampling.generator(i)) for i, s in enumerate(batch, start)]
         cache, hidden = self._prefill(batch, trunk)
         logits = cache.logits(hidden)
         if self.on_prefill is not None:

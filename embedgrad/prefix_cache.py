@@ -66,6 +66,11 @@ def keys_and_values(
 ) -> Tensor:
     """Keys and values [L, 2, n, G, D] of the n tokens `ids`, behind the units `before` with keys and values `kept`."""
     config, n = model.config, len(ids)
+    out = torch.empty(
+        config.num_layers, 2, n, config.num_kv_heads, config.head_dim, dtype=model.dtype, device=model.device
+    )
+    if not n:  # queries that share not even their first token
+        return out
     units = tuple(KeptUnit(before[: i + 1], 0, n) for i in range(len(before)))
     start = sum(len(unit.ids) for unit in units)
     rows = torch.full((n,), -1) if prompt_rows is None else torch.tensor(prompt_rows, dtype=torch.int64)
@@ -83,9 +88,6 @@ def keys_and_values(
         leaves=torch.tensor([n - 1]),
     )
     step = build_step(config, tree, kept, model.dtype, model.device, rows=NOTHING)
-    out = torch.empty(
-        config.num_layers, 2, n, config.num_kv_heads, config.head_dim, dtype=model.dtype, device=model.device
-    )
 
     def take(layer: int, k: Tensor, v: Tensor) -> None:
         out[layer, 0], out[layer, 1] = k, v

@@ -47,9 +47,9 @@ class RunFolder:
         that is not so or another process is at work there, and SaveError where the folder cannot be made or locked.
         """
         path = Path(path)
-        if resume is True and not _holds_run(path):
-            raise ConfigError(f"there is no run to resume in {path}; start it without resume.")
         try:
+            if resume is True and not _holds_run(path):
+                raise ConfigError(f"there is no run to resume in {path}; start it without resume.")
             (path / "checkpoints").mkdir(parents=True, exist_ok=True)
             lock = open(path / ".lock", "ab")  # noqa: SIM115 (held open as long as the folder is in use)
         except OSError as error:

@@ -11,15 +11,18 @@ from torch import Tensor
 
 from embedgrad.errors import ConfigError
 
+LEAST_TEMPERATURE = 1e-6  # logits divided by less could overflow float32
+
 
 @dataclass(frozen=True)
 class Sampling:
     """Settings of generation.
 
-    max_new_tokens: longest answer in tokens. temperature 0 is greedy; otherwise logits are divided by it. top_k (0:
-    off), top_p (1: off) and min_p (0: off) each leave out unlikely tokens, in this order. seed: each query draws from
-    its own stream of random numbers, given by the seed and the query's place in the call, so that its text does not
-    depend on its neighbours. stop: texts at which an answer ends (they are cut off), besides the model's stop tokens.
+    max_new_tokens: longest answer in tokens. temperature 0 is greedy; otherwise (from 1e-6 on) logits are divided by
+    it. top_k (0: off), top_p (1: off) and min_p (0: off) each leave out unlikely tokens, in this order. seed: each
+    query draws from its own stream of random numbers, given by the seed and the query's place in the call, so that its
+    text does not depend on its neighbours. stop: texts at which an answer ends (they are cut off), besides the model's
+    stop tokens.
     """
 
     max_new_tokens: int = 256
@@ -31,22 +34,31 @@ class Sampling:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        """Raises ConfigError where a number is outside its range."""
+        """Raises ConfigError where a number is none, or outside its range."""
+        for name in ("max_new_tokens", "top_k", "seed"):
+            self._require(_is_a(getattr(self, name), int), name, "a whole number")
+        for name in ("temperature", "top_p", "min_p"):
+            self._require(_is_a(getattr(self, name), int, float), name, "a number")
         self._require(self.max_new_tokens >= 1, "max_new_tokens", "at least 1")
-        self._require(math.isfinite(self.temperature) and self.temperature >= 0, "temperature", "finite and at least 0")
+        usable = self.temperature == 0 or LEAST_TEMPERATURE <= self.temperature < math.inf
+        self._require(usable, "temperature", f"0 (the likeliest token), or finite and at least {LEAST_TEMPERATURE}")
         self._require(self.top_k >= 0, "top_k", "at least 0 (0: off)")
         self._require(0 < self.top_p <= 1, "top_p", "above 0 and at most 1 (1: off)")
         self._require(0 <= self.min_p <= 1, "min_p", "between 0 (off) and 1")
-        if isinstance(self.stop, str) or not all(isinstance(s, str) and s for s in self.stop):
+        if not isinstance(self.stop, (list, tuple)) or not all(isinstance(s, str) and s for s in self.stop):
             raise ConfigError("stop must be a sequence of texts that are not empty.")
 
     def _require(self, holds: bool, name: str, right: str) -> None:
         if not holds:
-            raise ConfigError(f"{name} is {getattr(self, name)}, but must be {right}.")
+            raise ConfigError(f"{name} is {getattr(self, name)!r}, but must be {right}.")
 
     def generator(self, index: int) -> torch.Generator:
         """The stream of random numbers of the query at place `index`."""
         return torch.Generator().manual_seed((self.seed * 0x9E3779B97F4A7C15 + index) % (1 << 63))
+
+
+def _is_a(value: object, *types: type) -> bool:
+    return isinstance(value, types) and not isinstance(value, bool)
 
 
 def choose(logits: Tensor, sampling: Sampling, generators: Sequence[torch.Generator]) -> list[int]:

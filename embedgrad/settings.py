@@ -277,13 +277,12 @@ def load_run_config(path: str | os.PathLike[str], overrides: Sequence[str] = ())
     """
     path = Path(path)
     try:
-        values = yaml.safe_load(path.read_text("utf-8"))
+        text = path.read_text("utf-8")
     except OSError as error:
         raise ConfigError(f"cannot read the configuration {path}: {error.strerror or error}.") from error
     except UnicodeDecodeError as error:
         raise ConfigError(f"the configuration {path} is not UTF-8 text (byte {error.start}).") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"the configuration {path} is not YAML: {_yaml_problem(error)}.") from error
+    values = _yaml(text, f"the configuration {path}")
     if not isinstance(values, dict):
         raise ConfigError(f"the configuration {path} should be a mapping with model, prompt and data.")
     for override in overrides:
@@ -302,9 +301,19 @@ def expand_path(path: str) -> Path:
     return Path(os.path.expandvars(os.path.expanduser(path)))
 
 
-def _yaml_problem(error: yaml.YAMLError) -> str:
+def _yaml(text: str, what: str) -> Any:
+    """The value that `text` writes. Raises ConfigError."""
+    try:
+        return yaml.safe_load(text)
+    except RecursionError:
+        raise ConfigError(f"{what} is not YAML that can be read: it is nested too deeply.") from None
+    except Exception as error:  # PyYAML lets through what Python's conversions raise: 2024-13-45 is no date
+        raise ConfigError(f"{what} is not YAML: {_yaml_problem(error)}.") from error
+
+
+def _yaml_problem(error: Exception) -> str:
     mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+    problem = getattr(error, "problem", None) or (str(error).splitlines() or [type(error).__name__])[0]
     return f"{problem} (line {mark.line + 1}, column {mark.column + 1})" if mark is not None else str(problem)
 
 
@@ -313,10 +322,7 @@ def _override(values: dict[Any, Any], override: str) -> None:
     names = key.strip().split(".")
     if not separator or not all(names):
         raise ConfigError(f"--set {override!r} should look like section.key=value, for example optimize.steps=30.")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"the value of --set {override!r} is not YAML: {_yaml_problem(error)}.") from error
+    value = _yaml(text, f"the value of --set {override!r}")
     section = values
     for name in names[:-1]:
         inner = section.get(name)

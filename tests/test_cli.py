@@ -174,6 +174,10 @@ def test_refusals_are_one_sentence_and_exit_code_2(workplace: Path) -> None:
         (["prompt.text=' '"], "prompt is empty"),
         (["data.split.train=500"], "500"),
         (["run.folder=/dev/null/runs"], "run folder /dev/null/runs"),
+        (["model.path=" + "x" * 300], "too long"),
+        (["data.labels=[good]"], "target 'bad', which is not one of good"),
+        (["data.labels=[]"], "labels must be a list of at least one text"),
+        (["sampling.temperature=1e-300"], "temperature is 1e-300"),
     ],
 )
 def test_unusable_runs_are_refused_in_words(workplace: Path, overrides: list[str], words: str) -> None:
@@ -181,6 +185,13 @@ def test_unusable_runs_are_refused_in_words(workplace: Path, overrides: list[str
     with pytest.raises(EmbedGradError) as refusal:
         invoke("optimize", workplace / "first.yaml", *sets)
     assert words in str(refusal.value)
+    assert not (workplace / "runs").exists()  # refused before the run began
+
+
+def test_a_name_too_long_to_resume(workplace: Path) -> None:
+    (workplace / "runs").mkdir()
+    with pytest.raises(EmbedGradError, match="too long"):
+        invoke("optimize", workplace / "first.yaml", "--set", "run.name=" + "x" * 300, "--resume")
 
 
 def test_a_second_run_of_one_name_is_refused(workplace: Path) -> None:
@@ -238,7 +249,7 @@ def test_generate_at_the_terminal(
 ) -> None:
     from embedgrad.commands import generate
 
-    lines = iter(["one", "", "two"])
+    lines = iter(["one", "", "too long " * 500, "two"])
 
     def typed(_: str) -> str:
         try:
@@ -250,6 +261,7 @@ def test_generate_at_the_terminal(
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     generate.run(tiny_model, prompt_file, generate.Options([], sampling={"max_new_tokens": 2}))
     said = capsys.readouterr()
+    assert "the model's context holds" in said.err  # one refusal, and the conversation goes on
     monkeypatch.undo()
     generate.run(tiny_model, prompt_file, generate.Options(["one", "two"], sampling={"max_new_tokens": 2}))
     assert said.out == capsys.readouterr().out
@@ -268,6 +280,17 @@ def test_unusable_queries(tmp_path: Path, prompt_file: Path, content: str, words
     (tmp_path / "queries.jsonl").write_text(content)
     with pytest.raises(EmbedGradError, match=words):
         invoke("generate", prompt_file, "--model", "/never/opened", "--input", tmp_path / "queries.jsonl")
+
+
+@pytest.mark.parametrize("name", ["", ".", "/", "/dev/null", "x" * 300])
+def test_outputs_that_cannot_be_files(name: str, workplace: Path, prompt_file: Path) -> None:
+    """Refused before anything is computed; above all, a device is not replaced by a file."""
+    device = os.stat("/dev/null").st_mode
+    options = [prompt_file, "--model", model_folder(), "--output", name]
+    for order in (["generate", *options, "--query", "one"], ["evaluate", *options, "--data", workplace / "data.jsonl"]):
+        with pytest.raises(EmbedGradError, match="cannot write"):
+            invoke(*order)
+    assert os.stat("/dev/null").st_mode == device
 
 
 def test_show(prompt_file: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedgrad.data import read_jsonl, split
+from embedgrad.data import read_jsonl, read_queries, split
 from embedgrad.errors import DataError
 from embedgrad.example import Example
 
@@ -34,6 +34,14 @@ def test_reads_fields_by_name_skips_blank_lines_and_a_mark_in_front(tmp_path: Pa
 def test_the_limit_stops_before_a_broken_line(tmp_path: Path) -> None:
     path = write(tmp_path, '{"query": "a", "target": "b"}', "broken")
     assert len(read_jsonl(path, limit=1)) == 1
+
+
+def test_queries_end_at_line_feeds_only_and_may_have_a_mark_in_front(tmp_path: Path) -> None:
+    path = write(tmp_path, "\ufeff" + '{"query": "a\u2028b"}', "", '{"query": 5}\r')
+    assert read_queries(path) == ["a\u2028b", "5"]
+    text = tmp_path / "data.txt"
+    text.write_bytes("\ufeffa\u2028b\x0cc\r\n\n d\n".encode())
+    assert read_queries(text) == ["a\u2028b\x0cc", " d"]
 
 
 GOOD = '{"query": "a", "target": "b"}'

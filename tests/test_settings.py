@@ -148,6 +148,9 @@ def test_unusable_files(values: Any, words: list[str], tmp_path: Path) -> None:
         ("=3", ["'=3'"]),
         ("optimize..steps=3", ["optimize..steps"]),
         ("optimize.steps=[", ["optimize.steps", "not YAML"]),
+        ("prompt.text=2024-13-45", ["'prompt.text=2024-13-45'", "not YAML", "month must be in 1..12"]),
+        ("prompt.text=!!bool x", ["not YAML"]),
+        (f"prompt.text={'[' * 5000}", ["nested too deeply"]),
         ("data.path.x=3", ["path", "no settings of its own"]),
         ("optimize.step=3", ["optimize.step", "did you mean 'steps'"]),
     ],
@@ -167,6 +170,9 @@ def test_missing_and_undecodable_files(tmp_path: Path) -> None:
     path = tmp_path / "latin.yaml"
     path.write_bytes(b"model: \xff")
     with pytest.raises(ConfigError, match="not UTF-8"):
+        load_run_config(path)
+    path.write_text("prompt: 2024-13-45")
+    with pytest.raises(ConfigError, match=r"latin\.yaml is not YAML: month must be"):
         load_run_config(path)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from embedgrad.commands.shared import MEASURES, with_interval, write_text
 from embedgrad.data import read_jsonl
-from embedgrad.evaluation import evaluate
+from embedgrad.evaluation import Evaluation, evaluate
+from embedgrad.files import check_target
 from embedgrad.model.model import Model
 from embedgrad.prompt import SoftPrompt
 from embedgrad.sampling import Sampling
@@ -29,6 +30,8 @@ def run(
     as_json: bool,
 ) -> None:
     """The command; see `embedgrad evaluate --help`. Raises EmbedGradError."""
+    if output is not None:
+        check_target(output)
     prompt = SoftPrompt.load(prompt_path, model)
     test = read_jsonl(data, query_field, target_field, limit)
     sampling = None if max_new_tokens is None else Sampling(max_new_tokens=max_new_tokens)
@@ -40,8 +43,12 @@ def run(
     content: dict[str, Any] = {"prompt": str(prompt_path), "model": model.name, "data": str(data)}
     content |= {when: result.to_dict() for when, result in results.items()} if before else results["after"].to_dict()
     text = json.dumps(content, indent=2, ensure_ascii=False)
+    _show(text, results, as_json)  # first, so that a full disk takes nothing away
     if output is not None:
         write_text(output, text + "\n")
+
+
+def _show(text: str, results: Mapping[str, Evaluation], as_json: bool) -> None:
     if as_json:
         print(text)
         return
@@ -49,4 +56,4 @@ def run(
         shares = {when: getattr(result, name) for when, result in results.items()}
         if shares["after"] is not None:
             print(f"{told}: " + "; ".join(f"{when} {with_interval(share)}" for when, share in shares.items()))
-    print(f"{len(test)} examples")
+    print(f"{len(results['after'].records)} examples")

@@ -11,7 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from embedgrad.errors import DataError, SaveError
+from embedgrad.data import read_queries
+from embedgrad.errors import DataError, EmbedGradError, SaveError
+from embedgrad.files import check_target
 from embedgrad.generation import Generation, generate
 from embedgrad.model.model import Model
 from embedgrad.prompt import SoftPrompt
@@ -59,34 +61,12 @@ def run(open_model: Callable[[], Model], prompt_path: Path, options: Options) ->
 def _queries(options: Options) -> list[str]:
     queries = list(options.queries)
     if options.input is not None:
-        try:
-            lines = options.input.read_text("utf-8").splitlines()
-        except OSError as error:
-            raise DataError(f"cannot read the queries {options.input}: {error.strerror or error}.") from error
-        except UnicodeDecodeError as error:
-            raise DataError(f"the queries {options.input} are not UTF-8 text (byte {error.start}).") from error
-        as_objects = options.input.suffix in (".jsonl", ".json", ".ndjson")
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                where = f"{options.input}, line {number}"
-                queries.append(_field(line, options.query_field, where) if as_objects else line)
+        queries += read_queries(options.input, options.query_field)
     elif not queries:
         queries = [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not queries:
         raise DataError("there are no queries: give --query or --input, or lines on stdin.")
     return queries
-
-
-def _field(line: str, name: str, where: str) -> str:
-    try:
-        values = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{where} is not JSON: {error}.") from None
-    if not isinstance(values, dict) or name not in values:
-        raise DataError(f"{where} has no field {name!r}; --query-field names another one.")
-    if not isinstance(values[name], str) or not values[name].strip():
-        raise DataError(f"{where}: the field {name!r} should be text that is not empty.")
-    return values[name]
 
 
 @contextmanager
@@ -95,6 +75,7 @@ def _sink(options: Options) -> Iterator[Callable[[str, Generation], None]]:
     if options.output is None:
         yield lambda query, answer: _tell(sys.stdout, query, answer, options.as_json)
         return
+    check_target(options.output)
     part = options.output.with_name(options.output.name + ".part")
     try:
         with open(part, "w", encoding="utf-8") as file:
@@ -130,3 +111,5 @@ def _converse(model: Model, prompt: SoftPrompt, sampling: Sampling) -> None:
                 print(generate(model, prompt, [query], sampling)[0].text, flush=True)
             except KeyboardInterrupt:
                 print("stopped", file=sys.stderr)
+            except EmbedGradError as refusal:  # a query that is too long, for instance, does not end the conversation
+                print(f"embedgrad: {refusal}", file=sys.stderr)

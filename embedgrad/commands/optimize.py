@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from embedgrad.commands.shared import MEASURES, examples, open_model, prompt_text, with_interval, write_text
-from embedgrad.evaluation import Evaluation, evaluate
+from embedgrad.evaluation import Evaluation, check_evaluation, evaluate
 from embedgrad.example import Example
 from embedgrad.machine import peak_memory
 from embedgrad.model.model import Model
@@ -17,7 +17,7 @@ from embedgrad.progress import Bar, JsonLines, Progress, Quiet
 from embedgrad.prompt import SoftPrompt
 from embedgrad.runs import read_summary, write_summary
 from embedgrad.sampling import Sampling
-from embedgrad.settings import RunConfig, expand_path, load_run_config
+from embedgrad.settings import expand_path, load_run_config
 from embedgrad.train import OptimizeResult, optimize
 
 _SHOWN = 3  # test examples in the report
@@ -35,6 +35,9 @@ def run(config_path: Path, overrides: Sequence[str], resume: bool, quiet: bool, 
         section.path, section.dtype, section.backend, section.device, section.weights, section.max_device_memory
     )
     prompt = SoftPrompt.from_text(model, text, config.template)
+    sampling = None if config.sampling is None else Sampling(**config.sampling.model_dump())
+    if data["test"]:  # refused now, not after the training
+        check_evaluation(model, prompt, data["test"], config.data.labels)
     progress: Progress = JsonLines() if as_json else Quiet() if quiet else Bar()
     result = optimize(
         model, prompt, data["train"], data["validation"], config.optimize,
@@ -45,7 +48,7 @@ def run(config_path: Path, overrides: Sequence[str], resume: bool, quiet: bool, 
         again = f"embedgrad optimize {config_path}{''.join(f' --set {one!r}' for one in overrides)} --resume"
         print(f"Stopped after step {result.steps}, all of it saved; to go on: {again}", file=sys.stderr)
         return _STOPPED[result.stop_reason]
-    tested = _test(model, prompt, result, data["test"], config)
+    tested = _test(model, prompt, result, data["test"], config.data.labels, sampling)
     if tested:
         content = {when: evaluation.to_dict() for when, evaluation in tested.items()}
         write_text(folder / "test.json", json.dumps(content, ensure_ascii=False) + "\n")
@@ -59,14 +62,18 @@ def run(config_path: Path, overrides: Sequence[str], resume: bool, quiet: bool, 
 
 
 def _test(
-    model: Model, prompt: SoftPrompt, result: OptimizeResult, test: Sequence[Example], config: RunConfig
+    model: Model,
+    prompt: SoftPrompt,
+    result: OptimizeResult,
+    test: Sequence[Example],
+    labels: Sequence[str] | None,
+    sampling: Sampling | None,
 ) -> dict[str, Evaluation]:
     """The test data before and after; empty without any."""
     if not test:
         return {}
-    sampling = None if config.sampling is None else Sampling(**config.sampling.model_dump())
     return {
-        when: evaluate(model, one, test, labels=config.data.labels, sampling=sampling)
+        when: evaluate(model, one, test, labels=labels, sampling=sampling)
         for when, one in (("before", prompt), ("after", result.prompt))
     }
 

@@ -23,9 +23,7 @@ def open_model(
     max_device_memory: int | None = None,
 ) -> Model:
     """`load_model`, with ~ and $VARIABLES in `path` replaced; a path that does not exist may be a hub id."""
-    expanded = expand_path(path)
-    found = expanded if expanded.exists() else str(expanded)
-    return load_model(found, dtype, backend, device, weights, max_device_memory)
+    return load_model(expand_path(path), dtype, backend, device, weights, max_device_memory)
 
 
 def prompt_text(section: PromptSection) -> str:

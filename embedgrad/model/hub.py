@@ -30,8 +30,11 @@ def resolve(path_or_id: str | os.PathLike[str]) -> Path:
     Honours huggingface_hub's own variables (HF_HOME, HF_HUB_OFFLINE, HF_TOKEN, ...). Raises ModelError.
     """
     path = Path(path_or_id)
-    if path.exists():
-        return path
+    try:
+        if path.exists():
+            return path
+    except OSError as error:  # a name that is too long, a folder that may not be entered
+        raise ModelError(f"the model {path} cannot be opened: {error.strerror or error}.") from error
     match = _HUB_ID.fullmatch(os.fspath(path_or_id))
     if match is None:
         raise ModelError(f"{path} does not exist; give a model folder, a .gguf file or a hub id like org/name.")

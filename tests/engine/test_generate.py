@@ -10,15 +10,16 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from embedgrad.errors import ConfigError, ContextError
-from embedgrad.evaluation import Accuracy, evaluate, same_answer
+from embedgrad.errors import ConfigError, ContextError, DataError
+from embedgrad.evaluation import Accuracy, check_evaluation, evaluate, same_answer
 from embedgrad.example import Example
 from embedgrad.generation import generate
 from embedgrad.gradient import score
 from embedgrad.model.model import load_model
 from embedgrad.prompt import SoftPrompt
 from embedgrad.rendering import render_query
-from embedgrad.sampling import Sampling, filtered_probabilities
+from embedgrad.sampling import LEAST_TEMPERATURE, Sampling, filtered_probabilities
+from embedgrad.template import Template
 from tests.engine.drawn import VOCABULARY, configs, make_prompt, pair, prompts
 from tests.truth import transformers_twin
 
@@ -78,6 +79,34 @@ def test_stop_reasons_and_stop_texts() -> None:
     assert generate(model, p, []) == []
 
 
+def test_queries_that_share_no_token_behind_a_sliding_window() -> None:
+    """Their common beginning is empty, and nothing is computed for it."""
+    model = pair("mistral", {"sliding_window": 3}, dtype=torch.float64).model
+    p = SoftPrompt.from_ids(model, [9, 30, 200], template=Template.text("{query}{prompt}"))
+    asked = [[50, 51, 52], [60, 61]]
+    together = generate(model, p, asked, Sampling(max_new_tokens=6))
+    assert together == [generate(model, p, [query], Sampling(max_new_tokens=6))[0] for query in asked]
+
+
+def test_unusable_queries_are_refused_before_the_first_answer() -> None:
+    model = pair("llama", {"max_position_embeddings": 64}).model
+    p = make_prompt(model, ([9, 30, 200], "system", 1))
+    answered: list[int] = []
+    room = 64 - len(render_query(model, p, [50]).ids)
+    asked = [[50], [50] * (room + 1)]
+    with pytest.raises(ContextError, match="query 1 takes"):
+        generate(model, p, asked, batch_size=1, on_answer=lambda index, _: answered.append(index))
+    assert answered == []
+    with pytest.raises(ConfigError, match="batch_size is 0"):
+        generate(model, p, [[50]], batch_size=0)
+    with pytest.raises(DataError, match="not one text"):
+        generate(model, p, "a film")
+    examples = [Example("a film", "good")]
+    for labels, words in (([], "at least one text"), ("good", "at least one text"), (["bad"], "not one of bad")):
+        with pytest.raises(DataError, match=words):
+            check_evaluation(model, p, examples, labels)
+
+
 def test_sampling_filters() -> None:
     logits = torch.tensor([[3.0, 2.0, 1.0, 0.0, float("-inf")]])
     p = logits.softmax(1)
@@ -90,10 +119,13 @@ def test_sampling_filters() -> None:
     assert (kept > 0).tolist() == [[True, True, False, False, False]]
     for wrong in (
         {"max_new_tokens": 0}, {"temperature": -1.0}, {"temperature": float("nan")}, {"top_k": -1}, {"top_p": 0.0},
-        {"min_p": 2.0}, {"stop": "text"}, {"stop": ("",)},
+        {"min_p": 2.0}, {"stop": "text"}, {"stop": ("",)}, {"stop": 3}, {"temperature": 1e-300}, {"temperature": "hot"},
+        {"max_new_tokens": 2.5}, {"top_k": True}, {"top_p": None}, {"seed": 0.5},
     ):  # fmt: skip
         with pytest.raises(ConfigError):
             Sampling(**wrong)
+    coldest = filtered_probabilities(1e4 * logits, Sampling(temperature=LEAST_TEMPERATURE))
+    assert coldest.tolist() == [[1.0, 0.0, 0.0, 0.0, 0.0]]
 
 
 def test_sampled_tokens_follow_their_distribution() -> None:

@@ -31,6 +31,11 @@ def test_what_is_no_id_is_a_missing_path(text: str) -> None:
         resolve(text)
 
 
+def test_a_path_that_cannot_be_looked_at_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"cannot be opened: .*too long"):
+        resolve("x" * 300)
+
+
 def test_download_is_restricted_to_what_is_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     calls: list[Any] = []
 
