@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from embedgrad.errors import DataError
-from embedgrad.example import Example
+from embedgrad.example import Example, check_examples
 from embedgrad.generation import check_room, write_answers
 from embedgrad.model.decoding import KeyValueCache
 from embedgrad.model.model import Model
@@ -109,6 +109,7 @@ def _prepared(
     model: Model, prompt: SoftPrompt, examples: Sequence[Example], labels: Sequence[str] | None
 ) -> tuple[list[Rendered], _LabelChooser | None]:
     """The queries' contexts, and what finds the likeliest of `labels`."""
+    check_examples(examples, "the test data")
     if not examples:
         raise DataError("there are no examples to evaluate on; give at least one.")
     if labels is not None and (isinstance(labels, str) or not labels):

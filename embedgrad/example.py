@@ -8,12 +8,14 @@ from dataclasses import dataclass
 
 from embedgrad.errors import DataError
 
+LARGEST_WEIGHT = 1e100  # sums of any number of weights stay finite
+
 
 @dataclass(frozen=True)
 class Example:
     """A query and its target, each as text or as token ids that are taken as they are.
 
-    weight: this example's share in the mean loss, relative to the others; finite and not negative (else DataError).
+    weight: this example's share in the mean loss, relative to the others; from 0 to 1e100 (else DataError).
     """
 
     query: str | Sequence[int]
@@ -25,3 +27,16 @@ class Example:
             raise DataError(f"an example's weight must be a number, not {type(self.weight).__name__}.")
         if not (math.isfinite(self.weight) and self.weight >= 0):
             raise DataError(f"an example's weight must be finite and not negative, not {self.weight}.")
+        if self.weight > LARGEST_WEIGHT:
+            raise DataError(f"an example's weight must be at most {LARGEST_WEIGHT}, not {self.weight}.")
+
+
+def check_examples(examples: object, what: str) -> None:
+    """Raises DataError unless `examples` is a sequence of `Example`; `what` names it in the message."""
+    if isinstance(examples, (str, bytes)) or not isinstance(examples, Sequence):
+        raise DataError(f"{what} must be a list of embedgrad.Example, not {type(examples).__name__}.")
+    for i, example in enumerate(examples):
+        if not isinstance(example, Example):
+            raise DataError(
+                f"{what} must hold embedgrad.Example only, but number {i} is of type {type(example).__name__}."
+            )

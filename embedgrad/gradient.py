@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from embedgrad.errors import DataError
-from embedgrad.example import Example
+from embedgrad.example import Example, check_examples
 from embedgrad.machine import available_memory, send
 from embedgrad.memory import StepSize, activation_bytes, choose_policy
 from embedgrad.model.model import Model
@@ -143,6 +143,7 @@ def _score(model: Model, prompt: SoftPrompt, sequences: Sequence[Rendered]) -> D
 
 
 def _check_batch(batch: Sequence[Example]) -> None:
+    check_examples(batch, "the batch")
     if not batch:
         raise DataError("the batch holds no examples; give at least one.")
     if not any(example.weight > 0 for example in batch):

@@ -152,7 +152,11 @@ class SoftPrompt:
         return cosine_similarity(self.embeddings.detach(), self.anchor)
 
     def check_model(self, model: PromptModel) -> None:
-        """Raises PromptError unless `model` has, for the prompt's ids, the rows that the anchor was taken from."""
+        """Raises PromptError unless `model` has, for the prompt's ids, the rows that the anchor was taken from.
+
+        The same rows rounded to bfloat16 are the same model, computing in that type; so a prompt from one type serves
+        in the other.
+        """
         key = (self.anchor_hash, tuple(self.token_ids), self.anchor.shape[1])
         problem = _PROBLEMS.get(model, key, lambda: self._problem(model))
         if problem:
@@ -165,15 +169,19 @@ class SoftPrompt:
             return f"{made} with hidden size {self.anchor.shape[1]}; {model.name} has hidden size {width}."
         if max(self.token_ids) >= vocab_size:
             return f"{made} and has the token id {max(self.token_ids)}; {model.name} has {vocab_size} ids only."
-        if hash_rows(model.embedding_rows(self.token_ids)) != self.anchor_hash:
+        rows = model.embedding_rows(self.token_ids)
+        if hash_rows(rows) != self.anchor_hash and not _equal_but_rounded(rows, self.anchor):
             return f"{made}, whose embedding rows are not those of {model.name}; use it with the model it was made for."
         return ""
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the prompt to one safetensors file, whole or not at all.
 
-        Raises PromptError (metadata that is not JSON), SaveError.
+        Raises PromptError (metadata that is not JSON; embeddings that are not finite, which `load` would refuse),
+        SaveError.
         """
+        if not bool(self.embeddings.isfinite().all()):
+            raise PromptError(f"the prompt is not saved to {path}: it holds numbers that are not finite.")
         try:
             metadata = json.dumps(self.metadata)
         except (TypeError, ValueError, RecursionError) as error:
@@ -238,6 +246,11 @@ def hash_rows(rows: torch.Tensor) -> str:
     digest = hashlib.sha256(struct.pack("<qq", *matrix.shape))
     digest.update(matrix.numpy().astype("<f4", copy=False).tobytes())
     return digest.hexdigest()
+
+
+def _equal_but_rounded(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether one of two float32 matrices is the other one rounded to bfloat16."""
+    return torch.equal(one, other.bfloat16().float()) or torch.equal(other, one.bfloat16().float())
 
 
 def default_template(model: ModelLike) -> Template:

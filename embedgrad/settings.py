@@ -26,7 +26,7 @@ from pydantic import (
 
 from embedgrad.errors import ConfigError, TemplateError
 from embedgrad.template import Template
-from embedgrad.trust_region import CosineCone, TrustRegion
+from embedgrad.trust_region import KINDS, CosineCone, TrustRegion
 
 if TYPE_CHECKING:
     from pydantic._internal._model_construction import ModelMetaclass
@@ -357,6 +357,8 @@ def _problem(error: Any, section: type[BaseModel]) -> str:
         return f"{path}: {reason}" if path else reason
     if kind == "model_type":
         return f"{path} is {_shown(value)}, but should be a mapping"
+    if kind == "is_instance_of":  # only a trust region is of a class that is no section
+        return f"{path} is {_shown(value)}, but should be one of {', '.join(KINDS)}, or a mapping with such a kind"
     if kind == "string_type":
         return f"{path} is {_shown(value)}, but should be text (in quotes where YAML reads it as something else)"
     reason = error["msg"].replace("Input should", "should")

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from embedgrad.errors import ConfigError, DataError, TrainingError
-from embedgrad.example import Example
+from embedgrad.example import Example, check_examples
 from embedgrad.interrupts import stop_on_signals
 from embedgrad.model.model import Model
 from embedgrad.progress import Progress, Quiet
@@ -78,7 +78,11 @@ def optimize(
     writable; what was saved before is intact), TrainingError (loss or gradient not finite: the state before that step
     is saved; weights changed).
     """
-    config = config or OptimizeConfig()
+    config = OptimizeConfig() if config is None else config
+    if not isinstance(config, OptimizeConfig):
+        raise ConfigError(f"the settings must be an OptimizeConfig, not {type(config).__name__}.")
+    check_examples(train, "the training data")
+    check_examples(() if validation is None else validation, "the validation data")
     if resume and run_dir is None:
         raise ConfigError("resume needs run_dir, the folder of the run to go on with.")
     train = [example for example in train if example.weight > 0]

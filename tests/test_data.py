@@ -114,7 +114,7 @@ def test_shared_data(tmp_path: Path) -> None:
     assert {example.target for example in examples} <= {"0", "1"}
 
 
-@pytest.mark.parametrize("weight", [math.nan, math.inf, -1.0, "1", None, True])
+@pytest.mark.parametrize("weight", [math.nan, math.inf, -1.0, 1e308, "1", None, True])
 def test_an_example_refuses_a_weight_that_is_none(weight: object) -> None:
     with pytest.raises(DataError, match="weight must be"):
         Example("a", "b", weight=weight)  # type: ignore[arg-type]

@@ -18,10 +18,12 @@ from hypothesis import strategies as st
 from embedgrad import prompt_file
 from embedgrad.errors import PromptError, SaveError
 from embedgrad.example import Example
+from embedgrad.model.model import load_model
 from embedgrad.prompt import SoftPrompt, hash_rows
 from embedgrad.rendering import render
 from embedgrad.template import Template
 from tests.fake_model import CHAT_TEMPLATES, FakeModel, fake_model
+from tests.model.tiny import write_folder
 
 MODEL = fake_model("chatml")
 TEMPLATES = [
@@ -109,6 +111,20 @@ def test_another_model_is_refused_by_name() -> None:
                 prompt.check_model(model)
     same = fake_model("chatml", name="a copy")
     prompt.check_model(same)
+
+
+def test_a_prompt_serves_its_model_in_another_type(tmp_path: Path) -> None:
+    """A checkpoint of float32 or float16 computed in bfloat16 has its embedding rows rounded."""
+    write_folder(tmp_path / "tiny")
+    write_folder(tmp_path / "other", seed=1)
+    wide, narrow = (load_model(tmp_path / "tiny", dtype=dtype) for dtype in ("float32", "bfloat16"))
+    for made_by, used_by in ((wide, narrow), (narrow, wide)):
+        prompt = SoftPrompt.from_text(made_by, "Say what it is.")
+        assert not torch.equal(prompt.anchor, used_by.embedding_rows(prompt.token_ids))
+        prompt.check_model(used_by)
+        for dtype in ("float32", "bfloat16"):
+            with pytest.raises(PromptError, match="embedding rows are not those of other"):
+                prompt.check_model(load_model(tmp_path / "other", dtype=dtype))
 
 
 def test_checking_again_is_free_and_keeps_no_model_alive() -> None:
@@ -309,6 +325,8 @@ def test_what_cannot_be_saved_leaves_the_old_file(tmp_path: Path) -> None:
         tuned().replace(metadata={"x": object()}).save(path)
     with pytest.raises(SaveError):
         tuned().save(tmp_path / "absent" / "p")
+    with pytest.raises(PromptError, match=r"not saved to .* not finite"):
+        tuned().replace(embeddings=tuned().embeddings * float("nan")).save(path)
     assert path.read_bytes() == before
 
 

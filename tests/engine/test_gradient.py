@@ -165,6 +165,8 @@ def test_refusals() -> None:
     batch = [Example([10, 11], [20])]
     with pytest.raises(DataError, match="no examples"):
         loss_and_grad(model, p, [])
+    with pytest.raises(DataError, match="number 0 is of type tuple"):
+        loss_and_grad(model, p, [("a", "b")])  # type: ignore[list-item]
     with pytest.raises(DataError, match="weight 0"):
         loss_and_grad(model, p, [Example([10], [20], weight=0.0)])
     with pytest.raises(ConfigError, match="unknown memory policy 'none'"):
