@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ from typer.testing import CliRunner
 
 from embedgrad import doctor, session
 from embedgrad.cli import app
+from embedgrad.commands.optimize import _quoted
 from embedgrad.commands.show import nearest_tokens
 from embedgrad.errors import EmbedGradError
 from embedgrad.gradient import loss_and_grad
@@ -153,6 +155,11 @@ def test_a_signal_saves_and_says_how_to_go_on(
     for content in (whole, broken):
         del content["summary"]["peak_memory_bytes"]
     assert whole == broken
+
+
+@pytest.mark.parametrize("text", ["run.name=a", 'prompt=It\'s $HOME\n\\n "so"', "a='b'"])
+def test_the_way_to_go_on_survives_a_shell(text: str) -> None:
+    assert shlex.split(_quoted(text)) == [text]
 
 
 def test_refusals_are_one_sentence_and_exit_code_2(workplace: Path) -> None:

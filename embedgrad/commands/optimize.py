@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -45,7 +46,8 @@ def run(config_path: Path, overrides: Sequence[str], resume: bool, quiet: bool, 
         terminate_cleanly=True,
     )  # fmt: skip
     if result.stop_reason in _STOPPED:
-        again = f"embedgrad optimize {config_path}{''.join(f' --set {one!r}' for one in overrides)} --resume"
+        sets = "".join(f" --set {_quoted(one)}" for one in overrides)
+        again = f"embedgrad optimize {shlex.quote(str(config_path))}{sets} --resume"
         print(f"Stopped after step {result.steps}, all of it saved; to go on: {again}", file=sys.stderr)
         return _STOPPED[result.stop_reason]
     tested = _test(model, prompt, result, data["test"], config.data.labels, sampling)
@@ -59,6 +61,11 @@ def run(config_path: Path, overrides: Sequence[str], resume: bool, quiet: bool, 
     elif not quiet:
         _report(result, tested, folder)
     return 0
+
+
+def _quoted(text: str) -> str:
+    """`text` as one word of a shell's command line, where nothing in it is expanded."""
+    return "'" + text.replace("'", "'\"'\"'") + "'"
 
 
 def _test(
