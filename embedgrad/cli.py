@@ -6,6 +6,9 @@ Exit codes: 0 done, 2 refused (one sentence on stderr), 130 or 143 stopped by Ct
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -137,10 +140,21 @@ def _model(path: str, dtype: str | None, backend: str, device: str):  # type: ig
 
 def main() -> None:
     """Entry point of the `embedgrad` command."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # an answer that the terminal's encoding cannot show is no error
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
-        app()
+        try:
+            app()
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # here, where a full disk can still be reported
     except EmbedGradError as refusal:
         print(f"embedgrad: {refusal}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # of stdout: all other files are written and read with a refusal of their own
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that Python's own last flush succeeds
+        print(f"embedgrad: the output cannot be written: {error.strerror or error}.", file=sys.stderr)
         sys.exit(2)
 
 

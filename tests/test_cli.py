@@ -300,6 +300,30 @@ def test_outputs_that_cannot_be_files(name: str, workplace: Path, prompt_file: P
     assert os.stat("/dev/null").st_mode == device
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_full_disk_behind_stdout_is_one_sentence(prompt_file: Path) -> None:
+    for more in ([], ["--json"]):
+        with open("/dev/full", "w") as full:
+            result = subprocess.run(
+                [sys.executable, "-m", "embedgrad.cli", "show", str(prompt_file), *more],
+                cwd=ROOT, env=ENVIRONMENT, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120,
+            )  # fmt: skip
+        assert result.returncode == 2
+        assert result.stderr == "embedgrad: the output cannot be written: No space left on device.\n"
+
+
+def test_output_in_an_encoding_that_lacks_characters(tmp_path: Path) -> None:
+    prompt = SoftPrompt.from_text(tiny_model(), "Über 你好")
+    prompt.save(tmp_path / "prompt.safetensors")
+    for more in ([], ["--json"]):
+        result = subprocess.run(
+            [sys.executable, "-m", "embedgrad.cli", "show", str(tmp_path / "prompt.safetensors"), *more],
+            cwd=ROOT, env=ENVIRONMENT | {"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True, timeout=120,
+        )  # fmt: skip
+        assert (result.returncode, result.stderr) == (0, "")
+    assert json.loads(result.stdout)["text"] == "Über 你好"
+
+
 def test_show(prompt_file: Path) -> None:
     text = invoke("show", prompt_file, "--model", model_folder()).stdout
     assert "Say what it is." in text

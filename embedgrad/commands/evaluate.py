@@ -42,15 +42,14 @@ def run(
     }
     content: dict[str, Any] = {"prompt": str(prompt_path), "model": model.name, "data": str(data)}
     content |= {when: result.to_dict() for when, result in results.items()} if before else results["after"].to_dict()
-    text = json.dumps(content, indent=2, ensure_ascii=False)
-    _show(text, results, as_json)  # first, so that a full disk takes nothing away
+    _show(content, results, as_json)  # first, so that a full disk takes nothing away
     if output is not None:
-        write_text(output, text + "\n")
+        write_text(output, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
 
-def _show(text: str, results: Mapping[str, Evaluation], as_json: bool) -> None:
+def _show(content: Mapping[str, Any], results: Mapping[str, Evaluation], as_json: bool) -> None:
     if as_json:
-        print(text)
+        print(json.dumps(content, indent=2))
         return
     for name, told in MEASURES.items():
         shares = {when: getattr(result, name) for when, result in results.items()}

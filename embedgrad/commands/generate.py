@@ -92,7 +92,7 @@ def _sink(options: Options) -> Iterator[Callable[[str, Generation], None]]:
 def _tell(stream: TextIO, query: str, answer: Generation, as_json: bool) -> None:
     if as_json:
         record = {"query": query, "text": answer.text, "stop_reason": answer.stop_reason}
-        stream.write(json.dumps(record, ensure_ascii=False) + "\n")
+        stream.write(json.dumps(record, ensure_ascii=stream is sys.stdout) + "\n")  # its encoding may be any
     else:
         stream.write(answer.text + "\n")
     stream.flush()

@@ -19,7 +19,7 @@ def run(path: Path, model: Model | None, as_json: bool) -> None:
     prompt = SoftPrompt.load(path, model)
     content = describe(prompt, model)
     if as_json:
-        print(json.dumps(content, indent=2, ensure_ascii=False))
+        print(json.dumps(content, indent=2))
     else:
         _print(content)
 
