@@ -109,6 +109,11 @@ _PRODUCTS = (
         "few rows: more programs over the columns", bytes=_HALF, at_most={"rows": 16},
     ),
     Row(
+        "quantized_linear_backward", "gfx942",
+        {"BLOCK_M": 16, "BLOCK_N": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 1},
+        "few rows: no 112 rows of nothing", bytes=_HALF, at_most={"rows": 16},
+    ),
+    Row(
         "quantized_linear", "sm_*", {"BLOCK_M": 128, "BLOCK_N": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3},
         "140 to 163 registers; every dequantised element serves 128 rows of x, one group per tile is one scale a row",
         bytes=_HALF,

@@ -103,8 +103,8 @@ def specimens() -> list[Specimen]:
         for backward in (False, True)
     ]
     losses += [_cross_entropy(QWEN_1_5B, torch.bfloat16, True, name) for name in FORMATS]
-    decoding = [_quantized(QWEN_7B, torch.bfloat16, name, False, 16) for name in FORMATS]
-    return [*losses, *steps, *decoding]
+    few = [_quantized(QWEN_7B, torch.bfloat16, name, backward, 16) for name in FORMATS for backward in (False, True)]
+    return [*losses, *steps, *few]
 
 
 class _Matrix:
