@@ -11,12 +11,18 @@ setup: $(VENV)/.installed-test $(VENV)/.installed-demo
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed-demo: pyproject.toml setup.py constraints-cpu.txt | $(BIN)/python
-	$(PIP) -e '.[demo]'
+# csrc/ is compiled here, once, against the torch it will be loaded with.
+$(VENV)/.installed: pyproject.toml setup.py constraints-cpu.txt $(wildcard csrc/*.* csrc/cpu/*.*) | $(BIN)/python
+	$(PIP) 'setuptools>=77' torch
+	$(PIP) --no-build-isolation -e .
 	touch $@
 
-$(VENV)/.installed-test: pyproject.toml setup.py constraints-cpu.txt | $(BIN)/python
-	$(PIP) -e '.[test,hub,report]'
+$(VENV)/.installed-demo: $(VENV)/.installed
+	EMBEDGRAD_BUILD_EXT=0 $(PIP) --no-build-isolation -e '.[demo]'
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	EMBEDGRAD_BUILD_EXT=0 $(PIP) --no-build-isolation -e '.[test,hub,report]'
 	touch $@
 
 demo: $(VENV)/.installed-demo
@@ -33,4 +39,4 @@ lint: $(VENV)/.installed-test
 	$(BIN)/mypy
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) build dist *.egg-info embedgrad/_native*.so .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -107,9 +107,10 @@ class TreeMask:
 
         A block ends where a subtree ends, if that makes it a quarter of `size` or more: then it sees no other branch.
         """
-        return self.cached(size, lambda: [self._block(queries) for queries in self._query_slices(size)])
+        return self.cached(size, lambda: [self._block(queries) for queries in self.query_slices(size)])
 
-    def _query_slices(self, size: int) -> list[slice]:
+    def query_slices(self, size: int) -> list[slice]:
+        """Slices of at most `size` query rows, cut where a subtree ends if that leaves a quarter of `size` or more."""
         count = len(self.query_index)
         ends = torch.searchsorted(self.query_index, self.key_end.unique()).tolist()
         slices, start = [], 0

@@ -3,28 +3,58 @@
 from __future__ import annotations
 
 import importlib
+import warnings
 from types import ModuleType
 
 import torch
 
 from embedgrad.errors import BackendError
 
-NAMES = ("reference", "triton")
+NAMES = ("reference", "native", "triton")
+
+
+class BackendWarning(UserWarning):
+    """A slower backend serves, because the one meant for this machine cannot be loaded."""
 
 
 def choose(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> ModuleType:
     """The backend called `name`, for a model on `device` that computes in `dtype`.
 
-    "auto" is triton on GPUs (torch calls those of ROCm "cuda", too) and reference on CPUs and for float64.
+    "auto" is triton on GPUs (torch calls those of ROCm "cuda", too), native on CPUs for float32 (with a BackendWarning
+    and reference where csrc/ is not built), and reference otherwise.
     Raises BackendError: an unknown name, or a backend that cannot run here or not in this type.
     """
     if name == "auto":
-        name = "triton" if device.type == "cuda" and dtype != torch.float64 else "reference"
+        return _best(device, dtype)
     if name not in NAMES:
         raise BackendError(f"unknown backend {name!r}; choose one of auto, {', '.join(NAMES)}.")
     if name == "triton":
         return _triton(device, dtype)
+    if name == "native":
+        return _native(device, dtype)
     return importlib.import_module(f"embedgrad.backends.{name}")
+
+
+def _best(device: torch.device, dtype: torch.dtype) -> ModuleType:
+    if device.type == "cuda" and dtype != torch.float64:
+        return _triton(device, dtype)
+    if device.type == "cpu" and dtype == torch.float32:
+        try:
+            return _native(device, dtype)
+        except BackendError as error:
+            warnings.warn(f"{error} The reference backend serves, more slowly.", BackendWarning, stacklevel=2)
+    return importlib.import_module("embedgrad.backends.reference")
+
+
+def _native(device: torch.device, dtype: torch.dtype) -> ModuleType:
+    if device.type != "cpu" or dtype != torch.float32:
+        raise BackendError(f"the native backend computes in float32 on a CPU, not in {dtype} on {device.type!r}.")
+    try:
+        return importlib.import_module("embedgrad.backends.native")
+    except ImportError as error:
+        raise BackendError(
+            f"The native backend cannot be loaded: {error}; install with a C++17 compiler and --no-build-isolation."
+        ) from None
 
 
 def _triton(device: torch.device, dtype: torch.dtype) -> ModuleType:

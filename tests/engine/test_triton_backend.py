@@ -115,7 +115,7 @@ def test_prompt_step_equals_the_plain_one(region: Any) -> None:
 
 def test_what_cannot_run_is_refused_in_one_sentence(tmp_path: Path) -> None:
     cpu = torch.device("cpu")
-    assert backends.choose("auto", cpu).NAME == "reference"
+    assert backends.choose("auto", cpu, torch.float64).NAME == "reference"
     with pytest.raises(BackendError, match=r"^the triton backend computes in float32 or bfloat16; .* float64\.$"):
         backends.choose("triton", cpu, torch.float64)
     if INTERPRETED:

@@ -1,0 +1,33 @@
+// Row-wise ops of the frozen block in float32. Rows are `*_row` elements apart; elements of a row are contiguous.
+#pragma once
+
+#include <cstdint>
+
+#include "../parallel.h"
+
+namespace embedgrad {
+
+struct Rows {
+    float* data;
+    int64_t row;  // distance of rows, in elements
+};
+
+// out = x·r ⊙ w, r = rsqrt(mean(x²) + ε); where `residual` has data, x += residual first.
+void rms_norm(const Pool&, Rows x, Rows residual, const float* weight, float eps, Rows out, int64_t rows, int64_t d);
+
+// dx += r (w ⊙ dy − x̂ · mean(x̂ ⊙ w ⊙ dy))
+void rms_norm_backward(
+    const Pool&, Rows dy, Rows x, const float* weight, float eps, Rows dx, int64_t rows, int64_t d);
+
+// Rotates (or, `backward`, rotates back) `heads` heads of size 2·half that stand side by side in each row of x;
+// cos and sin [rows, half].
+void rope(
+    const Pool&, Rows x, const float* cos, const float* sin, int64_t rows, int64_t heads, int64_t half, bool backward);
+
+// out = g σ(g) ⊙ u; gate_up = [g, u] [rows, 2·width]
+void swiglu(const Pool&, Rows gate_up, Rows out, int64_t rows, int64_t width);
+
+// out = [da ⊙ u ⊙ σ(g)(1 + g(1 − σ(g))), da ⊙ g σ(g)]; out may be gate_up.
+void swiglu_backward(const Pool&, Rows da, Rows gate_up, Rows out, int64_t rows, int64_t width);
+
+}  // namespace embedgrad

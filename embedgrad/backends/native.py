@@ -1,0 +1,217 @@
+"""The native backend: the functions of `reference` on the project's own C++ (csrc/), for float32 models on CPUs.
+
+What csrc/ does not do is handed to `reference`: float64 and 16-bit tensors, the per-head norm of Qwen3, a softcap, rows
+that are not contiguous, and the ops that are one call into BLAS or torch anyway. Equations and shapes are those of
+`reference`. Importing this raises ImportError where csrc/ was not built or does not fit the installed torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from embedgrad.backends import reference
+from embedgrad.backends.reference import (
+    decode_attention,
+    embed,
+    embed_backward,
+    linear_cross_entropy,
+    prompt_step,
+)
+from embedgrad.tree import TreeMask
+
+__all__ = [
+    "NAME", "add_rms_norm", "decode_attention", "embed", "embed_backward", "instruction_set", "linear_cross_entropy",
+    "prompt_step", "rms_norm", "rms_norm_backward", "rope", "rope_backward", "swiglu", "swiglu_backward",
+    "tree_attention", "tree_attention_backward", "using",
+]  # fmt: skip
+
+NAME = "native"
+BLOCK_ROWS = 96  # rows (queries · heads of a group) that share one read of a key
+
+
+def _load() -> None:
+    libraries = list(Path(__file__).parents[1].glob("_native*.so"))
+    if not libraries:
+        raise ImportError("csrc/ was not built: there is no embedgrad/_native library")
+    try:
+        torch.ops.load_library(str(libraries[0]))
+    except OSError as error:
+        raise ImportError(f"csrc/ was built for another torch: {error}") from error
+    for name in (
+        "rms_norm", "add_rms_norm", "rms_norm_backward", "rope", "swiglu", "swiglu_backward", "tree_attention",
+        "tree_attention_backward",
+    ):  # fmt: skip
+        torch.library.register_fake(f"embedgrad::{name}", lambda *_, **__: None)
+
+
+_load()
+_ops = torch.ops.embedgrad
+
+
+def instruction_set() -> str:
+    """What the row-wise and attention ops use: "avx512", "avx2" or "plain"; the best that this machine has."""
+    return _ops.isa()
+
+
+@contextmanager
+def using(instruction_set: str) -> Iterator[None]:
+    """Inside, the ops use this instruction set. Raises ValueError where the machine has not got it."""
+    before = _ops.isa()
+    _ops.use_isa(instruction_set)
+    try:
+        yield
+    finally:
+        _ops.use_isa(before)
+
+
+def _fits(*tensors: Tensor | None) -> bool:
+    return all(
+        x is None or (x.dtype == torch.float32 and x.device.type == "cpu" and (x.stride(-1) == 1 or x.shape[-1] <= 1))
+        for x in tensors
+    )
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, out: Tensor) -> Tensor:
+    """out = x·rsqrt(mean(x²) + eps) ⊙ weight; x, out [T, d], weight [d]."""
+    if not _fits(x, weight, out):
+        return reference.rms_norm(x, weight, eps, out=out)
+    _ops.rms_norm(x, weight, eps, out)
+    return out
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float, *, out: Tensor) -> Tensor:
+    """x += residual in place, then `rms_norm`."""
+    if not _fits(x, residual, weight, out):
+        return reference.add_rms_norm(x, residual, weight, eps, out=out)
+    _ops.add_rms_norm(x, residual, weight, eps, out)
+    return out
+
+
+def rms_norm_backward(dy: Tensor, x: Tensor, weight: Tensor, eps: float, *, dx: Tensor) -> Tensor:
+    """dx += the gradient of `rms_norm` with respect to x; dy, x, dx [T, d], weight [d]."""
+    if not _fits(dy, x, weight, dx):
+        return reference.rms_norm_backward(dy, x, weight, eps, dx=dx)
+    _ops.rms_norm_backward(dy, x, weight, eps, dx)
+    return dx
+
+
+def rope(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: tuple[int, int, int],
+    *,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    """Rotate q and k inside the fused buffer [T, (H + 2G)·D], in place; cos, sin [T, D/2]."""
+    if q_norm is not None or k_norm is not None or not _fits(qkv, cos, sin):
+        return reference.rope(qkv, cos, sin, heads, q_norm=q_norm, k_norm=k_norm, eps=eps)
+    _ops.rope(qkv, cos.contiguous(), sin.contiguous(), heads[0] + heads[1], heads[2], False)
+    return qkv
+
+
+def rope_backward(
+    dqkv: Tensor,
+    qkv_raw: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
+    heads: tuple[int, int, int],
+    *,
+    q_norm: Tensor | None = None,
+    k_norm: Tensor | None = None,
+    eps: float = 0.0,
+) -> Tensor:
+    """The transpose of `rope`, in place on dqkv [T, (H + 2G)·D]."""
+    if q_norm is not None or k_norm is not None or not _fits(dqkv, cos, sin):
+        return reference.rope_backward(dqkv, qkv_raw, cos, sin, heads, q_norm=q_norm, k_norm=k_norm, eps=eps)
+    _ops.rope(dqkv, cos.contiguous(), sin.contiguous(), heads[0] + heads[1], heads[2], True)
+    return dqkv
+
+
+def swiglu(gate_up: Tensor, *, out: Tensor) -> Tensor:
+    """out = g σ(g) ⊙ u; gate_up = [g, u] [T, 2F], out [T, F]."""
+    if not _fits(gate_up, out):
+        return reference.swiglu(gate_up, out=out)
+    _ops.swiglu(gate_up, out)
+    return out
+
+
+def swiglu_backward(da: Tensor, gate_up: Tensor, *, out: Tensor) -> Tensor:
+    """out = [dg, du]; da [T, F], gate_up, out [T, 2F]; out may be gate_up itself."""
+    if not _fits(da, gate_up, out):
+        return reference.swiglu_backward(da, gate_up, out=out)
+    _ops.swiglu_backward(da, gate_up, out)
+    return out
+
+
+def _schedule(
+    mask: TreeMask, group: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor, int, Tensor | None, Tensor | None, int]:
+    """The mask as csrc/ takes it, and where its blocks of queries start; made once per mask and used by every layer."""
+
+    def make() -> tuple[Tensor, Tensor, Tensor, Tensor, int, Tensor | None, Tensor | None, int]:
+        queries = mask.query_slices(max(1, BLOCK_ROWS // group))
+        starts = torch.tensor([*(part.start for part in queries), len(mask.query_index)], dtype=torch.int32)
+        window = None if mask.window is None else (mask.query_position, mask.key_position)
+        positions = (None, None) if window is None else tuple(x.int().contiguous() for x in window if x is not None)
+        return (
+            mask.key_begin.contiguous(), mask.key_end.contiguous(), mask.query_index.contiguous(), starts, mask.kept,
+            positions[0], positions[1], mask.window or 0,
+        )  # fmt: skip
+
+    return mask.cached(("native", group), make)
+
+
+def _heads_fit(*tensors: Tensor | None) -> bool:
+    return _fits(*tensors) and all(
+        x is None or x.dim() != 3 or x.stride(1) == x.shape[2] or x.shape[1] <= 1 for x in tensors
+    )
+
+
+def tree_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: TreeMask,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    out: Tensor,
+    lse: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """o and lse; q, out [Nq, H, D]; k, v [S, G, D]; lse [Nq, H]."""
+    if softcap is not None or not _heads_fit(q, k, v, out) or not _fits(lse) or not lse.is_contiguous():
+        return reference.tree_attention(q, k, v, mask, scale=scale, softcap=softcap, out=out, lse=lse)
+    _ops.tree_attention(q, k, v, *_schedule(mask, q.shape[1] // k.shape[1]), scale, out, lse)
+    return out, lse
+
+
+def tree_attention_backward(
+    do: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    mask: TreeMask,
+    *,
+    scale: float,
+    softcap: float | None = None,
+    dq: Tensor | None = None,
+    dk: Tensor | None = None,
+    dv: Tensor | None = None,
+) -> None:
+    """dq [Nq, H, D]; dk and dv [S − mask.kept, G, D]; what is None is not computed."""
+    fits = _heads_fit(do, q, k, v, o, dq, dk, dv) and _fits(lse) and lse.is_contiguous()
+    if softcap is not None or not fits or (dk is None) != (dv is None):
+        reference.tree_attention_backward(do, q, k, v, o, lse, mask, scale=scale, softcap=softcap, dq=dq, dk=dk, dv=dv)
+        return
+    schedule = _schedule(mask, q.shape[1] // k.shape[1])
+    _ops.tree_attention_backward(do, q, k, v, o, lse, *schedule, scale, dq, dk, dv)

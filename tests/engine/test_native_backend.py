@@ -1,0 +1,219 @@
+"""csrc/ against float64 by the three-way rule, on every instruction set of this machine, and the engine on it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from embedgrad import backends
+from embedgrad.backends import reference
+from embedgrad.errors import BackendError
+from embedgrad.gradient import loss_and_grad
+from embedgrad.model.model import load_model
+from embedgrad.tree import TreeMask
+from tests.engine.drawn import batches, configs, make_prompt, pair, prompts
+from tests.kernels.harness import awkward_sizes, guarded, laid_out, normal, three_way
+from tests.kernels.trees import Tree, dense, dense_backward, magnitudes, seen, trees
+from tests.model.tiny import write_folder
+from tests.truth import relative_error
+
+try:
+    from embedgrad.backends import native
+except ImportError as error:
+    pytest.skip(f"csrc/ is not built: {error}", allow_module_level=True)
+
+SETS = ["plain", "avx2", "avx512"][: ["plain", "avx2", "avx512"].index(native.instruction_set()) + 1]
+instruction_sets = st.sampled_from(SETS)
+quick = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+SEEDS = st.integers(0, 2**31)
+
+
+@quick
+@given(SEEDS, awkward_sizes(1, 9), awkward_sizes(1, 70), st.sampled_from([1e-3, 1.0, 1e3]), instruction_sets)
+def test_norms(seed: int, rows: int, width: int, scale: float, name: str) -> None:
+    x, dy = laid_out(normal(seed, (rows, width), scale=scale), "wide_rows"), normal(seed + 1, (rows, width))
+    weight, added = normal(seed + 2, (width,)), normal(seed + 3, (rows, width), scale=scale)
+    before = normal(seed + 4, (rows, width), scale=1 / scale)
+    truth, plainly = {}, {}
+    for into, dtype in ((truth, torch.float64), (plainly, torch.float32)):
+        a, d, w, r, b = (t.to(dtype).contiguous() for t in (x, dy, weight, added, before))
+        into["y"] = reference.rms_norm(a, w, 1e-6, out=torch.empty_like(a))
+        into["dx"] = reference.rms_norm_backward(d, a, w, 1e-6, dx=b.clone())
+        into["sum"] = reference.add_rms_norm(a.clone(), r, w, 1e-6, out=torch.empty_like(a))
+    with native.using(name):
+        three_way(native.rms_norm(x, weight, 1e-6, out=guarded((rows, width))), plainly["y"], truth["y"])
+        dx = native.rms_norm_backward(dy, x, weight, 1e-6, dx=laid_out(before, "wide_rows"))
+        terms = (weight.double() * dy.double() * torch.rsqrt(x.double().square().mean(1, keepdim=True) + 1e-6)).norm()
+        three_way(dx, plainly["dx"], truth["dx"], tolerance=1e-6 * max(1.0, float(terms / truth["dx"].norm())))
+        summed = native.add_rms_norm(laid_out(x, "wide_rows"), added, weight, 1e-6, out=guarded((rows, width)))
+        three_way(summed, plainly["sum"], truth["sum"], tolerance=2e-6)
+
+
+@quick
+@given(SEEDS, awkward_sizes(1, 5), awkward_sizes(1, 9), st.integers(0, 4), st.integers(0, 3), instruction_sets)
+def test_rope_and_its_transpose(seed: int, rows: int, half: int, h: int, g: int, name: str) -> None:
+    qkv = normal(seed, (rows, (h + 2 * g) * 2 * half))
+    angle = normal(seed + 1, (rows, half), scale=3.0)
+    heads = (h, g, 2 * half)
+    for theirs, ours in ((reference.rope, native.rope), (reference.rope_backward, native.rope_backward)):
+        backward = () if theirs is reference.rope else (None,)
+        truth = theirs(qkv.double(), *backward, angle.double().cos(), angle.double().sin(), heads)
+        plainly = theirs(qkv.clone(), *backward, angle.cos(), angle.sin(), heads)
+        with native.using(name):
+            three_way(ours(laid_out(qkv, "wide_rows"), *backward, angle.cos(), angle.sin(), heads), plainly, truth)
+
+
+@quick
+@given(SEEDS, awkward_sizes(1, 5), awkward_sizes(1, 70), st.sampled_from([1.0, 30.0, 1e4]), instruction_sets)
+def test_swiglu(seed: int, rows: int, width: int, scale: float, name: str) -> None:
+    gate_up = laid_out(normal(seed, (rows, 2 * width), scale=scale), "wide_rows")
+    da = normal(seed + 1, (rows, width))
+    wide = gate_up.double()
+    with native.using(name):
+        out = native.swiglu(gate_up, out=guarded((rows, width)))
+        three_way(
+            out,
+            reference.swiglu(gate_up, out=torch.empty(rows, width)),
+            reference.swiglu(wide, out=torch.empty(rows, width, dtype=torch.float64)),
+        )
+        truth = reference.swiglu_backward(da.double(), wide, out=torch.empty_like(wide))
+        plainly = reference.swiglu_backward(da, gate_up, out=torch.empty(rows, 2 * width))
+        three_way(native.swiglu_backward(da, gate_up, out=guarded((rows, 2 * width))), plainly, truth)
+        three_way(native.swiglu_backward(da, gate_up, out=gate_up), plainly, truth)
+
+
+def _mask(tree: Tree) -> TreeMask:
+    s = tree.schedule()
+    positions = (None, None) if s.window is None else (s.query_position, s.key_position)
+    return TreeMask(s.key_begin, s.key_end, s.query_index, s.kept, s.window, *positions)
+
+
+def _close(found: Tensor, truth: Tensor, magnitude: Tensor, tolerance: float) -> None:
+    assert not found.isnan().any()
+    assert float((found.double() - truth).norm()) <= tolerance * float(magnitude.norm())
+
+
+@quick
+@given(
+    SEEDS, trees(), st.sampled_from([(1, 1, 8), (6, 2, 16), (9, 3, 24), (4, 4, 33)]), st.sampled_from([1.0, 30.0]),
+    st.sampled_from(["both", "dq", "dkv"]), instruction_sets,
+)  # fmt: skip
+def test_tree_attention(
+    seed: int, tree: Tree, heads: tuple[int, int, int], scale: float, wanted: str, name: str
+) -> None:
+    h, g, size = heads
+    mask, visible = _mask(tree), seen(tree.schedule())
+    queries, keys = len(mask.query_index), len(mask.key_begin)
+    fused = laid_out(normal(seed, (queries, h * size), scale=scale), "wide_rows")
+    q = fused.unflatten(1, (h, size))
+    k, v, do = (normal(seed + i, (n, m, size)) for i, (n, m) in enumerate(((keys, g), (keys, g), (queries, h)), 1))
+    wide = [x.double() for x in (q, k, v)]
+    out, lse = dense(*wide, visible, size**-0.5)
+    with native.using(name):
+        o, l = native.tree_attention(
+            q, k, v, mask, scale=size**-0.5, out=guarded((queries, h, size)), lse=guarded((queries, h))
+        )
+    _close(o, out, v, 2e-6)
+    assert torch.equal(l == float("-inf"), lse == float("-inf"))
+    finite = lse != float("-inf")
+    assert ((l - lse)[finite].abs() <= 1e-5 * (1 + lse[finite].abs())).all()
+    dq = None if wanted == "dkv" else guarded((queries, h, size))
+    dk, dv = (None, None) if wanted == "dq" else (guarded((keys - mask.kept, g, size)) for _ in range(2))
+    with native.using(name):
+        native.tree_attention_backward(
+            do, q, k, v, o, l, mask, scale=size**-0.5, dq=dq, dk=dk, dv=dv
+        )  # fmt: skip
+    truth = dense_backward(do.double(), *wide, visible, size**-0.5)
+    sizes = magnitudes(do.double(), *wide, visible, size**-0.5)
+    for found, expected, magnitude, first in zip((dq, dk, dv), truth, sizes, (0, mask.kept, mask.kept), strict=True):
+        if found is not None:
+            _close(found, expected[first:], magnitude[first:], 5e-6 * max(1.0, scale))
+
+
+def test_a_trunk_with_many_branches_over_several_threads_gives_the_same_bits() -> None:
+    tree = Tree("trunk", ((-1, 50), *((0, 11),) * 20), (), 1, None)
+    mask, visible = _mask(tree), seen(tree.schedule())
+    n, before = tree.tokens, torch.get_num_threads()
+    q, k, v, do = normal(0, (n, 6, 32)), normal(1, (n, 2, 32)), normal(2, (n, 2, 32)), normal(3, (n, 6, 32))
+    out, lse = dense(q, k, v, visible, 32**-0.5)
+    lse, results = lse.contiguous(), []
+    try:
+        for threads in (1, 2, 2, 3):
+            torch.set_num_threads(threads)
+            grads = [torch.empty_like(x) for x in (q, k, v)]
+            native.tree_attention_backward(
+                do, q, k, v, out, lse, mask, scale=32**-0.5, dq=grads[0], dk=grads[1], dv=grads[2]
+            )
+            results.append(grads)
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(results[1], results[2], strict=True))
+    for grads in results:
+        for a, b in zip(grads, results[0], strict=True):
+            assert relative_error(a, b) < 1e-6
+
+
+@settings(quick, max_examples=30)
+@given(config=configs(), prompt=prompts(), batch=batches())
+def test_the_engine_agrees_with_the_reference(config: Any, prompt: Any, batch: list[Any]) -> None:
+    model = pair(*config).model
+    assert model.backend == "native"
+    p = make_prompt(model, prompt)
+    loss, grad = loss_and_grad(model, p, batch)
+    model.decoder.ops = model.ops = reference
+    try:
+        expected_loss, expected = loss_and_grad(model, p, batch)
+    finally:
+        model.decoder.ops = model.ops = native
+    assert loss == pytest.approx(expected_loss, rel=1e-6)
+    assert relative_error(grad, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("op", ["rms_norm", "swiglu", "tree_attention"])
+def test_opcheck(op: str) -> None:
+    x, mask = torch.randn(5, 8), _mask(Tree("trunk", ((-1, 5),), (), 1, None))
+    heads = [torch.randn(5, 2, 4), torch.randn(5, 1, 4), torch.randn(5, 1, 4)]
+    arguments: dict[str, tuple[Any, ...]] = {
+        "rms_norm": (x, torch.ones(8), 1e-6, torch.empty(5, 8)),
+        "swiglu": (x, torch.empty(5, 4)),
+        "tree_attention": (*heads, *native._schedule(mask, 2), 0.5, torch.empty(5, 2, 4), torch.empty(5, 2)),
+    }
+    torch.library.opcheck(getattr(torch.ops.embedgrad, op), arguments[op])
+
+
+def test_wrong_tensors_are_refused_with_their_shape() -> None:
+    with pytest.raises(RuntimeError, match=r"out has shape \[3, 7\], expected \[3, 8\]"):
+        torch.ops.embedgrad.rms_norm(torch.zeros(3, 8), torch.zeros(8), 1e-6, torch.zeros(3, 7))
+    with pytest.raises(ValueError, match="no instruction set called mmx"), native.using("mmx"):
+        pass
+
+
+def test_where_the_library_is_missing_the_reference_serves_with_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_folder(tmp_path, "llama")
+
+    def missing(name: str) -> Any:
+        if name.endswith(".native"):
+            raise ImportError("csrc/ was not built")
+        return reference
+
+    monkeypatch.setattr(backends.importlib, "import_module", missing)
+    with pytest.warns(backends.BackendWarning, match=r"csrc/ was not built.*C\+\+17"):
+        assert load_model(tmp_path).backend == "reference"
+    with pytest.raises(BackendError, match="cannot be loaded"):
+        load_model(tmp_path, backend="native")
+
+
+def test_what_it_does_not_compute_in_is_refused(tmp_path: Path) -> None:
+    write_folder(tmp_path, "llama")
+    assert load_model(tmp_path).backend == "native"
+    assert load_model(tmp_path, dtype=torch.float64).backend == "reference"
+    with pytest.raises(BackendError, match=r"float32 on a CPU, not in torch\.float64"):
+        load_model(tmp_path, backend="native", dtype=torch.float64)
