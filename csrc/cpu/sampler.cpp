@@ -1,0 +1,131 @@
+#include "sampler.h"
+
+#include <algorithm>
+#include <vector>
+
+namespace embedgrad {
+namespace {
+
+// One row's keys and weights, computed once; every selection afterwards reads these. Kept from row to row.
+struct Row {
+    std::vector<float> value;
+    std::vector<uint32_t> key;
+    std::vector<uint64_t> weight;
+    std::vector<uint64_t> histogram;
+    size_t highest = 0;  // the first in the order
+
+    void read(const Candidates& candidates) {
+        const size_t n = candidates.size;
+        value.resize(n);
+        key.resize(n);
+        highest = 0;
+        for (size_t i = 0; i < n; ++i) {
+            value[i] = candidates.value(static_cast<int32_t>(i));
+            key[i] = order_key(value[i]);
+            if (key[i] > key[highest]) highest = i;  // not ≥: of equal values the lowest id comes first
+        }
+    }
+
+    void weigh(float temperature) {
+        weight.resize(key.size());
+        for (size_t i = 0; i < key.size(); ++i)
+            weight[i] = embedgrad::weight(distance(value[highest], value[i], temperature));
+    }
+};
+
+uint64_t kept_weight(const Row& row, const Cut& cut, uint64_t least) {
+    uint64_t total = 0;
+    for (size_t i = 0; i < row.key.size(); ++i)
+        if (cut.keeps(row.key[i], static_cast<int32_t>(i)) && row.weight[i] >= least) total += row.weight[i];
+    return total;
+}
+
+// The shortest beginning of the order whose measure (1 per candidate, or its weight) is at least `target`; the measure
+// of all candidates must be.
+template <class Measure>
+Cut shortest_beginning(Row& row, uint64_t target, Measure measure) {
+    Cut cut;
+    uint64_t missing = target;
+    for (int level = 0; level < kDigits; ++level) {
+        const Digit d = digit(level);
+        row.histogram.assign(kBins, 0);
+        for (size_t i = 0; i < row.key.size(); ++i)
+            if (d.shares_prefix(row.key[i], cut.key)) row.histogram[d.bin(row.key[i])] += measure(i);
+        uint32_t bin = (1u << d.bits) - 1;
+        while (row.histogram[bin] < missing) missing -= row.histogram[bin--];
+        cut.key |= bin << d.shift;
+    }
+    uint64_t ties = 0;
+    for (size_t i = 0; i < row.key.size(); ++i) {
+        if (row.key[i] != cut.key) continue;
+        if (ties == 0) ties = ties_needed(missing, measure(i));
+        if (--ties == 0) {
+            cut.last = static_cast<int32_t>(i);
+            break;
+        }
+    }
+    return cut;
+}
+
+int32_t choose(Row& row, const SamplingParams& params, const SamplingBatch& batch, int32_t r) {
+    if (params.temperature == 0) return static_cast<int32_t>(row.highest);
+    row.weigh(params.temperature);
+    Cut cut;
+    if (params.top_k > 0 && static_cast<size_t>(params.top_k) < row.key.size())
+        cut = shortest_beginning(row, params.top_k, [](size_t) { return uint64_t{1}; });
+    if (params.top_p < 1)  // within top_k's beginning by itself: it needs no more weight than that has
+        cut = shortest_beginning(
+            row, needed_weight(params.top_p, kept_weight(row, cut, 0)), [&](size_t i) { return row.weight[i]; });
+    const uint64_t least = least_weight(params.min_p);
+    uint64_t missing = drawn_target(params, batch, r, kept_weight(row, cut, least));
+    for (size_t i = 0;; ++i) {
+        const uint64_t w = row.weight[i];
+        if (w < least || !cut.keeps(row.key[i], static_cast<int32_t>(i))) continue;
+        if (w >= missing) return static_cast<int32_t>(i);
+        missing -= w;
+    }
+}
+
+}  // namespace
+
+void sample_rows(const SamplingParams& params, const SamplingBatch& batch, int32_t begin, int32_t end) {
+    Row row;
+    for (int32_t r = begin; r < end; ++r) {
+        batch.tokens[r] = -1;
+        batch.status[r] = kSampled;
+        if (batch.reasons && batch.reasons[r] != 0) continue;
+        const Candidates candidates(params, batch, r);
+        if (candidates.size == 0) {
+            batch.status[r] = kNoCandidate;
+            continue;
+        }
+        row.read(candidates);
+        batch.status[r] = row_status(row.key[row.highest]);
+        if (batch.status[r] == kSampled) batch.tokens[r] = candidates.token(choose(row, params, batch, r));
+    }
+}
+
+}  // namespace embedgrad
+
+using namespace embedgrad;
+
+int32_t embedgrad_sample_cpu(const SamplingParams* params, const SamplingBatch* batch) {
+    const SamplingError wrong = check_call(*params, *batch);
+    if (wrong == kCallIsFine) sample_rows(*params, *batch, 0, batch->rows);
+    return wrong;
+}
+
+void embedgrad_advance_cpu(const AdvanceBatch* batch) {
+    for (int32_t row = 0; row < batch->rows; ++row)
+        if (advance_row(*batch, row)) --*batch->running;
+}
+
+uint64_t embedgrad_random_bits(uint64_t seed, uint64_t stream, uint32_t step) { return random_bits(seed, stream, step); }
+
+void embedgrad_philox(uint32_t* counter, const uint32_t* key) {
+    Philox block = {{counter[0], counter[1], counter[2], counter[3]}};
+    block = philox4x32_10(block, key[0], key[1]);
+    std::copy(block.word, block.word + 4, counter);
+}
+
+uint64_t embedgrad_weight(float d) { return weight(d); }

@@ -1,0 +1,26 @@
+// What a kernel file includes: the CUDA runtime, or, for a host compiler, its emulation.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#include <cuda_runtime.h>
+
+namespace embedgrad {
+
+// An array in shared memory. The emulation's checks every access; this is a plain one.
+template <class T, int N>
+struct SharedArray {
+    T data[N];
+    __device__ T& operator[](int i) { return data[i]; }
+};
+
+inline bool launched() { return cudaGetLastError() == cudaSuccess; }
+
+}  // namespace embedgrad
+
+#define EMBEDGRAD_LAUNCH(kernel, blocks, threads, stream, ...) \
+    kernel<<<(blocks), (threads), 0, static_cast<cudaStream_t>(stream)>>>(__VA_ARGS__)
+#else
+#include "emulation/emulation.h"
+#endif

@@ -1,0 +1,216 @@
+"""The Python reference, the C++ sampler and the CUDA kernel choose the same token."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from embedgrad.errors import ConfigError
+from embedgrad.forced_choice import ForcedChoice
+from embedgrad.sampler import Penalties, choose_token, weights
+from embedgrad.sampling import Sampling
+from tests.csrc.core import Batch, Call, Core, Params
+
+DEVICES = ("cpu", "cuda")
+
+
+def reference(call: Call) -> tuple[list[int], list[str]]:
+    """What a sampler must answer, row by row."""
+    tokens, status = [], []
+    for row, logits in enumerate(call.logits):
+        if call.reasons is not None and call.reasons[row]:
+            tokens.append(-1)
+            status.append("sampled")
+            continue
+        try:
+            tokens.append(choose_token(np.ascontiguousarray(logits), call.sampling, **call.row_options(row)))
+            status.append("sampled")
+        except ConfigError as error:
+            tokens.append(-1)
+            words = {"NaN": "NaN", "+inf": "+inf", "forbidden": "all -inf", "complete": "no candidate"}
+            status.append(next(short for word, short in words.items() if word in str(error)))
+    return tokens, status
+
+
+EXTREME = [0.0, -0.0, 1.0, -1.0, 1e-45, 3e38, -3e38, -np.inf]
+NUMBERS = st.one_of(
+    st.sampled_from(EXTREME),
+    st.floats(-30, 30, width=32),
+    st.integers(-3, 3).map(float),  # ties
+)
+
+
+@st.composite
+def calls(draw: st.DrawFn, numbers: st.SearchStrategy[float] = NUMBERS) -> Call:
+    vocabulary = draw(st.sampled_from([1, 2, 3, 31, 32, 33, 127, 128, 129, 300]))
+    rows = draw(st.integers(1, 2))
+    width = vocabulary + draw(st.integers(0, 3))
+    some = draw(st.lists(numbers, min_size=1, max_size=12))
+    random = np.random.default_rng(draw(st.integers(0, 2**32)))
+    logits = np.array(some, np.float32)[random.integers(0, len(some), (rows, width))]
+    if draw(st.booleans()):
+        logits = logits + random.normal(0, 2, logits.shape).astype(np.float32)
+    options: dict = {}
+    if draw(st.booleans()):
+        options["penalties"] = Penalties(draw(st.floats(0.25, 4)), draw(st.floats(-2, 2)), draw(st.floats(-1, 1)))
+        options["counts"] = random.integers(0, 3, (rows, vocabulary)).astype(np.int32)
+    if draw(st.booleans()):
+        bias = random.normal(0, 1, vocabulary).astype(np.float32)
+        bias[random.random(vocabulary) < 0.3] = -np.inf
+        options["bias"] = bias
+    if draw(st.booleans()):
+        continuations = [random.integers(0, vocabulary, 1 + random.integers(0, 3)).tolist() for _ in range(5)]
+        tree = ForcedChoice.among(continuations, end=0)
+        options["choice"] = tree
+        options["nodes"] = random.integers(-1, len(tree.children) - 1, rows).tolist()
+    return Call(
+        logits[:, :vocabulary],
+        Sampling(
+            temperature=draw(st.sampled_from([0, 1e-6, 0.3, 1.0, 1.7, 1e30])),
+            top_k=draw(st.sampled_from([0, 1, 2, 5, 200])),
+            top_p=draw(st.sampled_from([1.0, 0.999, 0.9, 0.5, 1e-3, 1e-12])),
+            min_p=draw(st.sampled_from([0.0, 0.05, 0.9, 1.0])),
+            seed=draw(st.integers(0, 2**63)),
+        ),
+        streams=random.integers(0, 2**63, rows),
+        steps=random.integers(0, 2**31, rows),
+        **options,
+    )
+
+
+@settings(max_examples=150, deadline=None)
+@given(call=calls(), order=st.integers(1, 2**32))
+def test_same_token_with_every_option(core: Core, call: Call, order: int) -> None:
+    core.lib.embedgrad_emulation_seed(order)
+    expected = reference(call)
+    for device in DEVICES:
+        assert core.sample(device, call) == expected, device
+
+
+@settings(max_examples=50, deadline=None)
+@given(call=calls(st.sampled_from([*EXTREME, np.nan, np.inf])))
+def test_what_is_no_distribution_is_a_status(core: Core, call: Call) -> None:
+    expected = reference(call)
+    for device in DEVICES:
+        assert core.sample(device, call) == expected, device
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_clear_error_for_each_unusable_row(core: Core, device: str, temperature: float) -> None:
+    logits = np.zeros((5, 40), np.float32)
+    logits[0, 39] = np.nan
+    logits[1, 0] = np.inf
+    logits[2] = -np.inf
+    logits[3] = -np.inf
+    logits[3, 17] = -3e38
+    logits[4, [3, 5]] = np.inf, np.nan  # NaN says more
+    tokens, status = core.sample(device, Call(logits, Sampling(temperature=temperature, top_k=5, top_p=0.5)))
+    assert status == ["NaN", "+inf", "all -inf", "sampled", "NaN"]
+    assert tokens == [-1, -1, -1, 17, -1]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_ties_go_to_the_lowest_id(core: Core, device: str) -> None:
+    logits = np.zeros((60, 70), np.float32)
+    logits[:, 10:] = 1
+    logits[:, 69] = -0.0
+    greedy, _ = core.sample(device, Call(logits, Sampling()))
+    assert set(greedy) == {10}
+    limited, _ = core.sample(device, Call(logits, Sampling(temperature=1, top_k=4)))
+    assert set(limited) == {10, 11, 12, 13}
+    nucleus, _ = core.sample(device, Call(logits[:, 10:69], Sampling(temperature=1, top_p=2.5 / 59)))
+    assert set(nucleus) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("vocabulary", [5000, 49152, 151936, 262144])
+def test_same_token_in_large_vocabularies(core: Core, vocabulary: int) -> None:
+    """More than 4096 tokens: blocks of 1024 threads, several tiles per warp."""
+    random = np.random.default_rng(vocabulary)
+    logits = (random.normal(0, 3, (1, vocabulary)) // 0.125 * 0.125).astype(np.float32)  # ties, as in bfloat16
+    samplings = [Sampling(temperature=1.5, top_k=400, top_p=0.95, seed=3)]
+    if vocabulary <= 49152:
+        samplings += [Sampling(temperature=2.0, seed=1), Sampling(temperature=0.8, top_p=0.7, min_p=0.01, seed=2)]
+    for sampling in samplings:
+        call = Call(logits, sampling)
+        expected = reference(call)
+        for device in DEVICES:
+            assert core.sample(device, call) == expected, (device, sampling)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_rows_token_does_not_depend_on_its_neighbours(core: Core, device: str) -> None:
+    random = np.random.default_rng(0)
+    call = Call(random.normal(0, 2, (6, 50)).astype(np.float32), Sampling(temperature=1, seed=5), steps=range(6))
+    together, _ = core.sample(device, call)
+    alone = [
+        core.sample(device, call.with_(logits=call.logits[i : i + 1], streams=[i], steps=[i]))[0][0] for i in range(6)
+    ]
+    assert together == alone
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_ended_rows_are_left_alone(core: Core, device: str) -> None:
+    logits = np.full((3, 9), np.nan, np.float32)
+    logits[1] = 0
+    tokens, status = core.sample(device, Call(logits, Sampling(temperature=1), reasons=[1, 0, 4]))
+    assert [t >= 0 for t in tokens] == [False, True, False]
+    assert status == ["sampled"] * 3
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("wrong", "number"),
+    [
+        ({"temperature": -1}, 1),
+        ({"temperature": np.nan}, 1),
+        ({"temperature": np.inf}, 1),
+        ({"top_k": -1}, 2),
+        ({"top_p": 0}, 3),
+        ({"top_p": np.nan}, 3),
+        ({"min_p": 1.5}, 4),
+        ({"repetition": 0}, 5),
+        ({"presence": np.nan}, 5),
+        ({"vocabulary": 0}, 6),
+        ({"vocabulary": (1 << 18) + 1}, 6),
+        ({"stride": 3}, 6),
+    ],
+)
+def test_unusable_calls_are_refused_by_number(core: Core, device: str, wrong: dict, number: int) -> None:
+    params, batch = Params(1, 0, 1, 0, 1, 0, 0, 0), Batch(stride=1 << 20, rows=1, vocabulary=4)
+    for name, value in wrong.items():
+        setattr(params if name in dict(Params._fields_) else batch, name, value)
+    assert core.raw_sample(device, params, batch) == number
+
+
+def test_weights_are_the_exponential(core: Core) -> None:
+    d = np.concatenate([np.linspace(0, 33, 20_011), 2.0 ** -np.arange(1, 60), [np.inf, 1e38]]).astype(np.float32)
+    d.sort()
+    ours = weights(d)
+    assert ours[0] == 1 << 40
+    assert np.all(np.diff(ours.astype(np.int64)) <= 0)
+    exact = np.exp(-d.astype(np.float64)) * 2.0**40
+    assert np.all(np.abs(ours - exact) <= exact * 2.0**-23 + 1)
+    assert [core.lib.embedgrad_weight(x) for x in d[::7].tolist()] == ours[::7].tolist()
+
+
+def test_penalties_that_cannot_be_used() -> None:
+    for wrong in ({"repetition": 0.0}, {"presence": np.nan}, {"frequency": np.inf}):
+        with pytest.raises(ConfigError, match=next(iter(wrong))):
+            Penalties(**wrong)
+
+
+def test_the_reference_refuses_what_is_no_row() -> None:
+    with pytest.raises(ConfigError, match="float32"):
+        choose_token(np.zeros((2, 3), np.float32), Sampling())
+    with pytest.raises(ConfigError, match="float32"):
+        choose_token(np.zeros(3), Sampling())
+
+
+def test_the_structs_agree_with_sampling() -> None:
+    names = {name for name, _ in Params._fields_}
+    assert {f.name for f in dataclasses.fields(Penalties)} <= names
