@@ -6,7 +6,7 @@
 namespace embedgrad {
 namespace {
 
-// One row's keys and weights, computed once; every selection afterwards reads these. Kept from row to row.
+// One row's keys and weights, computed once; every selection afterwards reads these. Reused from row to row.
 struct Row {
     std::vector<float> value;
     std::vector<uint32_t> key;
@@ -26,19 +26,28 @@ struct Row {
         }
     }
 
-    void weigh(float temperature) {
+    // Weights of what `cut` keeps, 0 elsewhere: behind a top_k, few exponentials are left to compute. Returns their sum.
+    uint64_t weigh(const Cut& cut, float temperature) {
         weight.resize(key.size());
-        for (size_t i = 0; i < key.size(); ++i)
-            weight[i] = embedgrad::weight(distance(value[highest], value[i], temperature));
+        uint64_t total = 0;
+        for (size_t i = 0; i < key.size(); ++i) {
+            const bool kept = cut.keeps(key[i], static_cast<int32_t>(i));
+            weight[i] = kept ? embedgrad::weight(distance(value[highest], value[i], temperature)) : 0;
+            total += weight[i];
+        }
+        return total;
+    }
+
+    // Takes the weight of what `cut` leaves out, and of what weighs less than `least`. Returns the sum of the others.
+    uint64_t keep(const Cut& cut, uint64_t least) {
+        uint64_t total = 0;
+        for (size_t i = 0; i < key.size(); ++i) {
+            if (weight[i] < least || !cut.keeps(key[i], static_cast<int32_t>(i))) weight[i] = 0;
+            total += weight[i];
+        }
+        return total;
     }
 };
-
-uint64_t kept_weight(const Row& row, const Cut& cut, uint64_t least) {
-    uint64_t total = 0;
-    for (size_t i = 0; i < row.key.size(); ++i)
-        if (cut.keeps(row.key[i], static_cast<int32_t>(i)) && row.weight[i] >= least) total += row.weight[i];
-    return total;
-}
 
 // The shortest beginning of the order whose measure (1 per candidate, or its weight) is at least `target`; the measure
 // of all candidates must be.
@@ -69,21 +78,17 @@ Cut shortest_beginning(Row& row, uint64_t target, Measure measure) {
 
 int32_t choose(Row& row, const SamplingParams& params, const SamplingBatch& batch, int32_t r) {
     if (params.temperature == 0) return static_cast<int32_t>(row.highest);
-    row.weigh(params.temperature);
     Cut cut;
     if (params.top_k > 0 && static_cast<size_t>(params.top_k) < row.key.size())
         cut = shortest_beginning(row, params.top_k, [](size_t) { return uint64_t{1}; });
-    if (params.top_p < 1)  // within top_k's beginning by itself: it needs no more weight than that has
-        cut = shortest_beginning(
-            row, needed_weight(params.top_p, kept_weight(row, cut, 0)), [&](size_t i) { return row.weight[i]; });
-    const uint64_t least = least_weight(params.min_p);
-    uint64_t missing = drawn_target(params, batch, r, kept_weight(row, cut, least));
-    for (size_t i = 0;; ++i) {
-        const uint64_t w = row.weight[i];
-        if (w < least || !cut.keeps(row.key[i], static_cast<int32_t>(i))) continue;
-        if (w >= missing) return static_cast<int32_t>(i);
-        missing -= w;
-    }
+    uint64_t total = row.weigh(cut, params.temperature);
+    if (params.top_p < 1)
+        cut = shortest_beginning(row, needed_weight(params.top_p, total), [&](size_t i) { return row.weight[i]; });
+    if (params.top_p < 1 || params.min_p > 0) total = row.keep(cut, least_weight(params.min_p));
+    uint64_t missing = drawn_target(params, batch, r, total);
+    size_t i = 0;
+    while (row.weight[i] < missing) missing -= row.weight[i++];
+    return static_cast<int32_t>(i);
 }
 
 }  // namespace

@@ -14,7 +14,7 @@ from embedgrad.sampler import Penalties
 from embedgrad.sampling import Sampling, filtered_probabilities
 from tests.csrc.core import Call, Core
 
-DRAWS = {"cpu": 40_000, "cuda": 200}  # the emulation is slow, and chooses the same tokens by another test
+DRAWS = {"cpu": 40_000, "cuda": 200}  # the emulation is slow; that it chooses the same tokens has a test of its own
 V = 24
 LOGITS = np.random.default_rng(3).normal(0, 1.5, V).astype(np.float32)
 COUNTS = np.arange(V, dtype=np.int32) % 3
