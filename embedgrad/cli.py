@@ -15,6 +15,7 @@ from typing import Annotated
 
 import typer
 
+import embedgrad.waiting  # noqa: F401
 from embedgrad.errors import EmbedGradError
 
 app = typer.Typer(

@@ -17,6 +17,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+import embedgrad.waiting  # noqa: F401
 from embedgrad.data import split
 from embedgrad.errors import EmbedGradError
 from embedgrad.evaluation import Accuracy, Evaluation, evaluate
