@@ -15,7 +15,7 @@ enum StopReason : int32_t {
 
 struct AdvanceBatch {
     int32_t rows, vocabulary, capacity;
-    int32_t max_new_tokens;        // at most capacity
+    int32_t max_new_tokens;        // from 1 to capacity
     int32_t max_position;          // the model's context
     int32_t stop_size;
     const int32_t* stop_tokens;    // [stop_size]

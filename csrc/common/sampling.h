@@ -135,7 +135,7 @@ EMBEDGRAD_HD inline float distance(float highest, float x, float temperature) {
 // exp(−d) for d ≥ 0 in units of 2⁻⁴⁰, relative error below 2⁻²³ before the rounding down; never increases with d.
 //
 // exp(−d) = 2^−t, t = d·log₂e = q + f. With g = 1 − f this is 2^g · 2^−(q+1), 2^g by a polynomial on [0, 1] that is
-// exactly 1 and 2 at the ends; its coefficients (units of 2⁻³¹) are all positive, so that rounding down keeps the order.
+// exactly 1 and 2 at the ends; its coefficients (units of 2⁻³¹) are all positive, so rounding down keeps the order.
 EMBEDGRAD_HD inline uint64_t weight(float d) {
     if (!(d < 32)) return 0;  // exp(−32) < 2⁻⁴⁶
     const uint64_t t = static_cast<uint64_t>(d * 2147483648.0f) * 193635251u;  // d in 2⁻³¹, log₂e in 2⁻²⁷
@@ -193,7 +193,8 @@ struct Digit {
 EMBEDGRAD_HD inline Digit digit(int i) { return i == 0 ? Digit{21, 11} : i == 1 ? Digit{10, 11} : Digit{0, 10}; }
 
 // The running sum (1-based) at which the token is drawn.
-EMBEDGRAD_HD inline uint64_t drawn_target(const SamplingParams& params, const SamplingBatch& batch, int32_t row, uint64_t total) {
+EMBEDGRAD_HD inline uint64_t drawn_target(
+    const SamplingParams& params, const SamplingBatch& batch, int32_t row, uint64_t total) {
     return multiply_high(random_bits(params.seed, batch.streams[row], batch.steps[row]), total) + 1;
 }
 

@@ -26,7 +26,7 @@ struct Row {
         }
     }
 
-    // Weights of what `cut` keeps, 0 elsewhere: behind a top_k, few exponentials are left to compute. Returns their sum.
+    // Weights of what `cut` keeps, 0 elsewhere: behind a top_k, few exponentials are left to compute. Their sum.
     uint64_t weigh(const Cut& cut, float temperature) {
         weight.resize(key.size());
         uint64_t total = 0;
@@ -125,7 +125,9 @@ void embedgrad_advance_cpu(const AdvanceBatch* batch) {
         if (advance_row(*batch, row)) --*batch->running;
 }
 
-uint64_t embedgrad_random_bits(uint64_t seed, uint64_t stream, uint32_t step) { return random_bits(seed, stream, step); }
+uint64_t embedgrad_random_bits(uint64_t seed, uint64_t stream, uint32_t step) {
+    return random_bits(seed, stream, step);
+}
 
 void embedgrad_philox(uint32_t* counter, const uint32_t* key) {
     Philox block = {{counter[0], counter[1], counter[2], counter[3]}};

@@ -1,5 +1,5 @@
-// Token entropy and log-probability in one pass over the logits; n-gram entropy and loops of trajectories. One block per
-// row; the definitions are in common/entropy.h.
+// Token entropy and log-probability in one pass over the logits; n-gram entropy and loops of trajectories. One block
+// per row; the definitions are in common/entropy.h.
 #include "api.h"
 #include "block.cuh"
 
@@ -45,8 +45,8 @@ __global__ void __launch_bounds__(1024) token_entropy_kernel(
     log_probability[row] = asked ? static_cast<float>(online.log_probability(x[tokens[row]])) : NAN;
 }
 
-// Each thread takes n-grams of the whole, then windows, then periods. All pairs of n-grams are compared, the whole's and
-// each window's: a trajectory of some thousand tokens is too short to be worth sorting on a device.
+// Each thread takes n-grams of the whole, then windows, then periods. All pairs of n-grams are compared, of the whole
+// and of each window: a trajectory of some thousand tokens is too short to be worth sorting on a device.
 __global__ void __launch_bounds__(256) trajectory_kernel(
     const int32_t* all_ids, int32_t capacity, const int32_t* lengths, int32_t n, int32_t window, int32_t repeats,
     float* entropy, float* windowed_entropy, int32_t* period) {

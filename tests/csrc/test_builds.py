@@ -24,24 +24,32 @@ BUILDS = {
 }
 
 
+SAMPLINGS = (
+    Sampling(),
+    Sampling(temperature=2, top_k=3, seed=1),
+    Sampling(temperature=1, top_p=0.6, min_p=0.02, seed=2),
+    Sampling(temperature=0.7, top_k=40, top_p=0.9, min_p=0.01, seed=3),
+)
+
+
 def answers(core: Core) -> str:
-    """Tokens of both devices over rows of sizes that divide nothing, all options on; arrays end where they should."""
+    """Tokens of both devices with every option, of rows whose sizes divide nothing and whose logits are often tied."""
     random = np.random.default_rng(0)
     found = []
-    for vocabulary in (1, 5, 33, 1023, 4099):
-        tree = ForcedChoice.among([[vocabulary - 1, 0], [0, 0, 0]], end=0)
+    for vocabulary, rows in ((1, 2), (5, 12), (33, 12), (1023, 6), (4099, 1)):
+        tree = ForcedChoice.among([[vocabulary - 1, vocabulary // 2], [0, 0, vocabulary - 1], [0, 0, 0]], end=0)
         for options in (
             {},
             {"bias": random.normal(0, 1, vocabulary).astype(np.float32)},
-            {"counts": random.integers(0, 3, (2, vocabulary)), "penalties": Penalties(1.3, 0.37, 0.11)},
-            {"choice": tree, "nodes": [0, -1]},
+            {"counts": random.integers(0, 4, (rows, vocabulary)), "penalties": Penalties(1.3, 0.37, 0.61)},
+            {"choice": tree, "nodes": random.integers(-1, 3, rows).tolist()},
         ):
-            logits = random.normal(0, 3, (2, vocabulary)).astype(np.float32).round(1)
-            for sampling in (Sampling(), Sampling(temperature=0.7, top_k=40, top_p=0.9, min_p=0.01, seed=vocabulary)):
+            logits = random.normal(0, 2, (rows, vocabulary)).astype(np.float32).round()
+            for sampling in SAMPLINGS[:: 3 if rows == 1 else 1]:
                 found += [core.sample(device, Call(logits, sampling, **options)) for device in ("cpu", "cuda")]
                 assert found[-1] == found[-2]
-        core.token_entropy("cuda", logits)
-        core.token_entropy("cpu", logits)
+        for device in ("cpu", "cuda"):
+            core.token_entropy(device, logits)
     ids = random.integers(0, 3, 61).tolist()
     for device in ("cpu", "cuda"):
         core.trajectories(device, [ids], 3, 7, 3)

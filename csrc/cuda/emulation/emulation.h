@@ -1,7 +1,7 @@
 // Runs a kernel on the CPU: one block after another, the threads of a block as fibres of one host thread.
 //
-// A fibre runs until it waits at a barrier or a warp collective; then another is picked at random, so that a kernel that
-// relies on an order of threads changes its results from seed to seed. Two things do not depend on luck:
+// A fibre runs until it waits at a barrier or a warp collective; then another is picked at random, so that a kernel
+// that relies on an order of threads changes its results from seed to seed. Two things do not depend on luck:
 //
 //   SharedArray  remembers for each element who accessed it since which barrier. Two threads of a block that access an
 //                element between the same two barriers, one of them writing, not both atomically, are a race: between
