@@ -140,13 +140,14 @@ def quantize_int4(w: torch.Tensor, group: int = 32) -> tuple[PackedWeight, float
     scales = _stored(half / 7.5)
     best = torch.full_like(middle, float("inf"))
     q, scale, offset = torch.zeros_like(grouped), torch.zeros_like(scales), torch.zeros_like(scales)
+    is_padding = torch.arange(grouped[0].numel(), device=w.device).view(grouped[0].shape) >= w.shape[1]
     for shrink in _SHRINK:
         try_scale = (half * shrink / 7.5).to(scales.dtype)
         try_offset = (middle - half * shrink).to(scales.dtype)
         wide_scale, wide_offset = try_scale.float()[:, :, None], try_offset.float()[:, :, None]
         steps = torch.where(wide_scale > 0, (grouped - wide_offset) / wide_scale, 0)
         try_q = steps.round().clamp(0, 15)
-        error = (try_q * wide_scale + wide_offset - grouped).square().sum(-1)
+        error = (try_q * wide_scale + wide_offset - grouped).square().masked_fill_(is_padding, 0).sum(-1)
         better = error < best
         best = torch.where(better, error, best)
         scale, offset = torch.where(better, try_scale, scale), torch.where(better, try_offset, offset)

@@ -172,7 +172,7 @@ def test_the_engine_agrees_with_the_reference(config: Any, prompt: Any, batch: l
     finally:
         model.decoder.ops = model.ops = native
     assert loss == pytest.approx(expected_loss, rel=1e-6)
-    assert relative_error(grad, expected) <= 1e-5
+    assert relative_error(grad, expected) <= 2e-5  # what either may be off by against transformers
 
 
 @pytest.mark.parametrize("op", ["rms_norm", "swiglu", "tree_attention"])

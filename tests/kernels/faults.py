@@ -129,7 +129,7 @@ if VARIABLE in os.environ:
     from hypothesis import Phase, settings
 
     settings.register_profile("planted", phases=(Phase.explicit, Phase.generate), database=None, derandomize=True)
-    settings.load_profile("planted")
+    os.environ["HYPOTHESIS_PROFILE"] = "planted"
     _folder = tempfile.TemporaryDirectory()  # Triton reads a kernel's text from its file again
     _fault = FAULTS[os.environ[VARIABLE]]
     _path = Path(_folder.name) / f"{_fault.module}.py"

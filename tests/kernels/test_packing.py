@@ -14,7 +14,7 @@ from embedgrad.kernels.packing import (
 )
 from gguf.constants import GGMLQuantizationType as Type
 from gguf.quants import dequantize, quantize
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from .harness import normal
@@ -43,6 +43,7 @@ def test_gguf_blocks_keep_every_bit(seed: int, rows: int, blocks: int, kind: Typ
     st.integers(0, 2**31), st.integers(1, 5), st.integers(2, 150), st.sampled_from([32, 64, 128]),
     st.sampled_from([1.0, 1e-4, 1e-7]),
 )  # fmt: skip
+@example(0, 1, 5, 32, 1.0)  # 27 copies of the last element fill the group
 def test_the_quantisers_err_by_half_a_step_and_say_so(seed: int, rows: int, k: int, group: int, scale: float) -> None:
     w = normal(seed, (rows, k), scale=scale)
     for quantiser, levels in ((quantize_int8, 254), (quantize_int4, 15)):
