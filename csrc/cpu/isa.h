@@ -1,7 +1,7 @@
 // Which vector instructions the machine has, and how a kernel is compiled once for each.
 //
-// A kernel file X is written as `X.inl` in terms of simd.h and included by X.cpp inside one namespace per instruction
-// set (EMBEDGRAD_FOR_EACH_ISA shows how); nothing is compiled with -march=native, so one binary runs everywhere.
+// A kernel file X.inl is written in terms of simd.inl and compiled by X.cpp inside one namespace per instruction set
+// (per_isa.inl); nothing is compiled with -march=native, so one binary runs everywhere.
 #pragma once
 
 #include <atomic>

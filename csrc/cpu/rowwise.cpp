@@ -6,29 +6,8 @@
 
 namespace embedgrad {
 
-namespace plain {
-constexpr int VL = 4;
-#include "simd.inl"
-#include "rowwise.inl"
-}  // namespace plain
-
-#if defined(__x86_64__)
-EMBEDGRAD_TARGET_BEGIN(EMBEDGRAD_AVX2)
-namespace avx2 {
-constexpr int VL = 8;
-#include "simd.inl"
-#include "rowwise.inl"
-}  // namespace avx2
-EMBEDGRAD_TARGET_END
-
-EMBEDGRAD_TARGET_BEGIN(EMBEDGRAD_AVX512)
-namespace avx512 {
-constexpr int VL = 16;
-#include "simd.inl"
-#include "rowwise.inl"
-}  // namespace avx512
-EMBEDGRAD_TARGET_END
-#endif
+#define EMBEDGRAD_KERNELS "rowwise.inl"
+#include "per_isa.inl"
 
 namespace {
 constexpr int64_t kGrain = 1 << 14;  // numbers that are worth a thread

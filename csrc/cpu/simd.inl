@@ -1,6 +1,5 @@
 // Vectors of VL floats through the compiler's vector extensions. Included once per instruction set; VL is set there.
 
-constexpr int kWidth = VL;
 typedef float Vec __attribute__((vector_size(VL * 4)));
 typedef float VecAnywhere __attribute__((vector_size(VL * 4), aligned(4), may_alias));
 typedef int32_t IVec __attribute__((vector_size(VL * 4)));

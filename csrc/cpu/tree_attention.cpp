@@ -175,29 +175,8 @@ void gather(const TreeShape& t, const Block& block, Heads x, float factor, int64
 
 }  // namespace
 
-namespace plain {
-constexpr int VL = 4;
-#include "simd.inl"
-#include "tree_attention.inl"
-}  // namespace plain
-
-#if defined(__x86_64__)
-EMBEDGRAD_TARGET_BEGIN(EMBEDGRAD_AVX2)
-namespace avx2 {
-constexpr int VL = 8;
-#include "simd.inl"
-#include "tree_attention.inl"
-}  // namespace avx2
-EMBEDGRAD_TARGET_END
-
-EMBEDGRAD_TARGET_BEGIN(EMBEDGRAD_AVX512)
-namespace avx512 {
-constexpr int VL = 16;
-#include "simd.inl"
-#include "tree_attention.inl"
-}  // namespace avx512
-EMBEDGRAD_TARGET_END
-#endif
+#define EMBEDGRAD_KERNELS "tree_attention.inl"
+#include "per_isa.inl"
 
 void tree_attention(const Pool& pool, const TreeShape& t, Heads q, Heads k, Heads v, Heads out, float* lse) {
     const Panels panels(t);
