@@ -30,23 +30,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--shapes", nargs="*", default=list(SHAPES), help="prompt/query/batch, default: %(default)s")
     parser.add_argument("--repeats", type=int, default=5, help="steps per contender that count (default 5)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--backend", default="auto", help="of embedgrad (default auto)")
     parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
 
 
 def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure, print a table, and return the rows."""
     if args.worker:
-        _work(args.worker, *(int(n) for n in args.shapes[0].split("/")))
+        _work(args.worker, args.backend, *(int(n) for n in args.shapes[0].split("/")))
         return []
     rows = []
     for shape in args.shapes:
-        rows += _compare(shape, 2 if args.quick else args.repeats, args.threads)
+        rows += _compare(shape, 2 if args.quick else args.repeats, args.threads, args.backend)
     return rows
 
 
-def _compare(shape: str, repeats: int, threads: int) -> list[dict[str, Any]]:
+def _compare(shape: str, repeats: int, threads: int, backend: str) -> list[dict[str, Any]]:
     with contextlib.ExitStack() as stack:
-        workers = {name: stack.enter_context(_Worker(name, shape, threads)) for name in CONTENDERS}
+        workers = {name: stack.enter_context(_Worker(name, shape, threads, backend)) for name in CONTENDERS}
         results: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
         for _ in range(repeats + 1):  # the first step of each is not counted
             for name, worker in workers.items():
@@ -98,9 +99,9 @@ def _print(shape: str, rows: list[dict[str, Any]]) -> None:
 class _Worker:
     """One contender in a process of its own; `step` runs one step there and returns what it measured."""
 
-    def __init__(self, name: str, shape: str, threads: int) -> None:
+    def __init__(self, name: str, shape: str, threads: int, backend: str) -> None:
         environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-        command = [sys.executable, "-m", "bench", "step", "--worker", name, "--shapes", shape]
+        command = [sys.executable, "-m", "bench", "step", "--worker", name, "--shapes", shape, "--backend", backend]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=Path.cwd()
         )
@@ -128,10 +129,12 @@ class _Worker:
         raise SystemExit("a contender's process ended before it answered; its message stands above.")
 
 
-def _work(name: str, prompt: int, query: int, batch: int) -> None:
+def _work(name: str, backend: str, prompt: int, query: int, batch: int) -> None:
     """What a contender's process does: load, use once, then a step for every line on standard input."""
-    prepare = _peft if name == "peft" else _embedgrad
-    step, version = prepare(prompt, query, batch, "layer" if name.endswith("layer") else "all")
+    if name == "peft":
+        step, version = _peft(prompt, query, batch)
+    else:
+        step, version = _embedgrad(prompt, query, batch, "layer" if name.endswith("layer") else "all", backend)
     print(json.dumps({"ready": name}), flush=True)
     for _ in sys.stdin:
         base = _resident("VmRSS")
@@ -164,11 +167,13 @@ def _batch(vocabulary: int, prompt: int, query: int, batch: int) -> tuple[list[i
     return tokens(prompt), [tokens(query) for _ in range(batch)], [tokens(TARGETS) for _ in range(batch)]
 
 
-def _embedgrad(prompt: int, query: int, batch: int, policy: str) -> tuple[Callable[[], tuple[float, float]], str]:
+def _embedgrad(
+    prompt: int, query: int, batch: int, policy: str, backend: str
+) -> tuple[Callable[[], tuple[float, float]], str]:
     import embedgrad
     from embedgrad.tasks import smollm2
 
-    model = embedgrad.load_model(smollm2.path())
+    model = embedgrad.load_model(smollm2.path(), backend=backend)
     ids, queries, targets = _batch(model.config.vocab_size, prompt, query, batch)
     soft = embedgrad.SoftPrompt.from_ids(model, ids, template=embedgrad.Template.plain())
     examples = [embedgrad.Example(q, t) for q, t in zip(queries, targets, strict=True)]
@@ -183,7 +188,7 @@ def _embedgrad(prompt: int, query: int, batch: int, policy: str) -> tuple[Callab
     return step, f"embedgrad {embedgrad.__version__}, backend {model.backend}"
 
 
-def _peft(prompt: int, query: int, batch: int, policy: str) -> tuple[Callable[[], tuple[float, float]], str]:
+def _peft(prompt: int, query: int, batch: int) -> tuple[Callable[[], tuple[float, float]], str]:
     import peft
     import torch
     import transformers
