@@ -78,12 +78,43 @@ void rms_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& weight, 
                                  static_cast<float>(eps), rows(dx, "dx", n, d), n, d);
 }
 
-void rope(Tensor x, const Tensor& cos, const Tensor& sin, int64_t number, int64_t head_dim, bool backward) {
-    const int64_t n = x.size(0), half = head_dim / 2;
-    TORCH_CHECK(head_dim % 2 == 0 && x.dim() == 2 && number * head_dim <= x.size(1), "x has no ", number, " heads of ", head_dim);
-    const Rows c = rows(cos, "cos", n, half), s = rows(sin, "sin", n, half);
-    TORCH_CHECK((c.row == half && s.row == half) || n <= 1, "cos and sin must be contiguous");
-    embedgrad::rope(pool, rows(x, "x", n, x.size(1)), c.data, s.data, n, number, half, backward);
+using Optional = std::optional<Tensor>;
+
+embedgrad::HeadNorms head_norms(const Optional& q_norm, const Optional& k_norm, int64_t q_heads, int64_t size, double eps) {
+    return {q_norm ? vector(*q_norm, "q_norm", size) : nullptr, k_norm ? vector(*k_norm, "k_norm", size) : nullptr, q_heads,
+            static_cast<float>(eps)};
+}
+
+// The angles' cos or sin, one row per row of x.
+const float* angles(const Tensor& x, const char* name, int64_t rows_of_x, int64_t half) {
+    const Rows found = rows(x, name, rows_of_x, half);
+    TORCH_CHECK(found.row == half || rows_of_x <= 1, name, " must be contiguous");
+    return found.data;
+}
+
+// x [T, ≥ (h + g)·size], whose first h heads are queries and the next g keys.
+Rows rotated(const Tensor& x, int64_t h, int64_t g, int64_t size) {
+    TORCH_CHECK(size % 2 == 0 && x.dim() == 2 && (h + g) * size <= x.size(1), "x has no ", h + g, " heads of ", size);
+    return rows(x, "x", x.size(0), x.size(1));
+}
+
+void rope(
+    Tensor x, const Tensor& cos, const Tensor& sin, int64_t h, int64_t g, int64_t size, const Optional& q_norm,
+    const Optional& k_norm, double eps) {
+    const int64_t n = x.size(0), half = size / 2;
+    embedgrad::rope(pool, rotated(x, h, g, size), angles(cos, "cos", n, half), angles(sin, "sin", n, half),
+                    head_norms(q_norm, k_norm, h, size, eps), n, h + g, half);
+}
+
+void rope_backward(
+    Tensor dx, const Optional& raw, const Tensor& cos, const Tensor& sin, int64_t h, int64_t g, int64_t size,
+    const Optional& q_norm, const Optional& k_norm, double eps) {
+    const int64_t n = dx.size(0), half = size / 2;
+    TORCH_CHECK(raw || !(q_norm || k_norm), "the backward of a norm needs the heads before it");
+    TORCH_CHECK(!raw || raw->size(0) == n, "raw must have ", n, " rows");
+    embedgrad::rope_backward(pool, rotated(dx, h, g, size), raw ? rotated(*raw, h, g, size) : Rows{nullptr, 0},
+                             angles(cos, "cos", n, half), angles(sin, "sin", n, half),
+                             head_norms(q_norm, k_norm, h, size, eps), n, h + g, half);
 }
 
 void swiglu(const Tensor& gate_up, Tensor out) {
@@ -99,8 +130,8 @@ void swiglu_backward(const Tensor& da, const Tensor& gate_up, Tensor out) {
 
 embedgrad::TreeShape tree(
     const Tensor& q, const Tensor& k, const Tensor& key_begin, const Tensor& key_end, const Tensor& query_index,
-    const Tensor& block_start, int64_t kept, const std::optional<Tensor>& query_position,
-    const std::optional<Tensor>& key_position, int64_t window, double scale) {
+    const Tensor& block_start, int64_t kept, const Optional& query_position,
+    const Optional& key_position, int64_t window, double scale) {
     check(q, "q", at::kFloat, 3);
     check(k, "k", at::kFloat, 3);
     embedgrad::TreeShape t{};
@@ -131,8 +162,8 @@ float* normaliser(const Tensor& lse, const embedgrad::TreeShape& t) {
 
 void tree_attention(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& key_begin, const Tensor& key_end,
-    const Tensor& query_index, const Tensor& block_start, int64_t kept, const std::optional<Tensor>& query_position,
-    const std::optional<Tensor>& key_position, int64_t window, double scale, Tensor out, Tensor lse) {
+    const Tensor& query_index, const Tensor& block_start, int64_t kept, const Optional& query_position,
+    const Optional& key_position, int64_t window, double scale, Tensor out, Tensor lse) {
     const auto t = tree(q, k, key_begin, key_end, query_index, block_start, kept, query_position, key_position, window, scale);
     embedgrad::tree_attention(
         pool, t, heads(q, "q", t.queries, t.heads, t.head_dim), heads(k, "k", t.keys, t.groups, t.head_dim),
@@ -143,8 +174,8 @@ void tree_attention(
 void tree_attention_backward(
     const Tensor& d_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
     const Tensor& key_begin, const Tensor& key_end, const Tensor& query_index, const Tensor& block_start, int64_t kept,
-    const std::optional<Tensor>& query_position, const std::optional<Tensor>& key_position, int64_t window, double scale,
-    std::optional<Tensor> dq, std::optional<Tensor> dk, std::optional<Tensor> dv) {
+    const Optional& query_position, const Optional& key_position, int64_t window, double scale,
+    Optional dq, Optional dk, Optional dv) {
     const auto t = tree(q, k, key_begin, key_end, query_index, block_start, kept, query_position, key_position, window, scale);
     TORCH_CHECK(dk.has_value() == dv.has_value(), "dk and dv are computed together");
     const Heads none{nullptr, 0};
@@ -179,7 +210,12 @@ TORCH_LIBRARY(embedgrad, m) {
     m.def("rms_norm(Tensor x, Tensor weight, float eps, Tensor(a!) out) -> ()");
     m.def("add_rms_norm(Tensor(a!) x, Tensor residual, Tensor weight, float eps, Tensor(b!) out) -> ()");
     m.def("rms_norm_backward(Tensor dy, Tensor x, Tensor weight, float eps, Tensor(a!) dx) -> ()");
-    m.def("rope(Tensor(a!) x, Tensor cos, Tensor sin, int heads, int head_dim, bool backward) -> ()");
+    m.def(
+        "rope(Tensor(a!) x, Tensor cos, Tensor sin, int heads, int groups, int head_dim, Tensor? q_norm, "
+        "Tensor? k_norm, float eps) -> ()");
+    m.def(
+        "rope_backward(Tensor(a!) dx, Tensor? raw, Tensor cos, Tensor sin, int heads, int groups, int head_dim, "
+        "Tensor? q_norm, Tensor? k_norm, float eps) -> ()");
     m.def("swiglu(Tensor gate_up, Tensor(a!) out) -> ()");
     m.def("swiglu_backward(Tensor da, Tensor gate_up, Tensor(a!) out) -> ()");
     m.def(
@@ -197,6 +233,7 @@ TORCH_LIBRARY_IMPL(embedgrad, CPU, m) {
     m.impl("add_rms_norm", add_rms_norm);
     m.impl("rms_norm_backward", rms_norm_backward);
     m.impl("rope", rope);
+    m.impl("rope_backward", rope_backward);
     m.impl("swiglu", swiglu);
     m.impl("swiglu_backward", swiglu_backward);
     m.impl("tree_attention", tree_attention);

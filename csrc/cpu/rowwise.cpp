@@ -35,12 +35,23 @@ void rms_norm_backward(
 }
 
 void rope(
-    const Pool& pool, Rows x, const float* cos, const float* sin, int64_t rows, int64_t heads, int64_t half,
-    bool backward) {
-    const float sign = backward ? -1.0f : 1.0f;
+    const Pool& pool, Rows x, const float* cos, const float* sin, HeadNorms norms, int64_t rows, int64_t heads,
+    int64_t half) {
     pool.run(rows, grain(heads * half), [&](int64_t begin, int64_t end) {
         for (int64_t t = begin; t < end; ++t) {
-            EMBEDGRAD_DISPATCH(rope_row, x.data + t * x.row, cos + t * half, sin + t * half, heads, half, sign)
+            EMBEDGRAD_DISPATCH(rope_row, x.data + t * x.row, cos + t * half, sin + t * half, norms, heads, half)
+        }
+    });
+}
+
+void rope_backward(
+    const Pool& pool, Rows dx, Rows raw, const float* cos, const float* sin, HeadNorms norms, int64_t rows, int64_t heads,
+    int64_t half) {
+    pool.run(rows, grain(heads * half), [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t) {
+            const float* x = raw.data ? raw.data + t * raw.row : nullptr;
+            EMBEDGRAD_DISPATCH(
+                rope_backward_row, dx.data + t * dx.row, x, cos + t * half, sin + t * half, norms, heads, half)
         }
     });
 }

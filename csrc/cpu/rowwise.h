@@ -19,10 +19,22 @@ void rms_norm(const Pool&, Rows x, Rows residual, const float* weight, float eps
 void rms_norm_backward(
     const Pool&, Rows dy, Rows x, const float* weight, float eps, Rows dx, int64_t rows, int64_t d);
 
-// Rotates (or, `backward`, rotates back) `heads` heads of size 2·half that stand side by side in each row of x;
-// cos and sin [rows, half].
+// Per-head RMS norm of the first `q_heads` heads of a row with weights q [2·half] and of the others with k; null: none.
+struct HeadNorms {
+    const float *q, *k;
+    int64_t q_heads;
+    float eps;
+};
+
+// Norms (where there are norms) and rotates `heads` heads of size 2·half that stand side by side in each row of x, in
+// place; cos and sin [rows, half].
 void rope(
-    const Pool&, Rows x, const float* cos, const float* sin, int64_t rows, int64_t heads, int64_t half, bool backward);
+    const Pool&, Rows x, const float* cos, const float* sin, HeadNorms norms, int64_t rows, int64_t heads, int64_t half);
+
+// The transpose, in place on the gradient dx; raw: the heads before norm and rotation, read only with norms.
+void rope_backward(
+    const Pool&, Rows dx, Rows raw, const float* cos, const float* sin, HeadNorms norms, int64_t rows, int64_t heads,
+    int64_t half);
 
 // out = g σ(g) ⊙ u; gate_up = [g, u] [rows, 2·width]
 void swiglu(const Pool&, Rows gate_up, Rows out, int64_t rows, int64_t width);

@@ -41,13 +41,35 @@ static void rms_norm_backward_row(
     for (i = 0; i < d; ++i) dx[i] += dy[i] * w[i] * r - x[i] * back;
 }
 
-static void rope_row(float* x, const float* cos, const float* sin, int64_t heads, int64_t half, float sign) {
-    for (int64_t h = 0; h < heads; ++h, x += 2 * half)
-        for (int64_t i = 0; i < half; ++i) {
-            const float first = x[i], second = x[half + i], s = sign * sin[i];
-            x[i] = first * cos[i] - second * s;
-            x[half + i] = second * cos[i] + first * s;
-        }
+static void rotate(float* x, const float* cos, const float* sin, int64_t half, float sign) {
+    for (int64_t i = 0; i < half; ++i) {
+        const float first = x[i], second = x[half + i], s = sign * sin[i];
+        x[i] = first * cos[i] - second * s;
+        x[half + i] = second * cos[i] + first * s;
+    }
+}
+
+static void rope_row(float* x, const float* cos, const float* sin, const HeadNorms& norms, int64_t heads, int64_t half) {
+    for (int64_t h = 0; h < heads; ++h, x += 2 * half) {
+        const float* weight = h < norms.q_heads ? norms.q : norms.k;
+        if (weight) rms_norm_row(x, nullptr, weight, norms.eps, x, 2 * half);
+        rotate(x, cos, sin, half, 1.0f);
+    }
+}
+
+static void rope_backward_row(
+    float* dx, const float* raw, const float* cos, const float* sin, const HeadNorms& norms, int64_t heads, int64_t half) {
+    for (int64_t h = 0; h < heads; ++h, dx += 2 * half) {
+        rotate(dx, cos, sin, half, -1.0f);
+        const float* weight = h < norms.q_heads ? norms.q : norms.k;
+        if (!weight) continue;
+        const float* x = raw + h * 2 * half;
+        for (int64_t i = 0; i < 2 * half; ++i) dx[i] *= weight[i];
+        const float along = dot(dx, x, 2 * half);
+        const float r = inverse_rms(x, norms.eps, 2 * half);
+        const float back = along / static_cast<float>(2 * half) * r * r * r;
+        for (int64_t i = 0; i < 2 * half; ++i) dx[i] = dx[i] * r - x[i] * back;
+    }
 }
 
 static inline Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp(-x)); }

@@ -1,8 +1,8 @@
 """The native backend: the functions of `reference` on the project's own C++ (csrc/), for float32 models on CPUs.
 
-What csrc/ does not do is handed to `reference`: float64 and 16-bit tensors, the per-head norm of Qwen3, a softcap, rows
-that are not contiguous, and the ops that are one call into BLAS or torch anyway. Equations and shapes are those of
-`reference`. Importing this raises ImportError where csrc/ was not built or does not fit the installed torch.
+What csrc/ does not do is handed to `reference`: float64 and 16-bit tensors, a softcap, rows that are not contiguous,
+and the ops that are mostly a call into BLAS. Equations and shapes are those of `reference`. Importing this raises
+ImportError where csrc/ was not built or does not fit the installed torch.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def _load() -> None:
     except OSError as error:
         raise ImportError(f"csrc/ was built for another torch: {error}") from error
     for name in (
-        "rms_norm", "add_rms_norm", "rms_norm_backward", "rope", "swiglu", "swiglu_backward", "tree_attention",
-        "tree_attention_backward",
+        "rms_norm", "add_rms_norm", "rms_norm_backward", "rope", "rope_backward", "swiglu", "swiglu_backward",
+        "tree_attention", "tree_attention_backward",
     ):  # fmt: skip
         torch.library.register_fake(f"embedgrad::{name}", lambda *_, **__: None)
 
@@ -110,10 +110,10 @@ def rope(
     k_norm: Tensor | None = None,
     eps: float = 0.0,
 ) -> Tensor:
-    """Rotate q and k inside the fused buffer [T, (H + 2G)·D], in place; cos, sin [T, D/2]."""
-    if q_norm is not None or k_norm is not None or not _fits(qkv, cos, sin):
+    """Norm q and k where weights [D] are given, and rotate them, in place in qkv [T, (H + 2G)·D]; cos, sin [T, D/2]."""
+    if not _fits(qkv, cos, sin, q_norm, k_norm):
         return reference.rope(qkv, cos, sin, heads, q_norm=q_norm, k_norm=k_norm, eps=eps)
-    _ops.rope(qkv, cos.contiguous(), sin.contiguous(), heads[0] + heads[1], heads[2], False)
+    _ops.rope(qkv, cos.contiguous(), sin.contiguous(), *heads, q_norm, k_norm, eps)
     return qkv
 
 
@@ -129,9 +129,9 @@ def rope_backward(
     eps: float = 0.0,
 ) -> Tensor:
     """The transpose of `rope`, in place on dqkv [T, (H + 2G)·D]."""
-    if q_norm is not None or k_norm is not None or not _fits(dqkv, cos, sin):
+    if not _fits(dqkv, qkv_raw, cos, sin, q_norm, k_norm):
         return reference.rope_backward(dqkv, qkv_raw, cos, sin, heads, q_norm=q_norm, k_norm=k_norm, eps=eps)
-    _ops.rope(dqkv, cos.contiguous(), sin.contiguous(), heads[0] + heads[1], heads[2], True)
+    _ops.rope_backward(dqkv, qkv_raw, cos.contiguous(), sin.contiguous(), *heads, q_norm, k_norm, eps)
     return dqkv
 
 
