@@ -28,8 +28,10 @@ def wanted_names(args: argparse.Namespace) -> list[str]:
     types = args.dtype
     found = [s for s in specimens() if args.only in s.name and (not types or s.name.rsplit("/", 1)[1] in types)]
     if args.quick:
-        bf16_first = sorted(found, key=lambda s: not s.name.endswith("/bfloat16"))
-        found = [s for i, s in enumerate(bf16_first) if s.op not in {earlier.op for earlier in bf16_first[:i]}]
+        one_of_each: dict[str, Any] = {}
+        for s in sorted(found, key=lambda s: not s.name.endswith("/bfloat16")):
+            one_of_each.setdefault(s.op, s)
+        found = list(one_of_each.values())
     return [s.name for s in found]
 
 

@@ -151,22 +151,21 @@ def swiglu_backward(da: Tensor, gate_up: Tensor, *, out: Tensor) -> Tensor:
     return out
 
 
-def _schedule(
-    mask: TreeMask, group: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, int, Tensor | None, Tensor | None, int]:
+def _schedule(mask: TreeMask, group: int) -> tuple[Tensor | int | None, ...]:
     """The mask as csrc/ takes it, and where its blocks of queries start; made once per mask and used by every layer."""
 
-    def make() -> tuple[Tensor, Tensor, Tensor, Tensor, int, Tensor | None, Tensor | None, int]:
-        queries = mask.query_slices(max(1, BLOCK_ROWS // group))
-        starts = torch.tensor([*(part.start for part in queries), len(mask.query_index)], dtype=torch.int32)
-        window = None if mask.window is None else (mask.query_position, mask.key_position)
-        positions = (None, None) if window is None else tuple(x.int().contiguous() for x in window if x is not None)
+    def indices(x: Tensor | None) -> Tensor | None:
+        return None if x is None or mask.window is None else x.int().contiguous()
+
+    def plan() -> tuple[Tensor | int | None, ...]:
+        blocks = mask.query_slices(max(1, BLOCK_ROWS // group))
+        starts = torch.tensor([*(block.start for block in blocks), len(mask.query_index)], dtype=torch.int32)
         return (
             mask.key_begin.contiguous(), mask.key_end.contiguous(), mask.query_index.contiguous(), starts, mask.kept,
-            positions[0], positions[1], mask.window or 0,
+            indices(mask.query_position), indices(mask.key_position), mask.window or 0,
         )  # fmt: skip
 
-    return mask.cached(("native", group), make)
+    return mask.cached(("native", group), plan)
 
 
 def _heads_fit(*tensors: Tensor | None) -> bool:
