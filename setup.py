@@ -11,8 +11,14 @@ from typing import Any
 
 from setuptools import find_packages, setup
 
-SOURCES = ["csrc/bindings.cpp", "csrc/cpu/rowwise.cpp", "csrc/cpu/tree_attention.cpp"]
-HEADERS = [str(path) for pattern in ("*.h", "cpu/*.h", "cpu/*.inl") for path in sorted(Path("csrc").glob(pattern))]
+SOURCES = [
+    str(path) for pattern in ("*.cpp", "cpu/*.cpp", "decode/*.cpp") for path in sorted(Path("csrc").glob(pattern))
+]
+HEADERS = [
+    str(path)
+    for pattern in ("*.h", "common/*.h", "cpu/*.h", "cpu/*.inl", "decode/*.h", "decode/*.inl")
+    for path in sorted(Path("csrc").glob(pattern))
+]
 FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-fvisibility=hidden", "-g0"]
 
 

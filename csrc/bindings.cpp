@@ -188,7 +188,7 @@ void tree_attention_backward(
         dv ? heads(*dv, "dv", t.keys - t.kept, t.groups, t.head_dim) : none);
 }
 
-const char* const kIsaNames[] = {"plain", "avx2", "avx512"};
+const char* const kIsaNames[] = {"plain", "avx2", "avx512", "avx512vnni"};
 
 std::string isa() { return kIsaNames[static_cast<int>(embedgrad::isa())]; }
 

@@ -5,41 +5,58 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-import torch
+import numpy as np
 from torch import Tensor
 
+from embedgrad.entropy import loop_period, trajectory_entropy
 from embedgrad.errors import ConfigError, ContextError, DataError
-from embedgrad.memory import StepSize, activation_bytes
+from embedgrad.forced_choice import ForcedChoice
+from embedgrad.interrupts import StopRequest, interruptible
 from embedgrad.model.decoding import KeyValueCache
 from embedgrad.model.model import Model
-from embedgrad.model.step import build_step
-from embedgrad.prefix_cache import keys_and_values
+from embedgrad.native_loop import NativeLoop
+from embedgrad.plain_loop import PlainLoop
+from embedgrad.prefill import own_contexts, shared_context
 from embedgrad.prompt import SoftPrompt
-from embedgrad.rendering import Rendered, end_token, render_query
-from embedgrad.sampling import Sampling, choose
-from embedgrad.tree import pack_branches
+from embedgrad.rendering import Rendered, answer_tokens, end_token, render_query
+from embedgrad.sampling import Sampling
+from embedgrad.slots import FREE, RUNNING, STOP, STOP_REASONS, Limits, Slots
 
 QUERY = str | Sequence[int]
+REFILL = 4  # new queries enter once a quarter of the slots are free: one by one, each would be a small matrix product
+WINDOW = 64  # tokens; a loop at the end of a long answer shows in their entropy
 
 
 @dataclass(frozen=True)
 class Generation:
-    """One answer. `ids` are its tokens without the stop token; stop_reason: "stop" (a stop token or a stop text),
-    "length" (max_new_tokens), "context" (the model's context is full)."""
+    """One answer.
+
+    ids: its tokens without the stop token. stop_reason: "stop" (a stop token, a stop text, or a choice that is
+    complete), "length" (max_new_tokens), "context" (the model's context is full). log_probabilities and entropies, one
+    per token of ids and one for a stop token: of the token by the model's own distribution (natural logarithm), and of
+    that distribution as a share of the largest possible (`embedgrad.entropy.token_entropy`).
+    """
 
     text: str
     ids: list[int]
     stop_reason: str
+    log_probabilities: list[float] = field(default_factory=list, compare=False, repr=False)
+    entropies: list[float] = field(default_factory=list, compare=False, repr=False)
 
+    @property
+    def trajectory_entropy(self) -> float:
+        """Of the whole answer (`embedgrad.entropy.trajectory_entropy`)."""
+        return trajectory_entropy(self.ids)
 
-@dataclass
-class _Sequence:
-    """One answer while it is being written."""
+    @property
+    def windowed_entropy(self) -> float:
+        """The least trajectory entropy of any WINDOW tokens in a row."""
+        return trajectory_entropy(self.ids, window=WINDOW)
 
-    index: int
-    room: int  # tokens that still fit into the model's context
-    generator: torch.Generator
-    ids: list[int] = field(default_factory=list)
+    @property
+    def loop_period(self) -> int:
+        """The period, in tokens, with which the answer ends; 0: it ends in no loop."""
+        return loop_period(self.ids)
 
 
 def generate(
@@ -50,12 +67,15 @@ def generate(
     *,
     batch_size: int = 32,
     on_answer: Callable[[int, Generation], None] | None = None,
+    on_token: Callable[[int, int], None] | None = None,
 ) -> list[Generation]:
     """The model's answers to `queries` (texts, or lists of token ids), in their order.
 
-    `batch_size` queries are decoded at a time; it changes speed and memory only. `on_answer(index, generation)` is
-    called as each answer is finished. Raises PromptError, DataError, ContextError (a query that fills the context),
-    all before the first answer.
+    `batch_size` queries are decoded at a time, and where one is answered the next takes its place; it changes speed and
+    memory only. `on_answer(index, generation)` is called as each answer is finished, `on_token(index, id)` after each
+    token that becomes part of an answer. Ctrl-C, and what these raise, ends the call within one token. Raises
+    PromptError, DataError, ContextError (a query that fills the context), all before the first answer, and ConfigError
+    (a logit_bias for a token that is none, logits that are no distribution).
     """
     if isinstance(queries, str):
         raise DataError("generate takes a list of queries, not one text; put it into a list.")
@@ -68,6 +88,7 @@ def generate(
         Sampling() if sampling is None else sampling,
         batch_size=batch_size,
         on_answer=on_answer,
+        on_token=on_token,
     )
 
 
@@ -79,25 +100,21 @@ def write_answers(
     *,
     batch_size: int = 32,
     on_answer: Callable[[int, Generation], None] | None = None,
+    on_token: Callable[[int, int], None] | None = None,
     on_prefill: Callable[[int, KeyValueCache, Tensor], None] | None = None,
 ) -> list[Generation]:
-    """`generate` for rendered queries. `on_prefill(first index, cache, logits [B, V])` sees each batch before its first
-    token is chosen; it may go on with the cache as long as it rewinds it."""
+    """`generate` for rendered queries. `on_prefill(first index, cache, logits [B, V])` sees queries that follow each
+    other before their first token is chosen; it may go on with the cache as long as it rewinds it."""
     if batch_size < 1:
         raise ConfigError(f"batch_size is {batch_size}, but must be at least 1.")
     if not rendered:
         return []
     check_room(model, rendered)
-    trunk = _common_prefix(rendered)
-    kept = keys_and_values(
-        model, rendered[0].ids[:trunk], (), (), prompt.embeddings.to(model.device), rendered[0].prompt_rows[:trunk]
-    )
-    end = end_token(model, prompt)
-    writer = _Writer(
-        model, prompt, sampling, {*model.tokenizer.eos_ids, *(() if end is None else (end,))}, on_answer, on_prefill
-    )
-    for start in range(0, len(rendered), batch_size):
-        writer.write(rendered[start : start + batch_size], start, kept)
+    kept = shared_context(model, prompt.embeddings.to(model.device), rendered[0], _common_prefix(rendered))
+    writer = _Writer(model, prompt, rendered, sampling, min(batch_size, len(rendered)), kept)
+    writer.on_answer, writer.on_token, writer.on_prefill = on_answer, on_token, on_prefill
+    with interruptible() as interrupt:
+        writer.write(interrupt)
     return [writer.answers[i] for i in range(len(rendered))]
 
 
@@ -124,95 +141,125 @@ def _common_prefix(sequences: Sequence[Rendered]) -> int:
     return length
 
 
+def _choice(model: Model, prompt: SoftPrompt, texts: Sequence[str], end: int | None) -> ForcedChoice | None:
+    """The tree of `texts` as answers."""
+    if not texts:
+        return None
+    stop = min(model.tokenizer.eos_ids) if end is None else end
+    return ForcedChoice.among([answer_tokens(model, prompt, text) for text in texts], stop)
+
+
 class _Writer:
-    """Writes answers, a batch at a time."""
+    """Writes answers: queries enter free slots, a loop writes until slots are free again."""
+
+    on_answer: Callable[[int, Generation], None] | None = None
+    on_token: Callable[[int, int], None] | None = None
+    on_prefill: Callable[[int, KeyValueCache, Tensor], None] | None = None
 
     def __init__(
         self,
         model: Model,
         prompt: SoftPrompt,
+        rendered: Sequence[Rendered],
         sampling: Sampling,
-        stop_ids: set[int],
-        on_answer: Callable[[int, Generation], None] | None,
-        on_prefill: Callable[[int, KeyValueCache, Tensor], None] | None,
+        size: int,
+        trunk: Tensor,
     ) -> None:
-        self.model = model
-        self.embeddings = prompt.embeddings.to(model.device)
-        self.sampling = sampling
-        self.stop_ids = stop_ids
-        self.on_answer = on_answer
-        self.on_prefill = on_prefill
+        self._model, self._rendered, self._sampling, self._trunk = model, rendered, sampling, trunk
+        self._embeddings = prompt.embeddings.to(model.device)
+        self._next = 0  # the first query that has not entered
         self.answers: dict[int, Generation] = {}
+        end = end_token(model, prompt)
+        limits = Limits(
+            frozenset(model.tokenizer.eos_ids) | ({end} if end is not None else set()), model.config.max_position
+        )
+        self._slots = Slots(
+            size, model.config.vocab_size, sampling, limits, _choice(model, prompt, sampling.choices, end)
+        )
+        native = model.native_decoder
+        self._loop = PlainLoop(model, self._slots) if native is None else NativeLoop(native, self._slots)
         # A stop text can begin in the middle of a token and can span several; this many tokens of the end hold it.
         self._tail = max((len(text.encode()) for text in sampling.stop), default=0) + 1
+        self._seen = [0] * size  # tokens that each slot had after the step before
 
-    def write(self, batch: Sequence[Rendered], start: int, trunk: Tensor) -> None:
-        """Answer `batch`, whose first query has the index `start`, behind the keys and values `trunk`."""
-        room = self.model.config.max_position
-        active = [_Sequence(i, room - len(s.ids), self.sampling.generator(i)) for i, s in enumerate(batch, start)]
-        cache, hidden = self._prefill(batch, trunk)
-        logits = cache.logits(hidden)
+    def write(self, interrupt: StopRequest) -> None:
+        """Answer all queries. Raises KeyboardInterrupt where `interrupt` asks for it."""
+        while len(self.answers) < len(self._rendered):
+            self._enter()
+            waiting = self._next < len(self._rendered)
+            refill = max(1, self._slots.size // REFILL) if waiting else 0
+            self._loop.run(lambda: self._after_step(interrupt), refill)
+            if interrupt.requested:
+                raise KeyboardInterrupt
+
+    def _enter(self) -> None:
+        """Put queries into all free slots."""
+        free = self._slots.free()
+        first = self._next
+        batch = self._rendered[first : first + len(free)]
+        if not batch:
+            return
+        slots = free[: len(batch)]
+        self._next += len(batch)
+        cache, logits = own_contexts(self._model, self._embeddings, batch, self._trunk)
         if self.on_prefill is not None:
-            self.on_prefill(start, cache, logits)
-        while True:
-            chosen = choose(logits, self.sampling, [s.generator for s in active])
-            going = [n for n, (s, token) in enumerate(zip(active, chosen, strict=True)) if not self._append(s, token)]
-            if not going:
-                return
-            if len(going) < len(active):
-                active = [active[n] for n in going]
-                cache.keep(torch.tensor(going, device=self.model.device))
-            logits = cache.logits(cache.advance(torch.tensor([s.ids[-1] for s in active], device=self.model.device)))
+            self.on_prefill(first, cache, logits)
+        for n, (slot, sequence) in enumerate(zip(slots, batch, strict=True)):
+            self._slots.enter(slot, first + n, sequence.ids)
+            self._seen[slot] = 0
+        self._loop.enter(cache, logits, slots)
 
-    def _prefill(self, batch: Sequence[Rendered], trunk: Tensor) -> tuple[KeyValueCache, Tensor]:
-        """Keys and values of what each sequence does not share, and the hidden state of its last token [B, d]."""
-        model, shared = self.model, trunk.shape[2]
-        tree = pack_branches(batch, shared)
-        step = build_step(model.config, tree, (trunk,) if shared else (), model.dtype, model.device, rows=tree.leaves)
-        lengths = torch.tensor([len(s.ids) - shared for s in batch])
-        cache = KeyValueCache(model, trunk, lengths)
-        sequence = torch.repeat_interleave(torch.arange(len(batch)), lengths)
-        at = torch.cat([torch.arange(int(n)) for n in lengths])
-        size = StepSize(tree.num_tokens, shared, len(batch), None, 0)
-        model.arena.begin(activation_bytes(model.config, size, model.dtype, None))
-        place = sequence.to(model.device), at.to(model.device)
-        hidden = model.decoder.keys_and_values(
-            self.embeddings, step, lambda layer, k, v: cache.fill(layer, k, v, *place)
+    def _after_step(self, interrupt: StopRequest) -> bool:
+        """Look at what the last step has written; True to stop."""
+        slots = self._slots
+        if self._sampling.stop or self.on_token is not None:
+            for slot in np.flatnonzero(slots.lengths != self._seen).tolist():
+                self._seen[slot] = int(slots.lengths[slot])
+                if slots.reasons[slot] != FREE:
+                    self._look_at(slot)
+        ended = np.flatnonzero((slots.reasons != RUNNING) & (slots.reasons != FREE)).tolist()
+        slots.check(ended)
+        for slot in ended:
+            self._finish(slot, None)
+        return interrupt.requested
+
+    def _look_at(self, slot: int) -> None:
+        """A slot with a new token."""
+        slots = self._slots
+        index, ids = int(slots.streams[slot]), slots.ids[slot, : slots.lengths[slot]]
+        if self.on_token is not None:
+            self.on_token(index, int(ids[-1]))
+        text = self._stopped_text(ids.tolist())
+        if text is not None:
+            if slots.reasons[slot] == RUNNING:
+                slots.stop(slot)
+            slots.reasons[slot] = STOP
+            self._finish(slot, text)
+
+    def _finish(self, slot: int, text: str | None) -> None:
+        """The answer of a slot that has ended, with `text` where that is known; the slot is free afterwards."""
+        slots = self._slots
+        index, length = int(slots.streams[slot]), int(slots.lengths[slot])
+        ids, numbers = slots.ids[slot, :length].tolist(), int(slots.steps[slot])
+        answer = Generation(
+            self._model.tokenizer.decode(ids) if text is None else text,
+            ids,
+            STOP_REASONS[int(slots.reasons[slot])],
+            slots.log_probability[slot, :numbers].tolist(),
+            slots.entropy[slot, :numbers].tolist(),
         )
-        assert hidden is not None
-        return cache, hidden
-
-    def _append(self, sequence: _Sequence, token: int) -> bool:
-        """Add `token`; True when that ends the answer."""
-        reason, text = None, None
-        if token in self.stop_ids:
-            reason = "stop"
-        else:
-            sequence.ids.append(token)
-            sequence.room -= 1
-            text = self._stopped_text(sequence.ids)
-            if text is not None:
-                reason = "stop"
-            elif len(sequence.ids) >= self.sampling.max_new_tokens:
-                reason = "length"
-            elif sequence.room <= 0:
-                reason = "context"
-        if reason is None:
-            return False
-        text = self.model.tokenizer.decode(sequence.ids) if text is None else text
-        answer = Generation(text, sequence.ids, reason)
-        self.answers[sequence.index] = answer
+        slots.reasons[slot] = FREE
+        self.answers[index] = answer
         if self.on_answer is not None:
-            self.on_answer(sequence.index, answer)
-        return True
+            self.on_answer(index, answer)
 
     def _stopped_text(self, ids: list[int]) -> str | None:
         """The text before the first stop text, or None where none has occurred."""
-        if not self.sampling.stop:
+        if not self._sampling.stop:
             return None
-        tail = self.model.tokenizer.decode(ids[-self._tail :])
-        if not any(stop in tail for stop in self.sampling.stop):
+        tail = self._model.tokenizer.decode(ids[-self._tail :])
+        if not any(stop in tail for stop in self._sampling.stop):
             return None
-        text = self.model.tokenizer.decode(ids)
-        places = [at for at in (text.find(stop) for stop in self.sampling.stop) if at >= 0]
+        text = self._model.tokenizer.decode(ids)
+        places = [at for at in (text.find(stop) for stop in self._sampling.stop) if at >= 0]
         return text[: min(places)] if places else None

@@ -51,3 +51,15 @@ def stop_on_signals(terminate: bool) -> Iterator[StopRequest]:
         yield request
     finally:
         restore()
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[StopRequest]:
+    """Inside the block Ctrl-C sets the request, and raises no KeyboardInterrupt; a program's own handler stays in
+    charge."""
+    is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not is_default or threading.current_thread() is not threading.main_thread():
+        yield StopRequest()
+        return
+    with stop_on_signals(terminate=False) as request:
+        yield request

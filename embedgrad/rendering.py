@@ -94,6 +94,14 @@ def end_token(model: ModelLike, prompt: PromptLike) -> int | None:
     return _plan_of(model, prompt).end_token
 
 
+def answer_tokens(model: ModelLike, prompt: PromptLike, text: str) -> list[int]:
+    """The tokens of `text` as an answer with this prompt's template, without what ends it. Raises as `render` does."""
+    context = len(render_query(model, prompt, "x").ids)
+    ids = render(model, prompt, Example("x", text)).ids[context:]
+    end = end_token(model, prompt)
+    return ids[: ids.index(end)] if end in ids else ids
+
+
 def layout(model: ModelLike, template: Template, token_ids: Sequence[int], text: str) -> tuple[list[int], list[int]]:
     """(ids, prompt rows) of the template's context; the query's place is one token with id −1 and row −1."""
     return _plan(model, template, tuple(token_ids), text).layout()

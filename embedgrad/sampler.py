@@ -2,8 +2,7 @@
 
 `csrc/common/sampling.h` says what is computed, and why in integers: a sum of integers does not depend on its order, so
 that three implementations which add in three orders choose the same token. Here everything is sorted and summed
-plainly. `embedgrad.sampling.choose` differs in the generator it draws from, and in tied logits at the end of top_k: it
-keeps them all, this one those with the lowest ids.
+plainly. Of tied logits at the end of top_k the lowest ids are kept.
 """
 
 from __future__ import annotations
@@ -21,6 +20,13 @@ from embedgrad.sampling import Sampling
 MAX_VOCABULARY = 1 << 18
 WEIGHT_BITS = 40
 
+PROBLEMS = {
+    1: "the logits hold NaN; the model's weights or its prompt are not usable.",
+    2: "the logits hold +inf, which is no distribution; a bias or a penalty may be too large.",
+    3: "every token is forbidden: all logits are -inf after bias and penalties.",
+}
+"""What the compiled samplers' statuses mean (SamplingStatus in csrc/common/sampling.h)."""
+
 # 2^g on [0, 1] in units of 2^-31, from the highest power down; exactly 1 and 2 at the ends.
 _EXP2 = (46187, 308230, 2882342, 20646143, 119196239, 515882262, 1488522245, 2147483648)
 _LOG2_E = 193635251  # units of 2^-27
@@ -37,6 +43,11 @@ class Penalties:
     repetition: float = 1.0
     presence: float = 0.0
     frequency: float = 0.0
+
+    @classmethod
+    def of(cls, sampling: Sampling) -> Penalties:
+        """Those of the settings."""
+        return cls(sampling.repetition_penalty, sampling.presence_penalty, sampling.frequency_penalty)
 
     def __post_init__(self) -> None:
         """Raises ConfigError where a number is not finite, or repetition is not above 0."""
@@ -102,9 +113,9 @@ def choose_token(
         raise ConfigError("a forced choice that is complete leaves no token to choose.")
     x = adjusted(logits, penalties, counts, bias)[ids]
     _check(x)
-    order = np.lexsort((ids, -x))
     if sampling.temperature == 0:
-        return int(ids[order[0]])
+        return int(ids[x.argmax()])  # the first of equal ones, and ids ascend
+    order = np.lexsort((ids, -x))
     with np.errstate(over="ignore"):
         w = weights((x.max() - x) / np.float32(sampling.temperature))
     if sampling.top_k:
@@ -122,9 +133,6 @@ def choose_token(
 
 
 def _check(x: np.ndarray) -> None:
-    if np.isnan(x).any():
-        raise ConfigError("the logits hold NaN; the model's weights or its prompt are not usable.")
-    if x.max() == np.inf:
-        raise ConfigError("the logits hold +inf, which is no distribution; a bias or a penalty may be too large.")
-    if x.max() == -np.inf:
-        raise ConfigError("every token is forbidden: all logits are -inf after bias and penalties.")
+    problem = 1 if np.isnan(x).any() else 2 if x.max() == np.inf else 3 if x.max() == -np.inf else 0
+    if problem:
+        raise ConfigError(PROBLEMS[problem])

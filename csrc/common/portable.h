@@ -9,6 +9,9 @@
 #define EMBEDGRAD_HD
 #endif
 
+// A function of the library's C ABI: seen from outside although everything else is hidden.
+#define EMBEDGRAD_API __attribute__((visibility("default")))
+
 namespace embedgrad {
 
 // The upper 64 bits of a·b; by halves, because neither 128-bit integers nor an intrinsic exist everywhere.

@@ -1,13 +1,16 @@
 // Compiles the kernel file named by EMBEDGRAD_KERNELS once per instruction set, each in a namespace of its own; included
-// inside namespace embedgrad, after every header that the kernels need.
+// inside namespace embedgrad, after every header that the kernels need. EMBEDGRAD_ISA is 0, 2 (avx2) or 512 there.
 
+#define EMBEDGRAD_ISA 0
 namespace plain {
 constexpr int VL = 4;
 #include "simd.inl"
 #include EMBEDGRAD_KERNELS
 }  // namespace plain
+#undef EMBEDGRAD_ISA
 
 #if defined(__x86_64__)
+#define EMBEDGRAD_ISA 2
 EMBEDGRAD_TARGET_BEGIN(EMBEDGRAD_AVX2)
 namespace avx2 {
 constexpr int VL = 8;
@@ -15,7 +18,9 @@ constexpr int VL = 8;
 #include EMBEDGRAD_KERNELS
 }  // namespace avx2
 EMBEDGRAD_TARGET_END
+#undef EMBEDGRAD_ISA
 
+#define EMBEDGRAD_ISA 512
 EMBEDGRAD_TARGET_BEGIN(EMBEDGRAD_AVX512)
 namespace avx512 {
 constexpr int VL = 16;
@@ -23,4 +28,17 @@ constexpr int VL = 16;
 #include EMBEDGRAD_KERNELS
 }  // namespace avx512
 EMBEDGRAD_TARGET_END
+
+#if defined(EMBEDGRAD_WITH_VNNI)
+#define EMBEDGRAD_VNNI 1
+EMBEDGRAD_TARGET_BEGIN(EMBEDGRAD_AVX512VNNI)
+namespace avx512vnni {
+constexpr int VL = 16;
+#include "simd.inl"
+#include EMBEDGRAD_KERNELS
+}  // namespace avx512vnni
+EMBEDGRAD_TARGET_END
+#undef EMBEDGRAD_VNNI
+#endif
+#undef EMBEDGRAD_ISA
 #endif

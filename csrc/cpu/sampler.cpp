@@ -14,15 +14,14 @@ struct Row {
     std::vector<uint64_t> histogram;
     size_t highest = 0;  // the first in the order
 
-    void read(const Candidates& candidates) {
+    void read(const Candidates& candidates, int32_t first) {
         const size_t n = candidates.size;
         value.resize(n);
         key.resize(n);
-        highest = 0;
+        highest = first;
         for (size_t i = 0; i < n; ++i) {
             value[i] = candidates.value(static_cast<int32_t>(i));
             key[i] = order_key(value[i]);
-            if (key[i] > key[highest]) highest = i;  // not ≥: of equal values the lowest id comes first
         }
     }
 
@@ -76,8 +75,18 @@ Cut shortest_beginning(Row& row, uint64_t target, Measure measure) {
     return cut;
 }
 
+// The first in the order, without keeping anything: all that greedy decoding needs. Its key goes to `highest`.
+int32_t first_candidate(const Candidates& candidates, uint32_t& highest) {
+    int32_t first = 0;
+    highest = order_key(candidates.value(0));
+    for (int32_t i = 1; i < candidates.size; ++i) {
+        const uint32_t key = order_key(candidates.value(i));
+        if (key > highest) highest = key, first = i;  // not ≥: of equal values the lowest id comes first
+    }
+    return first;
+}
+
 int32_t choose(Row& row, const SamplingParams& params, const SamplingBatch& batch, int32_t r) {
-    if (params.temperature == 0) return static_cast<int32_t>(row.highest);
     Cut cut;
     if (params.top_k > 0 && static_cast<size_t>(params.top_k) < row.key.size())
         cut = shortest_beginning(row, params.top_k, [](size_t) { return uint64_t{1}; });
@@ -94,7 +103,7 @@ int32_t choose(Row& row, const SamplingParams& params, const SamplingBatch& batc
 }  // namespace
 
 void sample_rows(const SamplingParams& params, const SamplingBatch& batch, int32_t begin, int32_t end) {
-    Row row;
+    thread_local Row row;
     for (int32_t r = begin; r < end; ++r) {
         batch.tokens[r] = -1;
         batch.status[r] = kSampled;
@@ -104,9 +113,15 @@ void sample_rows(const SamplingParams& params, const SamplingBatch& batch, int32
             batch.status[r] = kNoCandidate;
             continue;
         }
-        row.read(candidates);
-        batch.status[r] = row_status(row.key[row.highest]);
-        if (batch.status[r] == kSampled) batch.tokens[r] = candidates.token(choose(row, params, batch, r));
+        uint32_t highest;
+        int32_t chosen = first_candidate(candidates, highest);
+        batch.status[r] = row_status(highest);
+        if (batch.status[r] != kSampled) continue;
+        if (params.temperature != 0) {
+            row.read(candidates, chosen);
+            chosen = choose(row, params, batch, r);
+        }
+        batch.tokens[r] = candidates.token(chosen);
     }
 }
 

@@ -9,12 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from embedgrad.backends import reference
+from embedgrad.backends import native_core, reference
 from embedgrad.backends.reference import (
     decode_attention,
     embed,
@@ -25,21 +24,26 @@ from embedgrad.backends.reference import (
 from embedgrad.tree import TreeMask
 
 __all__ = [
-    "NAME", "add_rms_norm", "decode_attention", "embed", "embed_backward", "instruction_set", "linear_cross_entropy",
+    "INSTRUCTION_SETS", "NAME", "add_rms_norm", "decode_attention", "embed", "embed_backward", "instruction_set",
+    "linear_cross_entropy",
     "prompt_step", "rms_norm", "rms_norm_backward", "rope", "rope_backward", "swiglu", "swiglu_backward",
     "tree_attention", "tree_attention_backward", "using",
 ]  # fmt: skip
 
 NAME = "native"
+INSTRUCTION_SETS = (
+    "plain",
+    "avx2",
+    "avx512",
+    "avx512vnni",
+)  # from the least to the most; "avx512vnni": products of bytes
 BLOCK_ROWS = 96  # rows (queries · heads of a group) that share one read of a key
 
 
 def _load() -> None:
-    libraries = list(Path(__file__).parents[1].glob("_native*.so"))
-    if not libraries:
-        raise ImportError("csrc/ was not built: there is no embedgrad/_native library")
+    path = native_core.library_path()
     try:
-        torch.ops.load_library(str(libraries[0]))
+        torch.ops.load_library(str(path))
     except OSError as error:
         raise ImportError(f"csrc/ was built for another torch: {error}") from error
     for name in (
@@ -54,7 +58,7 @@ _ops = torch.ops.embedgrad
 
 
 def instruction_set() -> str:
-    """What the row-wise and attention ops use: "avx512", "avx2" or "plain"; the best that this machine has."""
+    """One of INSTRUCTION_SETS: what the ops use, the best that this machine has."""
     return _ops.isa()
 
 

@@ -21,7 +21,7 @@ class KeyValueCache:
     def __init__(self, model: Model, trunk: Tensor, lengths: Tensor) -> None:
         config = model.config
         self.model = model
-        self.trunk = trunk
+        self.trunk = trunk.contiguous()
         self.lengths = lengths.to(model.device, copy=True)
         self._longest = int(lengths.max())
         self.own = torch.empty(
@@ -42,6 +42,30 @@ class KeyValueCache:
         """Forget all sequences but `sequences` [n] (indices, ascending)."""
         self.own = self.own[:, :, sequences]
         self.lengths = self.lengths[sequences]
+
+    def join(self, other: KeyValueCache) -> None:
+        """Take the sequences of `other`, which has the same trunk, behind this one's own."""
+        missing = other.own.shape[3] - self.own.shape[3]
+        if missing > 0:
+            self._grow(missing)
+        grown = torch.empty_like(self.own[:, :, :1]).expand(-1, -1, other.batch, -1, -1, -1).contiguous()
+        grown[:, :, :, : other.own.shape[3]] = other.own
+        self.own = torch.cat([self.own, grown], dim=2)
+        self.lengths = torch.cat([self.lengths, other.lengths])
+        self._longest = max(self._longest, other._longest)
+
+    def next_logits(self, ids: Tensor) -> Tensor:
+        """Append the tokens `ids` [B] and return the logits [B, V] of the next ones."""
+        native = self.model.native_decoder
+        if native is None:
+            return self.logits(self.advance(ids))
+        self._longest += 1
+        if self._longest > self.own.shape[3]:
+            self._grow()
+        every = torch.arange(self.batch)
+        logits = native.advance(self.trunk, self.own, every, self.trunk.shape[2] + self.lengths, ids, every)
+        self.lengths += 1
+        return logits
 
     def advance(self, ids: Tensor) -> Tensor:
         """Append the tokens `ids` [B] and return their final-normed hidden states [B, d]."""
@@ -84,6 +108,8 @@ class KeyValueCache:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [B, V] of final-normed hidden states [B, d]."""
+        if self.model.native_decoder is not None:
+            return self.model.native_decoder.logits(hidden)
         head = self.model.weights.head
         out = torch.empty(len(hidden), head.shape[0], dtype=hidden.dtype, device=hidden.device)
         return head.forward(hidden, out=out)
@@ -105,8 +131,8 @@ class KeyValueCache:
             for window in set(self.model.config.windows)
         }
 
-    def _grow(self) -> None:
+    def _grow(self, places: int = GROWTH) -> None:
         old, shape = self.own, list(self.own.shape)
-        shape[3] += GROWTH
+        shape[3] += places
         self.own = torch.empty(shape, dtype=old.dtype, device=old.device)
         self.own[:, :, :, : old.shape[3]] = old

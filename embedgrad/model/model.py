@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from types import ModuleType
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -22,6 +23,9 @@ from embedgrad.model.packed import Products
 from embedgrad.model.tokenizer import Tokenizer
 from embedgrad.model.weights import Weights, read_weights
 from embedgrad.prefix_cache import PrefixCache
+
+if TYPE_CHECKING:
+    from embedgrad.model.native_decoder import NativeDecoder
 
 DTYPES = {
     "float32": torch.float32, "fp32": torch.float32, "float64": torch.float64, "fp64": torch.float64,
@@ -51,6 +55,15 @@ class Model:
 
     def __repr__(self) -> str:
         return f"Model({self.name!r}, {self.config.family}, {self.dtype}, backend={self.backend!r}, {self.device})"
+
+    @cached_property
+    def native_decoder(self) -> NativeDecoder | None:
+        """What decodes tokens in csrc/, where the backend is native and has products for the weights as stored."""
+        if self.backend != "native" or self.dtype != torch.float32 or self.device.type != "cpu":
+            return None
+        from embedgrad.model.native_decoder import NativeDecoder
+
+        return NativeDecoder.of(self.config, self.decoder.scale, self.weights)
 
     def embedding_rows(self, ids: Sequence[int] | Tensor, /) -> Tensor:
         """Rows of the embedding matrix for token ids: [n, d] float32 on the CPU."""

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from embedgrad.sampler import Penalties
-from embedgrad.sampling import Sampling, filtered_probabilities
+from embedgrad.sampling import Sampling
 from tests.csrc.core import Call, Core
 
 DRAWS = {"cpu": 40_000, "cuda": 200}  # the emulation is slow; that it chooses the same tokens has a test of its own
@@ -76,6 +76,22 @@ def test_drawn_as_defined(core: Core, device: str, option: str) -> None:
     sampling, options, logits = OPTIONS[option]
     p = filtered_probabilities(torch.tensor(logits, dtype=torch.float32)[None], sampling)[0].numpy()
     assert p_value(draw(core, device, sampling, options), p) > 0.001
+
+
+def filtered_probabilities(logits: torch.Tensor, sampling: Sampling) -> torch.Tensor:
+    """The distribution [B, V] that is drawn from, in plain torch: temperature, then top-k, top-p, min-p."""
+    scaled = logits.float() / sampling.temperature
+    if 0 < sampling.top_k < logits.shape[1]:
+        least = scaled.topk(sampling.top_k, dim=1).values[:, -1:]
+        scaled = scaled.masked_fill(scaled < least, float("-inf"))
+    p = scaled.softmax(dim=1)
+    if sampling.top_p < 1:
+        ordered, index = p.sort(dim=1, descending=True, stable=True)
+        before = ordered.cumsum(dim=1) - ordered
+        p = p.scatter(1, index, ordered.masked_fill(before >= sampling.top_p, 0))
+    if sampling.min_p > 0:
+        p = p.masked_fill(p < sampling.min_p * p.amax(dim=1, keepdim=True), 0)
+    return p / p.sum(dim=1, keepdim=True)
 
 
 @pytest.mark.parametrize("option", OPTIONS)

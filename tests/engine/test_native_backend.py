@@ -28,7 +28,7 @@ try:
 except ImportError as error:
     pytest.skip(f"csrc/ is not built: {error}", allow_module_level=True)
 
-SETS = ["plain", "avx2", "avx512"][: ["plain", "avx2", "avx512"].index(native.instruction_set()) + 1]
+SETS = native.INSTRUCTION_SETS[: native.INSTRUCTION_SETS.index(native.instruction_set()) + 1]
 instruction_sets = st.sampled_from(SETS)
 quick = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 SEEDS = st.integers(0, 2**31)

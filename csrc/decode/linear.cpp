@@ -1,0 +1,98 @@
+#include "linear.h"
+
+#include <cmath>
+#include <cstring>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "../cpu/isa.h"
+
+namespace embedgrad {
+
+// Rows of a matrix in blocks that are multiplied one after the other, while a few rows of activations stay in the cache.
+constexpr int64_t kBlockRows = 8;
+
+// Floats that these rows' scales (eight times each) and offsets take, with room for a whole vector behind the last.
+constexpr int64_t scratch_floats(int64_t groups) { return kBlockRows * (groups * 9 + 16); }
+
+#define EMBEDGRAD_WITH_VNNI
+#define EMBEDGRAD_KERNELS "../decode/linear.inl"
+#include "../cpu/per_isa.inl"
+
+namespace {
+
+constexpr int64_t kLine = 64;  // bytes of a cache line
+
+int64_t up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+
+}  // namespace
+
+Activations::Activations(int64_t rows, int64_t columns)
+    : columns_(columns),
+      half_groups_(up(columns, 2 * kGroup) / (2 * kGroup)),
+      half_units_(up(half_groups_, 2) / 2),
+      sums_row_(up(2 * half_groups_, 16)),
+      x_(rows * columns),
+      sums_(rows * sums_row_) {
+    const int64_t tiles = up(rows, kTogether) * kUnitBytes;
+    memory_.resize(tiles * (half_groups_ + 2 * half_units_) + kLine);
+    plain_ = memory_.data() + (kLine - reinterpret_cast<uintptr_t>(memory_.data()) % kLine) % kLine;
+    split_ = plain_ + tiles * half_groups_;
+}
+
+void Activations::quantise(int64_t b, int32_t orders, int64_t begin, int64_t end) {
+    if (!orders) return;
+    for (int64_t from = begin; from < end; from += kGroup) {
+        const int64_t g = from / kGroup, count = std::min(kGroup, end - from);
+        int8_t bytes[kGroup];
+        float scale;
+        EMBEDGRAD_DISPATCH(quantise_group, row(b) + from, count, bytes, scale, sums_[b * sums_row_ + g])
+        const auto put = [&](uint8_t* first, int64_t place) {
+            uint8_t* unit = first + place / 2 * kTogether * kUnitBytes;
+            std::memcpy(unit + place % 2 * kGroup, bytes, kGroup);
+            float scales[8];
+            std::fill(scales, scales + 8, scale);
+            std::memcpy(unit + kUnit + place % 2 * sizeof scales, scales, sizeof scales);
+        };
+        if (orders & kPlain) put(at(kPlain, b), g);
+        if (orders & kSplit) put(at(kSplit, b) + (g < half_groups_ ? 0 : second_half()), g < half_groups_ ? g : g - half_groups_);
+    }
+}
+
+int32_t orders(const Matrix& matrix) {
+    int32_t found = 0;
+    for (int32_t i = 0; i < matrix.num_parts; ++i) {
+        if (matrix.parts[i].stored == Stored::int8) found |= kPlain;
+        if (matrix.parts[i].stored == Stored::int4) found |= kSplit;
+    }
+    return found;
+}
+
+void linear(
+    const Matrix& matrix, const Activations& x, int64_t rows, const int32_t* target, float* y, int64_t y_row, bool add,
+    int64_t begin, int64_t end) {
+    thread_local std::vector<float> buffer;
+    const auto needed = static_cast<size_t>(scratch_floats(x.sums_row()));
+    if (buffer.size() < needed) buffer.resize(needed);
+    int64_t first = 0;
+    for (int32_t i = 0; i < matrix.num_parts; ++i) {
+        const Part& part = matrix.parts[i];
+        const int64_t from = std::max(begin, first) - first, to = std::min(end, first + part.rows) - first;
+        if (from < to) {
+            const float* bias = matrix.bias ? matrix.bias + first : nullptr;
+            EMBEDGRAD_DISPATCH_VNNI(linear_part, part, x, rows, from, to, {target, y + first, y_row, bias, add}, buffer.data())
+        }
+        first += part.rows;
+    }
+}
+
+void read_row(const Matrix& matrix, int64_t row, float* out) {
+    for (int32_t i = 0; i < matrix.num_parts; row -= matrix.parts[i++].rows)
+        if (row < matrix.parts[i].rows) {
+            EMBEDGRAD_DISPATCH(read_part_row, matrix.parts[i], row, matrix.columns, out)
+            return;
+        }
+}
+
+}  // namespace embedgrad

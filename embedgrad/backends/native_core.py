@@ -1,0 +1,200 @@
+"""The C ABI of csrc/: its structs, as ctypes sees them, and the library that `setup.py` builds.
+
+Field by field those of `csrc/common/sampling.h`, `csrc/common/advance.h` and `csrc/decode/*.h`, where they are
+explained. A struct holds addresses; whoever fills one keeps the arrays behind them.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_double, c_float, c_int32, c_int64, c_uint64, c_void_p
+from functools import lru_cache
+from pathlib import Path
+
+STORED = ("f32", "bf16", "f16", "int8", "int4")
+"""How a part of a matrix is stored; its place is the number that csrc/ knows it by."""
+
+LOOP_ENDS = ("all done", "slots free", "cache full", "stopped")
+STEP = ctypes.CFUNCTYPE(c_int32, c_void_p)
+
+
+class Part(ctypes.Structure):
+    """Rows of a matrix that are stored alike (decode/matrix.h)."""
+
+    _fields_ = [
+        ("stored", c_int32),
+        ("half_scales", c_int32),
+        *((name, c_int64) for name in ("rows", "row_bytes", "groups")),
+        *((name, c_void_p) for name in ("data", "scales", "offsets")),
+    ]
+
+
+class Matrix(ctypes.Structure):
+    """Parts on top of each other (decode/matrix.h)."""
+
+    _fields_ = [
+        ("parts", ctypes.POINTER(Part)),
+        ("num_parts", c_int32),
+        ("rows", c_int64),
+        ("columns", c_int64),
+        ("bias", c_void_p),
+    ]
+
+
+class LayerSpec(ctypes.Structure):
+    """One block (decode/decoder.h)."""
+
+    _fields_ = [
+        *((name, c_void_p) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm")),
+        *((name, Matrix) for name in ("qkv", "out", "gate_up", "down")),
+        ("window", c_int64),
+    ]
+
+
+class DecoderSpec(ctypes.Structure):
+    """The frozen model (decode/decoder.h)."""
+
+    _fields_ = [
+        *(
+            (name, c_int32)
+            for name in ("num_layers", "hidden", "intermediate", "heads", "groups", "head_dim", "vocabulary")
+        ),
+        ("eps", c_float),
+        ("scale", c_float),
+        ("layers", ctypes.POINTER(LayerSpec)),
+        ("final_norm", c_void_p),
+        ("embedding", Matrix),
+        ("head", Matrix),
+    ]
+
+
+class Cache(ctypes.Structure):
+    """Keys and values (decode/decoder.h)."""
+
+    _fields_ = [
+        ("trunk", c_void_p),
+        ("own", c_void_p),
+        *((name, c_int64) for name in ("trunk_length", "slots", "capacity")),
+        ("cos", c_void_p),
+        ("sin", c_void_p),
+    ]
+
+
+class Tokens(ctypes.Structure):
+    """New tokens of several sequences (decode/decoder.h)."""
+
+    _fields_ = [("rows", c_int64), *((name, c_void_p) for name in ("slots", "positions", "ids", "embeddings"))]
+
+
+class Wanted(ctypes.Structure):
+    """Tokens whose logits are wanted (decode/decoder.h)."""
+
+    _fields_ = [("count", c_int64), *((name, c_void_p) for name in ("rows", "target", "logits"))]
+
+
+class SamplingParams(ctypes.Structure):
+    """What all rows of a call share (common/sampling.h)."""
+
+    _fields_ = [
+        ("temperature", c_float),
+        ("top_k", c_int32),
+        ("top_p", c_double),
+        ("min_p", c_double),
+        ("repetition", c_float),
+        ("presence", c_float),
+        ("frequency", c_float),
+        ("seed", c_uint64),
+    ]
+
+
+class SamplingBatch(ctypes.Structure):
+    """The rows that a token is chosen for (common/sampling.h)."""
+
+    _fields_ = [
+        ("logits", c_void_p),
+        ("stride", c_int64),
+        ("rows", c_int32),
+        ("vocabulary", c_int32),
+        *(
+            (name, c_void_p)
+            for name in ("streams", "steps", "counts", "bias", "nodes", "children", "child_tokens", "reasons")
+        ),
+        ("tokens", c_void_p),
+        ("status", c_void_p),
+    ]
+
+
+class AdvanceBatch(ctypes.Structure):
+    """What a chosen token changes (common/advance.h)."""
+
+    _fields_ = [
+        *(
+            (name, c_int32)
+            for name in ("rows", "vocabulary", "capacity", "max_new_tokens", "max_position", "stop_size")
+        ),
+        *((name, c_void_p) for name in ("stop_tokens", "tokens", "status", "children", "child_tokens", "child_nodes")),
+        *(
+            (name, c_void_p)
+            for name in ("ids", "lengths", "inputs", "positions", "steps", "counts", "nodes", "reasons")
+        ),
+        ("running", c_void_p),
+    ]
+
+
+class Loop(ctypes.Structure):
+    """The generation loop's state (decode/loop.h)."""
+
+    _fields_ = [
+        ("cache", Cache),
+        ("params", SamplingParams),
+        ("sampling", SamplingBatch),
+        ("advance", AdvanceBatch),
+        ("fresh", c_void_p),
+        ("entropy", c_void_p),
+        ("log_probability", c_void_p),
+        ("refill", c_int32),
+        ("on_step", STEP),
+        ("user", c_void_p),
+    ]
+
+
+def library_path() -> Path:
+    """Where the compiled library lies. Raises ImportError where csrc/ was not built."""
+    libraries = list(Path(__file__).parents[1].glob("_native*.so"))
+    if not libraries:
+        raise ImportError("csrc/ was not built: there is no embedgrad/_native library")
+    return libraries[0]
+
+
+@lru_cache(maxsize=1)
+def library() -> ctypes.CDLL:
+    """The compiled library's C functions. Raises ImportError where it was not built, or for another torch."""
+    import torch  # noqa: F401 (the library links against its shared objects)
+
+    try:
+        core = ctypes.CDLL(str(library_path()))
+    except OSError as error:
+        raise ImportError(f"csrc/ was built for another torch: {error}") from error
+    return declared(core)
+
+
+def declared(core: ctypes.CDLL) -> ctypes.CDLL:
+    """`core` with the types of the functions that it has."""
+    types: dict[str, tuple[type | None, list[type]]] = {
+        "embedgrad_decoder_create": (c_void_p, [c_void_p]),
+        "embedgrad_decoder_free": (None, [c_void_p]),
+        "embedgrad_generate": (c_int32, [c_void_p, c_void_p, c_int32]),
+        "embedgrad_decoder_advance": (None, [c_void_p, c_void_p, c_void_p, c_void_p, c_int32]),
+        "embedgrad_linear": (None, [c_void_p, c_void_p, c_int64, c_void_p, c_int32]),
+        "embedgrad_sample_cpu": (c_int32, [c_void_p, c_void_p]),
+        "embedgrad_advance_cpu": (None, [c_void_p]),
+        "embedgrad_random_bits": (c_uint64, [c_uint64, c_uint64, ctypes.c_uint32]),
+        "embedgrad_weight": (c_uint64, [c_float]),
+        "embedgrad_trajectory_entropy_cpu": (c_double, [c_void_p, c_int32, c_int32, c_int32]),
+        "embedgrad_loop_period_cpu": (c_int32, [c_void_p, c_int32, c_int32]),
+    }
+    for name, (result, arguments) in types.items():
+        function = getattr(core, name, None)
+        if function is not None:
+            function.restype, function.argtypes = result, arguments
+    return core
