@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from embedgrad.conversation import Conversation
 from embedgrad.errors import ContextError, DataError, EmbedGradError, PromptError
+from embedgrad.example import Example
 from embedgrad.memo import PerObject
 from embedgrad.template import Template
 from embedgrad.tokenise import Slot, continue_with, tokenise_pieces, tokenise_whole, tokens_in_place, whole_text
 
 if TYPE_CHECKING:
-    from embedgrad.example import Example
     from embedgrad.model.tokenizer import Tokenizer
 
 

@@ -57,52 +57,69 @@ static inline void score_keys(
     }
 }
 
+// out_h += Σ p[h][first + j] v_j over j < count.
+template <int H>
+static inline void add_values(
+    const float (*p)[kKeys], int64_t count, const float* v, int64_t row, int64_t d, float* out, int64_t first_key) {
+    int64_t c = 0;
+    for (; c + 2 * VL <= d; c += 2 * VL) {
+        Vec sums[H][2];
+        for (int h = 0; h < H; ++h) sums[h][0] = load(out + h * d + c), sums[h][1] = load(out + h * d + c + VL);
+        for (int64_t j = 0; j < count; ++j) {
+            const Vec first = load(v + j * row + c), second = load(v + j * row + c + VL);
+#pragma GCC unroll 4
+            for (int h = 0; h < H; ++h) sums[h][0] += p[h][first_key + j] * first, sums[h][1] += p[h][first_key + j] * second;
+        }
+        for (int h = 0; h < H; ++h) store(out + h * d + c, sums[h][0]), store(out + h * d + c + VL, sums[h][1]);
+    }
+    for (; c < d; ++c)
+        for (int64_t j = 0; j < count; ++j)
+            for (int h = 0; h < H; ++h) out[h * d + c] += p[h][first_key + j] * v[j * row + c];
+}
+
 // softmax(scale · q kᵀ) v for H heads of a group; q, out [H, d]. At least one key is visible: the token's own.
 template <int H>
 static void attend(const float* q, float scale, const Stretch* stretches, int64_t d, float* out) {
     float p[H][kKeys], top[H], mass[H];
     for (int h = 0; h < H; ++h) top[h] = -std::numeric_limits<float>::infinity(), mass[h] = 0;
     for (int64_t i = 0; i < H * d; ++i) out[i] = 0;
-    for (int s = 0; s < 2; ++s)
-        for (int64_t from = 0; from < stretches[s].count; from += kKeys) {
-            const int64_t count = std::min(kKeys, stretches[s].count - from), row = stretches[s].row;
-            const float* k = stretches[s].k + from * row;
-            int64_t next = 0;
-            for (; next + 4 <= count; next += 4) score_keys<H, 4>(q, scale, k + next * row, row, d, p, next);
-            for (; next < count; ++next) score_keys<H, 1>(q, scale, k + next * row, row, d, p, next);
-            for (int h = 0; h < H; ++h) {
-                for (int64_t j = count; j % VL; ++j) p[h][j] = -std::numeric_limits<float>::infinity();
-                Vec most = load(p[h]);
-                for (int64_t j = VL; j < count; j += VL) most = max(most, load(p[h] + j));
-                const float now = std::max(top[h], highest(most));
-                Vec total = {};
-                for (int64_t j = 0; j < count; j += VL) {
-                    const Vec weight = exp(load(p[h] + j) - now);
-                    store(p[h] + j, weight);
-                    total += weight;
-                }
-                const float shrink = top[h] == now ? 1.0f : std::exp(top[h] - now);
-                mass[h] = mass[h] * shrink + sum(total);
-                top[h] = now;
-                if (shrink != 1.0f)
-                    for (int64_t c = 0; c < d; ++c) out[h * d + c] *= shrink;
-            }
-            const float* v = stretches[s].v + from * row;
-            int64_t c = 0;
-            for (; c + 2 * VL <= d; c += 2 * VL) {
-                Vec sums[H][2];
-                for (int h = 0; h < H; ++h) sums[h][0] = load(out + h * d + c), sums[h][1] = load(out + h * d + c + VL);
-                for (int64_t j = 0; j < count; ++j) {
-                    const Vec first = load(v + j * row + c), second = load(v + j * row + c + VL);
-#pragma GCC unroll 4
-                    for (int h = 0; h < H; ++h) sums[h][0] += p[h][j] * first, sums[h][1] += p[h][j] * second;
-                }
-                for (int h = 0; h < H; ++h) store(out + h * d + c, sums[h][0]), store(out + h * d + c + VL, sums[h][1]);
-            }
-            for (; c < d; ++c)
-                for (int64_t j = 0; j < count; ++j)
-                    for (int h = 0; h < H; ++h) out[h * d + c] += p[h][j] * v[j * row + c];
+    const int64_t total = stretches[0].count + stretches[1].count;
+    // Pieces are cut where the keys stand in the sequence: what a token gets does not depend on how long the trunk is.
+    for (int64_t from = 0; from < total; from += kKeys) {
+        const int64_t count = std::min(kKeys, total - from);
+        const int64_t in_first = std::max<int64_t>(0, std::min(count, stretches[0].count - from));
+        const int64_t second = std::max<int64_t>(0, from - stretches[0].count);
+        for (int64_t j = 0; j < count;) {
+            const Stretch& s = stretches[j < in_first ? 0 : 1];
+            const float* k = s.k + (j < in_first ? from + j : second + j - in_first) * s.row;
+            const int64_t left = (j < in_first ? in_first : count) - j;
+            if (left >= 4)
+                score_keys<H, 4>(q, scale, k, s.row, d, p, j), j += 4;
+            else
+                score_keys<H, 1>(q, scale, k, s.row, d, p, j), j += 1;
         }
+        for (int h = 0; h < H; ++h) {
+            for (int64_t j = count; j % VL; ++j) p[h][j] = -std::numeric_limits<float>::infinity();
+            Vec most = load(p[h]);
+            for (int64_t j = VL; j < count; j += VL) most = max(most, load(p[h] + j));
+            const float now = std::max(top[h], highest(most));
+            Vec sums = {};
+            for (int64_t j = 0; j < count; j += VL) {
+                const Vec weight = exp(load(p[h] + j) - now);
+                store(p[h] + j, weight);
+                sums += weight;
+            }
+            const float shrink = top[h] == now ? 1.0f : std::exp(top[h] - now);
+            mass[h] = mass[h] * shrink + sum(sums);
+            top[h] = now;
+            if (shrink != 1.0f)
+                for (int64_t c = 0; c < d; ++c) out[h * d + c] *= shrink;
+        }
+        if (in_first) add_values<H>(p, in_first, stretches[0].v + from * stretches[0].row, stretches[0].row, d, out, 0);
+        if (in_first < count)
+            add_values<H>(
+                p, count - in_first, stretches[1].v + second * stretches[1].row, stretches[1].row, d, out, in_first);
+    }
     for (int h = 0; h < H; ++h)
         for (int64_t c = 0; c < d; ++c) out[h * d + c] /= mass[h];
 }

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import numpy as np
 
+from embedgrad.backends.native_core import AdvanceBatch, SamplingBatch, SamplingParams
 from embedgrad.forced_choice import ForcedChoice
 from embedgrad.sampler import Penalties
 from embedgrad.sampling import Sampling
@@ -41,49 +42,6 @@ def build(folder: Path, sources: Sequence[Path], kernels: Sequence[Path], flags:
     command = [*str(compiler()).split(), "-std=c++17", "-O1", "-fPIC", "-shared", *flags, "-o", str(library), *files]
     subprocess.run(command, check=True, capture_output=True, text=True)
     return library
-
-
-class Params(ctypes.Structure):
-    """SamplingParams."""
-
-    _fields_ = [
-        ("temperature", ctypes.c_float),
-        ("top_k", ctypes.c_int32),
-        ("top_p", ctypes.c_double),
-        ("min_p", ctypes.c_double),
-        ("repetition", ctypes.c_float),
-        ("presence", ctypes.c_float),
-        ("frequency", ctypes.c_float),
-        ("seed", ctypes.c_uint64),
-    ]
-
-
-class Batch(ctypes.Structure):
-    """SamplingBatch."""
-
-    _fields_ = [
-        ("logits", P),
-        ("stride", ctypes.c_int64),
-        ("rows", ctypes.c_int32),
-        ("vocabulary", ctypes.c_int32),
-        *((name, P) for name in ("streams", "steps", "counts", "bias", "nodes", "children", "child_tokens", "reasons")),
-        ("tokens", P),
-        ("status", P),
-    ]
-
-
-class Advance(ctypes.Structure):
-    """AdvanceBatch."""
-
-    _fields_ = [
-        *(
-            (name, ctypes.c_int32)
-            for name in ("rows", "vocabulary", "capacity", "max_new_tokens", "max_position", "stop_size")
-        ),
-        *((name, P) for name in ("stop_tokens", "tokens", "status", "children", "child_tokens", "child_nodes")),
-        *((name, P) for name in ("ids", "lengths", "inputs", "positions", "steps", "counts", "nodes", "reasons")),
-        ("running", P),
-    ]
 
 
 @dataclass(frozen=True)
@@ -139,7 +97,7 @@ class Core:
         self.lib.embedgrad_emulation_error(message, len(message))
         return message.value.decode()
 
-    def raw_sample(self, device: str, params: Params, batch: Batch) -> int:
+    def raw_sample(self, device: str, params: SamplingParams, batch: SamplingBatch) -> int:
         if device == "cpu":
             return self.lib.embedgrad_sample_cpu(ctypes.byref(params), ctypes.byref(batch))
         return self.lib.embedgrad_sample_cuda(ctypes.byref(params), ctypes.byref(batch), None)
@@ -159,7 +117,7 @@ class Core:
         tree = call.choice
         penalties = call.penalties or Penalties()
         s = call.sampling
-        params = Params(
+        params = SamplingParams(
             s.temperature,
             s.top_k,
             s.top_p,
@@ -169,7 +127,7 @@ class Core:
             penalties.frequency,
             s.seed,
         )
-        batch = Batch(
+        batch = SamplingBatch(
             pointer(call.logits),
             call.logits.strides[0] // 4 if rows > 1 else vocabulary,
             rows,
@@ -185,7 +143,7 @@ class Core:
         assert error == 0
         return tokens.tolist(), [STATUS[n] for n in status]
 
-    def advance(self, device: str, batch: Advance) -> None:
+    def advance(self, device: str, batch: AdvanceBatch) -> None:
         if device == "cpu":
             self.lib.embedgrad_advance_cpu(ctypes.byref(batch))
         else:

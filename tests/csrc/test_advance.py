@@ -9,10 +9,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from embedgrad.backends.native_core import AdvanceBatch, SamplingBatch, SamplingParams
 from embedgrad.forced_choice import ForcedChoice
 from embedgrad.sampler import Penalties, choose_token
 from embedgrad.sampling import Sampling
-from tests.csrc.core import STATUS, Advance, Batch, Core, P, Params, pointer
+from tests.csrc.core import STATUS, Core, P, pointer
 
 V, CAPACITY = 12, 10
 REASONS = ("running", "stop", "length", "context", "failed")
@@ -87,7 +88,7 @@ def on_device(core: Core, device: str, setup: Setup) -> list[tuple[list[int], st
     nodes = None if tree is None else np.array(setup.nodes, np.int32)
     streams, stop = np.arange(rows, dtype=np.uint64), np.array(STOP, np.int32)
     s, p = setup.sampling, setup.penalties
-    params = Params(s.temperature, s.top_k, s.top_p, s.min_p, p.repetition, p.presence, p.frequency, s.seed)
+    params = SamplingParams(s.temperature, s.top_k, s.top_p, s.min_p, p.repetition, p.presence, p.frequency, s.seed)
     at = {name: pointer(array) for name, array in state.items()}
     shared = {
         "rows": rows, "vocabulary": V, "nodes": pointer(nodes),
@@ -95,7 +96,7 @@ def on_device(core: Core, device: str, setup: Setup) -> list[tuple[list[int], st
         "child_tokens": None if tree is None else pointer(tree.child_tokens),
         **{name: at[name] for name in ("tokens", "status", "counts", "steps", "reasons")},
     }  # fmt: skip
-    advance = Advance(
+    advance = AdvanceBatch(
         **shared, capacity=CAPACITY, max_new_tokens=setup.max_new_tokens, max_position=setup.max_position,
         stop_size=len(STOP), stop_tokens=P(stop.ctypes.data),
         child_nodes=None if tree is None else pointer(tree.child_nodes),
@@ -105,7 +106,7 @@ def on_device(core: Core, device: str, setup: Setup) -> list[tuple[list[int], st
         if state["running"][0] == 0:
             break
         logits = model(state["inputs"], state["positions"])
-        batch = Batch(**shared, logits=pointer(logits), stride=V, streams=pointer(streams))
+        batch = SamplingBatch(**shared, logits=pointer(logits), stride=V, streams=pointer(streams))
         assert core.raw_sample(device, params, batch) == 0
         core.advance(device, advance)
         assert core.emulation_error() == ""
@@ -159,7 +160,7 @@ def test_a_row_that_cannot_be_sampled_ends_alone(core: Core, device: str) -> Non
     running = np.array([2], np.int32)
     core.advance(
         device,
-        Advance(
+        AdvanceBatch(
             rows=2, vocabulary=V, capacity=1, max_new_tokens=1, max_position=9, stop_size=0,
             tokens=pointer(tokens), status=pointer(status), running=pointer(running),
             **{name: pointer(array) for name, array in state.items()},

@@ -9,11 +9,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from embedgrad.backends.native_core import SamplingBatch, SamplingParams
 from embedgrad.errors import ConfigError
 from embedgrad.forced_choice import ForcedChoice
 from embedgrad.sampler import Penalties, choose_token, weights
 from embedgrad.sampling import Sampling
-from tests.csrc.core import Batch, Call, Core, Params
+from tests.csrc.core import Call, Core
 
 DEVICES = ("cpu", "cuda")
 
@@ -181,9 +182,9 @@ def test_ended_rows_are_left_alone(core: Core, device: str) -> None:
     ],
 )
 def test_unusable_calls_are_refused_by_number(core: Core, device: str, wrong: dict, number: int) -> None:
-    params, batch = Params(1, 0, 1, 0, 1, 0, 0, 0), Batch(stride=1 << 20, rows=1, vocabulary=4)
+    params, batch = SamplingParams(1, 0, 1, 0, 1, 0, 0, 0), SamplingBatch(stride=1 << 20, rows=1, vocabulary=4)
     for name, value in wrong.items():
-        setattr(params if name in dict(Params._fields_) else batch, name, value)
+        setattr(params if name in dict(SamplingParams._fields_) else batch, name, value)
     assert core.raw_sample(device, params, batch) == number
 
 
@@ -212,5 +213,5 @@ def test_the_reference_refuses_what_is_no_row() -> None:
 
 
 def test_the_structs_agree_with_sampling() -> None:
-    names = {name for name, _ in Params._fields_}
+    names = {name for name, _ in SamplingParams._fields_}
     assert {f.name for f in dataclasses.fields(Penalties)} <= names
