@@ -29,6 +29,7 @@ app = typer.Typer(
 PromptFile = Annotated[Path, typer.Argument(help="A prompt file, such as runs/NAME/prompt.safetensors.")]
 ModelPath = Annotated[str, typer.Option("--model", "-m", help="Model folder, .gguf file or hub id.")]
 DType = Annotated[str | None, typer.Option(help="What is computed in: float32, float64, bfloat16.")]
+Weights = Annotated[str, typer.Option(help="How matrices are kept: auto, compute, stored, int8 or int4.")]
 Backend = Annotated[str, typer.Option(help="Which kernels: auto, or one that `doctor` lists.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
 QueryField = Annotated[str, typer.Option(help="Field of the JSON lines that holds the query.")]
@@ -94,8 +95,18 @@ def generate(
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Sample from this share of probability.")] = 1.0,
     min_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Least share of the likeliest's probability.")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", help="A text at which an answer ends; may be repeated.")
+    ] = None,
+    choice: Annotated[
+        list[str] | None, typer.Option("--choice", help="A text that the answer may be; may be repeated.")
+    ] = None,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: tokens already seen become less likely.")] = 1.0,
+    presence_penalty: Annotated[float, typer.Option(help="Subtracted from the logits of tokens already seen.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="The same, once per sight.")] = 0.0,
     batch_size: Annotated[int, typer.Option(min=1, help="Queries answered together.")] = 32,
     dtype: DType = None,
+    weights: Weights = "auto",
     backend: Backend = "auto",
     device: Device = "auto",
     json: Json = False,
@@ -103,12 +114,14 @@ def generate(
     """Answer queries with a prompt: given ones, those of a file or of stdin, or a conversation at the terminal."""
     from embedgrad.commands.generate import Options, run
 
-    sampling = {"max_new_tokens": max_new_tokens} if max_new_tokens is not None else {}
-    options = Options(
-        query or [], input, output, query_field, batch_size, json,
-        {**sampling, "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed},
-    )  # fmt: skip
-    run(lambda: _model(model, dtype, backend, device), prompt, options)
+    sampling = {
+        "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed,
+        "stop": tuple(stop or ()), "choices": tuple(choice or ()), "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty,
+        **({} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}),
+    }  # fmt: skip
+    options = Options(query or [], input, output, query_field, batch_size, json, sampling)
+    run(lambda: _model(model, dtype, backend, device, weights), prompt, options)
 
 
 @app.command()
@@ -133,10 +146,12 @@ def doctor(json: Json = False) -> None:
     raise typer.Exit(run(json))
 
 
-def _model(path: str, dtype: str | None, backend: str, device: str):  # type: ignore[no-untyped-def]
+def _model(  # type: ignore[no-untyped-def]
+    path: str, dtype: str | None, backend: str, device: str, weights: str = "auto"
+):
     from embedgrad.commands.shared import open_model
 
-    return open_model(path, dtype, backend, device)
+    return open_model(path, dtype, backend, device, weights)
 
 
 def main() -> None:

@@ -240,8 +240,13 @@ class SamplingSection(_Section):
     top_k: Annotated[Int, Field(ge=0)] = 0
     top_p: Annotated[Float, Field(gt=0, le=1)] = 1.0
     min_p: Annotated[Float, Field(ge=0, le=1)] = 0.0
-    seed: Annotated[Int, Field(ge=0)] = 0
+    seed: Annotated[Int, Field(ge=0, lt=1 << 64)] = 0
     stop: tuple[str, ...] = ()
+    repetition_penalty: Annotated[Float, Field(gt=0)] = 1.0
+    presence_penalty: Float = 0.0
+    frequency_penalty: Float = 0.0
+    logit_bias: dict[Int, Float] = {}
+    choices: tuple[str, ...] = ()
 
 
 class RunConfig(_Section):

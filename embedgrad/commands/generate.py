@@ -91,7 +91,17 @@ def _sink(options: Options) -> Iterator[Callable[[str, Generation], None]]:
 
 def _tell(stream: TextIO, query: str, answer: Generation, as_json: bool) -> None:
     if as_json:
-        record = {"query": query, "text": answer.text, "stop_reason": answer.stop_reason}
+        record = {
+            "query": query,
+            "text": answer.text,
+            "stop_reason": answer.stop_reason,
+            "tokens": len(answer.ids),
+            "log_probability": sum(answer.log_probabilities),
+            "token_entropy": sum(answer.entropies) / len(answer.entropies),
+            "trajectory_entropy": answer.trajectory_entropy,
+            "windowed_entropy": answer.windowed_entropy,
+            "loop_period": answer.loop_period,
+        }
         stream.write(json.dumps(record, ensure_ascii=stream is sys.stdout) + "\n")  # its encoding may be any
     else:
         stream.write(answer.text + "\n")
@@ -108,8 +118,27 @@ def _converse(model: Model, prompt: SoftPrompt, sampling: Sampling) -> None:
             return
         if query.strip():
             try:
-                print(generate(model, prompt, [query], sampling)[0].text, flush=True)
+                typed = None if sampling.stop else _Typed(model).take  # the beginning of a stop text would show
+                answer = generate(model, prompt, [query], sampling, on_token=typed)[0]
+                print("" if typed else answer.text, flush=True)
             except KeyboardInterrupt:
                 print("stopped", file=sys.stderr)
             except EmbedGradError as refusal:  # a query that is too long, for instance, does not end the conversation
                 print(f"embedgrad: {refusal}", file=sys.stderr)
+
+
+class _Typed:
+    """Prints one answer as it is written, once the bytes of a character are complete."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._ids: list[int] = []
+        self._printed = 0
+
+    def take(self, index: int, token: int) -> None:
+        """One more token."""
+        self._ids.append(token)
+        text = self._model.tokenizer.decode(self._ids)
+        if not text.endswith("\ufffd"):
+            print(text[self._printed :], end="", flush=True)
+            self._printed = len(text)
