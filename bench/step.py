@@ -9,16 +9,15 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import json
 import os
 import re
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from bench.worker import Worker, serve
 
 SHAPES = {"64/64/8": (64, 64, 8), "200/50/8": (200, 50, 8), "32/250/8": (32, 250, 8)}
 CONTENDERS = ("peft", "embedgrad", "embedgrad-layer")
@@ -47,11 +46,16 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 def _compare(shape: str, repeats: int, threads: int, backend: str) -> list[dict[str, Any]]:
     with contextlib.ExitStack() as stack:
-        workers = {name: stack.enter_context(_Worker(name, shape, threads, backend)) for name in CONTENDERS}
+        workers = {
+            name: stack.enter_context(
+                Worker("step", "--worker", name, "--shapes", shape, "--backend", backend, threads=threads)
+            )
+            for name in CONTENDERS
+        }
         results: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
         for _ in range(repeats + 1):  # the first step of each is not counted
             for name, worker in workers.items():
-                results[name].append(worker.step())
+                results[name].append(worker.ask())
     rows = []
     for name, steps in results.items():
         seconds = sorted(step["seconds"] for step in steps[1:])
@@ -96,58 +100,25 @@ def _print(shape: str, rows: list[dict[str, Any]]) -> None:
             raise SystemExit(f"{row['contender']} computes another loss than PEFT at {shape}: no figure counts.")
 
 
-class _Worker:
-    """One contender in a process of its own; `step` runs one step there and returns what it measured."""
-
-    def __init__(self, name: str, shape: str, threads: int, backend: str) -> None:
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
-        command = [sys.executable, "-m", "bench", "step", "--worker", name, "--shapes", shape, "--backend", backend]
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment, cwd=Path.cwd()
-        )
-        self._answer()
-
-    def __enter__(self) -> _Worker:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait()
-
-    def step(self) -> dict[str, Any]:
-        assert self._process.stdin is not None
-        self._process.stdin.write("step\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            if line.startswith("{"):
-                return json.loads(line)
-        raise SystemExit("a contender's process ended before it answered; its message stands above.")
-
-
 def _work(name: str, backend: str, prompt: int, query: int, batch: int) -> None:
     """What a contender's process does: load, use once, then a step for every line on standard input."""
     if name == "peft":
         step, version = _peft(prompt, query, batch)
     else:
         step, version = _embedgrad(prompt, query, batch, "layer" if name.endswith("layer") else "all", backend)
-    print(json.dumps({"ready": name}), flush=True)
-    for _ in sys.stdin:
-        base = _resident("VmRSS")
+    base: list[int] = []  # resident bytes before the first step
+
+    def measure(_: dict[str, Any]) -> dict[str, Any]:
+        if not base:
+            base.append(_resident("VmRSS"))
         Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
         started = time.perf_counter()
         loss, gradient_norm = step()
         seconds = time.perf_counter() - started
         figures = {"seconds": seconds, "loss": loss, "gradient_norm": gradient_norm, "version": version}
-        _work_base.setdefault("base", base)
-        print(json.dumps({**figures, "peak_bytes": _resident("VmHWM") - _work_base["base"]}), flush=True)
+        return {**figures, "peak_bytes": _resident("VmHWM") - base[0]}
 
-
-_work_base: dict[str, int] = {}  # resident bytes before the first step
+    serve({"ready": name}, measure)
 
 
 def _resident(field: str) -> int:

@@ -23,15 +23,33 @@ from embedgrad.tree import pack_branches
 
 def shared_context(model: Model, embeddings: Tensor, sequence: Rendered, length: int) -> Tensor:
     """Keys and values [L, 2, S, G, D] of the first S = `length` tokens of `sequence`; `embeddings` are the prompt's."""
+    known = model.context_cache.get(embeddings, sequence, length) if length else None
+    start = 0 if known is None else known.shape[2]
+    if known is not None and start == length:
+        return known
+    ids, rows = sequence.ids[start:length], sequence.prompt_rows[start:length]
     native = _in_blocks(model)
     if native is None or not length:
-        return keys_and_values(model, sequence.ids[:length], (), (), embeddings, sequence.prompt_rows[:length])
+        before, kept = ((), ()) if known is None else ((tuple(sequence.ids[:start]),), (known,))
+        new = keys_and_values(model, ids, before, kept, embeddings, rows)
+        kept_all = new if known is None else torch.cat([known, new], dim=2)
+    else:
+        kept_all = _native_context(model, native, _inputs(model, embeddings, ids, rows), known)
+    if length:
+        model.context_cache.put(embeddings, sequence, length, kept_all)
+    return kept_all
+
+
+def _native_context(model: Model, native: NativeDecoder, x: Tensor, known: Tensor | None) -> Tensor:
+    """Keys and values of the known tokens and, behind them, of those that go in as x [n, d]."""
     config = model.config
-    shape = (config.num_layers, 2, 1, length, config.num_kv_heads, config.head_dim)
+    start = 0 if known is None else known.shape[2]
+    shape = (config.num_layers, 2, 1, start + len(x), config.num_kv_heads, config.head_dim)
     nothing, own = torch.empty(*shape[:2], 0, *shape[4:]), torch.empty(shape)
-    x = _inputs(model, embeddings, sequence.ids[:length], sequence.prompt_rows[:length])
-    none = torch.empty(0, dtype=torch.int64)
-    native.advance(nothing, own, torch.zeros(length, dtype=torch.int64), torch.arange(length), x, none)
+    if known is not None:
+        own[:, :, 0, :start] = known
+    positions, none = torch.arange(start, start + len(x)), torch.empty(0, dtype=torch.int64)
+    native.advance(nothing, own, torch.zeros(len(x), dtype=torch.int64), positions, x, none)
     return own[:, :, 0]
 
 

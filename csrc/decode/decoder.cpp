@@ -18,6 +18,16 @@ struct Stretch {
     int64_t count, row;
 };
 
+// Asks for keys and values that are needed soon: they come from main memory, a line here and a line there.
+static inline void fetch(const Stretch& s, int64_t d) {
+    constexpr int64_t kLine = 16;  // floats
+    for (int64_t j = 0; j < s.count; ++j)
+        for (int64_t c = 0; c < d; c += kLine) {
+            __builtin_prefetch(s.k + j * s.row + c, 0, 2);
+            __builtin_prefetch(s.v + j * s.row + c, 0, 2);
+        }
+}
+
 #define EMBEDGRAD_KERNELS "../decode/decoder.inl"
 #include "../cpu/per_isa.inl"
 
@@ -111,17 +121,23 @@ void Decoder::attention(const Crew& crew, const Cache& cache, const Tokens& toke
     const int64_t together = rows * groups >= 2 * crew.size ? each : 1;
     const auto items = crew.share(rows * spec_.heads / together);
     const bool quantised_apart = d % kGroup != 0;
+    const int64_t per_row = spec_.heads / together;
+    // The own keys and values of an item's head group.
+    const auto own_stretch = [&](int64_t b, int64_t g, int64_t hidden) {
+        const int64_t from = std::max<int64_t>(0, hidden - cache.trunk_length);
+        return Stretch{own(0, slots[b], from) + g * d, own(1, slots[b], from) + g * d,
+                       positions[b] + 1 - cache.trunk_length - from, width};
+    };
     for (int64_t i = items.begin; i < items.end; ++i) {
-        const int64_t per_row = spec_.heads / together, b = i / per_row, h = i % per_row * together, g = h / each;
-        const int64_t position = positions[b];
-        const int64_t hidden = layer.window ? std::max<int64_t>(0, position + 1 - layer.window) : 0;
-        const int64_t in_trunk = std::min(hidden, cache.trunk_length), in_own = hidden - in_trunk;
+        const int64_t b = i / per_row, h = i % per_row * together, g = h / each;
+        const int64_t hidden = layer.window ? std::max<int64_t>(0, int64_t{positions[b]} + 1 - layer.window) : 0;
+        const int64_t in_trunk = std::min(hidden, cache.trunk_length);
         const Stretch stretches[2] = {
             {trunk + in_trunk * width + g * d, trunk + (cache.trunk_length + in_trunk) * width + g * d,
              cache.trunk_length - in_trunk, width},
-            {own(0, slots[b], in_own) + g * d, own(1, slots[b], in_own) + g * d,
-             position + 1 - cache.trunk_length - in_own, width},
+            own_stretch(b, g, hidden),
         };
+        if (i + 1 < items.end) fetch(own_stretch((i + 1) / per_row, (i + 1) % per_row * together / each, hidden), d);
         const float* q = w.qkv.data() + b * layer.qkv.rows + h * d;
         EMBEDGRAD_DISPATCH(attend_heads, q, spec_.scale, stretches, d, together, w.attended.row(b) + h * d)
         if (!quantised_apart) w.attended.quantise(b, orders(layer.out), h * d, (h + together) * d);

@@ -171,12 +171,22 @@ static inline Sums scales(const float* w, const float* x) { return _mm512_mul_ps
 static inline Sums add_product(Sums acc, const float* a, const float* b) {
     return _mm512_fmadd_ps(_mm512_loadu_ps(a), _mm512_loadu_ps(b), acc);
 }
+#if defined(EMBEDGRAD_VNNI)
+struct Signed {  // w + 128, which offsets make up for
+    static constexpr float kExcess = 128;
+    Bytes magnitude;
+    explicit Signed(Bytes w) : magnitude(_mm512_xor_si512(w, _mm512_set1_epi8(-128))) {}
+    Bytes turn(Bytes x) const { return x; }
+};
+#else
 struct Signed {  // |w| and what gives x the sign of w
+    static constexpr float kExcess = 0;
     Bytes magnitude;
     __mmask64 negative;
     explicit Signed(Bytes w) : magnitude(_mm512_abs_epi8(w)), negative(_mm512_movepi8_mask(w)) {}
     Bytes turn(Bytes x) const { return _mm512_mask_sub_epi8(x, negative, _mm512_setzero_si512(), x); }
 };
+#endif
 typedef __m256 Halved;
 static inline Halved halved(Sums s) {
     return _mm256_add_ps(_mm512_castps512_ps256(s), _mm512_extractf32x8_ps(s, 1));
@@ -199,6 +209,7 @@ static inline Sums add_product(Sums acc, const float* a, const float* b) {
     return _mm256_fmadd_ps(_mm256_loadu_ps(a), _mm256_loadu_ps(b), acc);
 }
 struct Signed {
+    static constexpr float kExcess = 0;
     Bytes magnitude, sign;
     explicit Signed(Bytes w) : magnitude(_mm256_abs_epi8(w)), sign(w) {}
     Bytes turn(Bytes x) const { return _mm256_sign_epi8(x, sign); }
@@ -245,6 +256,7 @@ static inline Sums add_product(Sums acc, const float* a, const float* b) {
     return acc;
 }
 struct Signed {
+    static constexpr float kExcess = 0;
     Bytes magnitude, sign;
     explicit Signed(const Bytes& w) : magnitude(w), sign(w) {
         for (auto& e : magnitude.element) e = static_cast<int8_t>(e < 0 ? -e : e);  // −128 becomes 128 as unsigned
@@ -298,7 +310,9 @@ static inline void store_eight(float* out, float x) {
 
 static void prepare(const Part& part, int64_t first, int64_t rows, int64_t groups, float* buffer, BlockRows& out) {
     const int64_t size = part.half_scales ? 2 : 4;
-    out.has_offsets = part.offsets || part.stored == Stored::int4;
+    // What the products count too much of every weight: the 8 of int4 without offsets, and what Signed adds.
+    const float excess = part.stored == Stored::int8 ? Signed::kExcess : part.offsets ? 0 : 8;
+    out.has_offsets = part.offsets || excess != 0;
     for (int64_t r = 0; r < rows; ++r) {
         out.bytes[r] = static_cast<const uint8_t*>(part.data) + (first + r) * part.row_bytes;
         float* scales = out.scales[r] = buffer;
@@ -311,15 +325,18 @@ static void prepare(const Part& part, int64_t first, int64_t rows, int64_t group
         store_eight(scales + 8 * part.groups, 0);  // half a step may read it
         if (part.offsets)
             widen_any(static_cast<const char*>(part.offsets) + at, part.half_scales, part.groups, offsets);
-        else  // int4 without offsets: the products count 8 too much of every weight
-            for (int64_t g = 0; g < groups; g += VL) store(offsets + g, load(offsets + g) * -8.0f);
+        else
+            for (int64_t g = 0; g < groups; g += VL) store(offsets + g, load(offsets + g) * -excess);
     }
 }
 
 constexpr int64_t kNextUnit = Activations::kTogether * Activations::kUnitBytes;
 
-// The bytes and scales of M rows of activations at the element k of their units.
-static inline const uint8_t* unit_at(const uint8_t* units, int64_t k) { return units + k / 64 * kNextUnit + k % 64; }
+// The bytes and scales of rows of activations at the element k of their units.
+static inline const uint8_t* unit_at(const uint8_t* units, int64_t k) {
+    const auto place = static_cast<uint64_t>(k);
+    return units + place / 64 * kNextUnit + place % 64;
+}
 
 // acc += Σ u x at k for M rows, u unsigned; `turn` gives x the sign that u has lost.
 template <int M, class Turn>

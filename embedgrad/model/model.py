@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from embedgrad import backends
+from embedgrad.context_cache import ContextCache
 from embedgrad.errors import BackendError, ConfigError
 from embedgrad.machine import available_memory
 from embedgrad.model.arena import Arena
@@ -51,6 +52,7 @@ class Model:
         self.arena = Arena(device)
         self.decoder = Decoder(self.config, weights, ops, dtype, self.arena)
         self.prefix_cache = PrefixCache()
+        self.context_cache = ContextCache()
         self.no_prompt = torch.zeros(1, self.config.hidden_size, dtype=dtype, device=device)
 
     def __repr__(self) -> str:
@@ -88,6 +90,7 @@ class Model:
         """Give the activation arena and the kept keys and values back; the next step allocates them again."""
         self.arena.release()
         self.prefix_cache.clear()
+        self.context_cache.clear()
 
 
 def load_model(

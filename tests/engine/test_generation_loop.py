@@ -182,6 +182,25 @@ def test_long_contexts_in_pieces(tmp_path: Path) -> None:
     assert torch.equal(logits, whole)
 
 
+@pytest.mark.parametrize("weights", ["compute", "int8"])
+def test_a_prompts_context_is_computed_once(tmp_path: Path, weights: str) -> None:
+    """Calls behind the same prompt reuse it, and say what a fresh model says; another prompt does not."""
+    model, fresh = tiny(tmp_path, weights), load_model(tmp_path, backend="native", weights=weights)
+    p = prompt_of(model)
+    other = replace(p, embeddings=p.embeddings + 0.3)
+    sampling = Sampling(max_new_tokens=5)
+    for prompt, asked in ((p, ASKED[:1]), (p, ASKED), (p, ASKED[2:3]), (other, ASKED), (p, ASKED[:2])):
+        fresh.context_cache.clear()
+        assert generate(model, prompt, asked, sampling) == generate(fresh, prompt, asked, sampling)
+    rendered = render_query(model, p, ASKED[0])
+    assert model.context_cache.get(other.embeddings, rendered, 4) is None
+    known = model.context_cache.get(p.embeddings, rendered, len(rendered.ids))
+    assert known is not None
+    assert known.shape[2] >= 4
+    model.release_memory()
+    assert model.context_cache.get(p.embeddings, rendered, 4) is None
+
+
 @pytest.mark.parametrize("native", [True, False])
 def test_callbacks_and_what_they_raise(tmp_path: Path, native: bool) -> None:
     model = tiny(tmp_path)
