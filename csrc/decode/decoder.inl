@@ -110,7 +110,7 @@ static void attend(const float* q, float scale, const Stretch* stretches, int64_
                 sums += weight;
             }
             const float shrink = top[h] == now ? 1.0f : std::exp(top[h] - now);
-            mass[h] = mass[h] * shrink + sum(sums);
+            mass[h] = std::fma(mass[h], shrink, sum(sums));  // by name: for every H the compiler must do the same
             top[h] = now;
             if (shrink != 1.0f)
                 for (int64_t c = 0; c < d; ++c) out[h * d + c] *= shrink;

@@ -19,6 +19,8 @@ from embedgrad.model.model import Model
 from embedgrad.prompt import SoftPrompt
 from embedgrad.sampling import Sampling
 
+DIGITS = 4  # of an answer's figures, after the point
+
 
 @dataclass(frozen=True)
 class Options:
@@ -96,10 +98,10 @@ def _tell(stream: TextIO, query: str, answer: Generation, as_json: bool) -> None
             "text": answer.text,
             "stop_reason": answer.stop_reason,
             "tokens": len(answer.ids),
-            "log_probability": sum(answer.log_probabilities),
-            "token_entropy": sum(answer.entropies) / len(answer.entropies),
-            "trajectory_entropy": answer.trajectory_entropy,
-            "windowed_entropy": answer.windowed_entropy,
+            "log_probability": round(sum(answer.log_probabilities), DIGITS),
+            "token_entropy": round(sum(answer.entropies) / len(answer.entropies), DIGITS),
+            "trajectory_entropy": round(answer.trajectory_entropy, DIGITS),
+            "windowed_entropy": round(answer.windowed_entropy, DIGITS),
             "loop_period": answer.loop_period,
         }
         stream.write(json.dumps(record, ensure_ascii=stream is sys.stdout) + "\n")  # its encoding may be any
@@ -118,9 +120,10 @@ def _converse(model: Model, prompt: SoftPrompt, sampling: Sampling) -> None:
             return
         if query.strip():
             try:
-                typed = None if sampling.stop else _Typed(model).take  # the beginning of a stop text would show
-                answer = generate(model, prompt, [query], sampling, on_token=typed)[0]
-                print("" if typed else answer.text, flush=True)
+                typed = _Typed(model)
+                on_token = None if sampling.stop else typed.take  # the beginning of a stop text would show
+                answer = generate(model, prompt, [query], sampling, on_token=on_token)[0]
+                print(answer.text[typed.printed :], flush=True)
             except KeyboardInterrupt:
                 print("stopped", file=sys.stderr)
             except EmbedGradError as refusal:  # a query that is too long, for instance, does not end the conversation
@@ -133,12 +136,12 @@ class _Typed:
     def __init__(self, model: Model) -> None:
         self._model = model
         self._ids: list[int] = []
-        self._printed = 0
+        self.printed = 0
 
     def take(self, index: int, token: int) -> None:
         """One more token."""
         self._ids.append(token)
         text = self._model.tokenizer.decode(self._ids)
         if not text.endswith("\ufffd"):
-            print(text[self._printed :], end="", flush=True)
-            self._printed = len(text)
+            print(text[self.printed :], end="", flush=True)
+            self.printed = len(text)
