@@ -188,4 +188,5 @@ def _step(config: ModelConfig, size: StepSize, dtype: torch.dtype) -> Step:
         kept=(kept,) if size.kept else (),
         rows=index(size.rows),
         prompt_positions=index(size.prompt_positions),
+        prompt_keys=index(size.prompt_positions),
     )

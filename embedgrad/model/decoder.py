@@ -370,7 +370,8 @@ class Decoder:
             with self.arena.frame():
                 do = self._do(layer, dx)
                 q, k, v, o, lse = self._attention_inputs(index, saved, step)
-                mask, keys = self._mask(index, step, None), shown + step.num_kept
+                mask, keys = self._mask(index, step, None), step.prompt_keys
+                assert keys is not None
                 dk, dv = self._split_kv(dqkv[:, h * size :])
                 self.ops.tree_attention_backward(
                     do, q, k[keys], v[keys], o, lse, mask.select_keys(keys), scale=self.scale, dk=dk, dv=dv

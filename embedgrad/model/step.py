@@ -20,7 +20,7 @@ class Step:
     ids, prompt_rows [T] int64; cos, sin [T, D/2]; masks: one per distinct sliding window; last_mask: the last layer's,
     with the queries at `rows`; kept: keys and values of the kept units, each [L, 2, n, G, D]; rows [R] int64: the
     tokens at which the last layer's output is read (None: all); prompt_positions [P] int64, or None to differentiate
-    the first layer at every token.
+    the first layer at every token; prompt_keys [P] int64: the same tokens, counted from the first kept key on.
     """
 
     ids: Tensor
@@ -32,6 +32,7 @@ class Step:
     kept: tuple[Tensor, ...]
     rows: Tensor | None
     prompt_positions: Tensor | None
+    prompt_keys: Tensor | None
 
     @property
     def num_kept(self) -> int:
@@ -77,4 +78,5 @@ def build_step(
         kept=kept,
         rows=None if rows is None else send(rows, device),
         prompt_positions=send(tree.prompt_positions, device) if prompt_only else None,
+        prompt_keys=send(tree.prompt_positions + tree.num_kept, device) if prompt_only else None,
     )

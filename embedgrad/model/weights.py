@@ -159,7 +159,8 @@ class _Reader:
         return PackedTable(table) if is_packed(table) else table
 
     def _vector(self, name: str) -> Tensor:
-        return self.tensors.get(name).to(self.place, self.dtype)
+        # A copy: a view would keep the whole file mapped, and every page of it that was read.
+        return self.tensors.get(name).to(self.place, self.dtype, copy=True)
 
     def _stored(self, name: str) -> Any:
         """The matrix as the file has it."""
