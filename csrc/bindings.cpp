@@ -128,6 +128,23 @@ void swiglu_backward(const Tensor& da, const Tensor& gate_up, Tensor out) {
                                rows(out, "out", n, 2 * width), n, width);
 }
 
+const int64_t* longs(const Tensor& x, const char* name, int64_t size) {
+    check(x, name, at::kLong, 1);
+    TORCH_CHECK(x.size(0) == size && x.is_contiguous(), name, " must be contiguous with ", size, " elements, not ", x.sizes());
+    return x.data_ptr<int64_t>();
+}
+
+void softmax_loss(Tensor z, const Tensor& targets, const Optional& weights, Tensor nll, Tensor predicted) {
+    const int64_t n = z.size(0), vocabulary = z.size(1);
+    TORCH_CHECK(vocabulary > 0, "z has no logits");
+    const int64_t* wanted = longs(targets, "targets", n);
+    for (int64_t t = 0; t < n; ++t)
+        TORCH_CHECK_INDEX(wanted[t] < vocabulary, "target ", wanted[t], " of row ", t, " is not below ", vocabulary);
+    vector(nll, "nll", n), longs(predicted, "predicted", n);
+    embedgrad::softmax_loss(pool, rows(z, "z", n, vocabulary), wanted, weights ? vector(*weights, "weights", n) : nullptr,
+                            nll.data_ptr<float>(), predicted.data_ptr<int64_t>(), n, vocabulary);
+}
+
 embedgrad::TreeShape tree(
     const Tensor& q, const Tensor& k, const Tensor& key_begin, const Tensor& key_end, const Tensor& query_index,
     const Tensor& block_start, int64_t kept, const Optional& query_position,
@@ -219,6 +236,8 @@ TORCH_LIBRARY(embedgrad, m) {
     m.def("swiglu(Tensor gate_up, Tensor(a!) out) -> ()");
     m.def("swiglu_backward(Tensor da, Tensor gate_up, Tensor(a!) out) -> ()");
     m.def(
+        "softmax_loss(Tensor(a!) z, Tensor targets, Tensor? weights, Tensor(b!) nll, Tensor(c!) predicted) -> ()");
+    m.def(
         "tree_attention(Tensor q, Tensor k, Tensor v, Tensor key_begin, Tensor key_end, Tensor query_index, "
         "Tensor block_start, int kept, Tensor? query_position, Tensor? key_position, int window, float scale, "
         "Tensor(a!) out, Tensor(b!) lse) -> ()");
@@ -236,6 +255,7 @@ TORCH_LIBRARY_IMPL(embedgrad, CPU, m) {
     m.impl("rope_backward", rope_backward);
     m.impl("swiglu", swiglu);
     m.impl("swiglu_backward", swiglu_backward);
+    m.impl("softmax_loss", softmax_loss);
     m.impl("tree_attention", tree_attention);
     m.impl("tree_attention_backward", tree_attention_backward);
 }

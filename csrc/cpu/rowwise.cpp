@@ -1,6 +1,8 @@
 #include "rowwise.h"
 
+#include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "isa.h"
 
@@ -71,6 +73,17 @@ void swiglu_backward(const Pool& pool, Rows da, Rows gate_up, Rows out, int64_t 
             const float* gate = gate_up.data + t * gate_up.row;
             float* d = out.data + t * out.row;
             EMBEDGRAD_DISPATCH(swiglu_backward_row, da.data + t * da.row, gate, gate + width, d, d + width, width)
+        }
+    });
+}
+
+void softmax_loss(
+    const Pool& pool, Rows z, const int64_t* targets, const float* weights, float* nll, int64_t* predicted, int64_t rows,
+    int64_t vocabulary) {
+    pool.run(rows, grain(vocabulary), [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t) {
+            const float* weight = weights ? weights + t : nullptr;
+            EMBEDGRAD_DISPATCH(softmax_loss_row, z.data + t * z.row, vocabulary, targets[t], weight, nll[t], predicted[t])
         }
     });
 }

@@ -42,4 +42,10 @@ void swiglu(const Pool&, Rows gate_up, Rows out, int64_t rows, int64_t width);
 // out = [da ⊙ u ⊙ σ(g)(1 + g(1 − σ(g))), da ⊙ g σ(g)]; out may be gate_up.
 void swiglu_backward(const Pool&, Rows da, Rows gate_up, Rows out, int64_t rows, int64_t width);
 
+// The loss of each row of logits z [rows, vocabulary]: nll = log Σ exp(z) − z_target, 0 where target < 0; predicted: the
+// first place of the largest logit. With `weights`, z becomes weight · d nll / dz = weight · (softmax(z) − onehot).
+void softmax_loss(
+    const Pool&, Rows z, const int64_t* targets, const float* weights, float* nll, int64_t* predicted, int64_t rows,
+    int64_t vocabulary);
+
 }  // namespace embedgrad

@@ -98,3 +98,29 @@ static void swiglu_backward_row(
         d_up[i] = d * g * s;
     }
 }
+
+static void softmax_loss_row(
+    float* z, int64_t n, int64_t target, const float* weight, float& nll, int64_t& predicted) {
+    Vec most = all(-std::numeric_limits<float>::infinity());
+    int64_t i = 0;
+    for (; i + VL <= n; i += VL) most = max(load(z + i), most);
+    float top = highest(most);
+    for (; i < n; ++i) top = z[i] > top ? z[i] : top;
+    predicted = std::find(z, z + n, top) - z;
+    if (predicted == n) predicted = 0;  // all are NaN, as the loss will be
+    // In float32 over a few thousand terms, then in double: over a whole vocabulary float32 would lose three digits.
+    double mass = 0;
+    for (i = 0; i + VL <= n;) {
+        Vec part = {};
+        const int64_t end = std::min(n / VL * VL, i + 64 * VL);
+        for (; i < end; i += VL) part += exp(load(z + i) - top);
+        mass += sum(part);
+    }
+    for (; i < n; ++i) mass += std::exp(z[i] - top);
+    nll = target < 0 ? 0.0f : static_cast<float>(std::log(mass) - (z[target] - top));
+    if (!weight) return;
+    const float scale = target < 0 ? 0.0f : static_cast<float>(*weight / mass);
+    for (i = 0; i + VL <= n; i += VL) store(z + i, exp(load(z + i) - top) * scale);
+    for (; i < n; ++i) z[i] = std::exp(z[i] - top) * scale;
+    if (target >= 0) z[target] -= *weight;
+}

@@ -18,7 +18,6 @@ from embedgrad.backends.reference import (
     decode_attention,
     embed,
     embed_backward,
-    linear_cross_entropy,
     prompt_step,
 )
 from embedgrad.tree import TreeMask
@@ -48,7 +47,7 @@ def _load() -> None:
         raise ImportError(f"csrc/ was built for another torch: {error}") from error
     for name in (
         "rms_norm", "add_rms_norm", "rms_norm_backward", "rope", "rope_backward", "swiglu", "swiglu_backward",
-        "tree_attention", "tree_attention_backward",
+        "softmax_loss", "tree_attention", "tree_attention_backward",
     ):  # fmt: skip
         torch.library.register_fake(f"embedgrad::{name}", lambda *_, **__: None)
 
@@ -153,6 +152,38 @@ def swiglu_backward(da: Tensor, gate_up: Tensor, *, out: Tensor) -> Tensor:
         return reference.swiglu_backward(da, gate_up, out=out)
     _ops.swiglu_backward(da, gate_up, out)
     return out
+
+
+def linear_cross_entropy(
+    h: Tensor,
+    head: reference.Head,
+    targets: Tensor,
+    weights: Tensor,
+    *,
+    softcap: float | None = None,
+    dh: Tensor | None = None,
+    logit_bytes: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Negative log-likelihood [N] of `targets` under softmax(h Wᵀ), and the arg-max token [N]; see `reference`.
+
+    The products are the head's; loss and gradient are computed in place in the one buffer of logits.
+    """
+    if softcap is not None or not _fits(h, weights, dh):
+        return reference.linear_cross_entropy(
+            h, head, targets, weights, softcap=softcap, dh=dh, logit_bytes=logit_bytes
+        )
+    vocabulary, count = head.shape[0], len(h)
+    step = max(1, (reference.LOGIT_BYTES if logit_bytes is None else logit_bytes) // (vocabulary * 4))
+    buffer = torch.empty(min(step, count), vocabulary)
+    nll, predicted = torch.empty(count), torch.empty(count, dtype=torch.int64)
+    targets, weights = targets.contiguous(), weights.contiguous()
+    for start in range(0, count, step):
+        rows = slice(start, min(start + step, count))
+        z = head.forward(h[rows], out=buffer[: rows.stop - start])
+        _ops.softmax_loss(z, targets[rows], None if dh is None else weights[rows], nll[rows], predicted[rows])
+        if dh is not None:
+            head.backward(z, out=dh[rows])
+    return nll, predicted
 
 
 def _schedule(mask: TreeMask, group: int) -> tuple[Tensor | int | None, ...]:

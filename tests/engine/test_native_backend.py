@@ -15,6 +15,7 @@ from embedgrad import backends
 from embedgrad.backends import reference
 from embedgrad.errors import BackendError
 from embedgrad.gradient import loss_and_grad
+from embedgrad.model.frozen import FrozenMatrix, Widening
 from embedgrad.model.model import load_model
 from embedgrad.tree import TreeMask
 from tests.engine.drawn import batches, configs, make_prompt, pair, prompts
@@ -107,6 +108,52 @@ def test_swiglu(seed: int, rows: int, width: int, scale: float, name: str) -> No
         three_way(native.swiglu_backward(da, gate_up, out=gate_up), plainly, truth)
 
 
+@quick
+@given(
+    SEEDS, awkward_sizes(1, 9), awkward_sizes(1, 8), awkward_sizes(1, 2100), st.sampled_from([0.1, 3.0, 1e3]),
+    st.sampled_from([1, 3, 10**9]), st.booleans(), instruction_sets,
+)  # fmt: skip
+def test_linear_cross_entropy(
+    seed: int, count: int, width: int, vocabulary: int, scale: float, rows: int, differentiate: bool, name: str
+) -> None:
+    """In any number of pieces, with ignored targets, weights of 0, and tied logits; float64 says what is right."""
+    h, w = normal(seed, (count, width), scale=scale), normal(seed + 1, (vocabulary, width))
+    w[vocabulary // 2] = w[0]
+    draw = torch.Generator().manual_seed(seed)
+    targets = torch.randint(-1, vocabulary, (count,), generator=draw)
+    weights = torch.rand(count, generator=draw) * torch.randint(0, 2, (count,), generator=draw)
+    dh = guarded((count, width)) if differentiate else None
+    head = FrozenMatrix([w], None, Widening(torch.float32, torch.device("cpu")))
+    with native.using(name):
+        nll, predicted = native.linear_cross_entropy(
+            h, head, targets, weights, dh=dh, logit_bytes=rows * vocabulary * 4
+        )
+    logits = h.double() @ w.double().T
+    wide = h.double().requires_grad_()
+    every = torch.nn.functional.cross_entropy(wide @ w.double().T, targets.clamp_min(0), reduction="none")
+    every = torch.where(targets >= 0, every, 0)
+    error = 4e-7 * (1 + logits.abs().amax(dim=1)) * width**0.5
+    assert bool(((nll - every).abs() <= error).all())
+    chosen = logits.gather(1, predicted[:, None]).squeeze(1)
+    assert bool((logits.amax(dim=1) - chosen <= error).all())
+    if dh is not None:
+        (every * weights).sum().backward()
+        plain = torch.empty(count, width)
+        reference.linear_cross_entropy(h, head, targets, weights, dh=plain)
+        three_way(dh, plain, wide.grad, tolerance=2e-6 * (1 + float(logits.abs().max())))
+
+
+def test_loss_of_logits_that_are_no_distribution() -> None:
+    z = torch.tensor([[0.0, float("nan"), 1.0], [0.0, float("inf"), 1.0], [-float("inf"), 0.0, -float("inf")]])
+    nll, predicted = torch.empty(3), torch.empty(3, dtype=torch.int64)
+    torch.ops.embedgrad.softmax_loss(z, torch.tensor([2, 2, 1]), None, nll, predicted)
+    assert bool(nll[:2].isnan().all())
+    assert nll[2] == 0
+    assert predicted[2] == 1
+    with pytest.raises(IndexError, match="target 3 of row 1 is not below 3"):
+        torch.ops.embedgrad.softmax_loss(z, torch.tensor([2, 3, 1]), None, nll, predicted)
+
+
 def _mask(tree: Tree) -> TreeMask:
     s = tree.schedule()
     positions = (None, None) if s.window is None else (s.query_position, s.key_position)
@@ -194,13 +241,14 @@ def test_the_engine_agrees_with_the_reference(config: Any, prompt: Any, batch: l
     assert relative_error(grad, expected) <= 2e-5  # what either may be off by against transformers
 
 
-@pytest.mark.parametrize("op", ["rms_norm", "swiglu", "tree_attention"])
+@pytest.mark.parametrize("op", ["rms_norm", "swiglu", "softmax_loss", "tree_attention"])
 def test_opcheck(op: str) -> None:
     x, mask = torch.randn(5, 8), _mask(Tree("trunk", ((-1, 5),), (), 1, None))
     heads = [torch.randn(5, 2, 4), torch.randn(5, 1, 4), torch.randn(5, 1, 4)]
     arguments: dict[str, tuple[Any, ...]] = {
         "rms_norm": (x, torch.ones(8), 1e-6, torch.empty(5, 8)),
         "swiglu": (x, torch.empty(5, 4)),
+        "softmax_loss": (x, torch.arange(5), torch.ones(5), torch.empty(5), torch.empty(5, dtype=torch.int64)),
         "tree_attention": (*heads, *native._schedule(mask, 2), 0.5, torch.empty(5, 2, 4), torch.empty(5, 2)),
     }
     torch.library.opcheck(getattr(torch.ops.embedgrad, op), arguments[op])

@@ -1,0 +1,78 @@
+"""The matrix-product floor of a training step: how long its necessary operations take at BLAS's own rate.
+
+Necessary are the linear products forward and backward at the tokens that the step computes them for (the last layer's
+queries, output and MLP at the predicting tokens; the first layer's backward of q, k and v at the prompt's), and 4
+operations forward and 8 backward per visible pair of attention, head and head dimension. Each product is timed at its
+own shape, in place of the step's; attention counts at the mean rate of the products.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter
+
+import torch
+
+from embedgrad.model.config import ModelConfig
+from embedgrad.tree import TokenTree
+
+Shape = tuple[int, int, int]  # rows, inner, columns
+
+
+def products(config: ModelConfig, tree: TokenTree) -> Counter[tuple[str, Shape]]:
+    """How often the step multiplies which shapes; "forward" is x Wᵀ, "backward" is dy W."""
+    tokens, predicting, shown = tree.num_tokens, len(tree.predicting), len(tree.prompt_positions)
+    d, f, layers = config.hidden_size, config.intermediate_size, config.num_layers
+    q, kv = config.num_heads * config.head_dim, 2 * config.num_kv_heads * config.head_dim
+    count: Counter[tuple[str, Shape]] = Counter()
+
+    def both(rows: int, inputs: int, outputs: int, times: int = 1) -> None:
+        count["forward", (rows, inputs, outputs)] += times
+        count["backward", (rows, outputs, inputs)] += times
+
+    rest = layers - 1  # all but the last
+    for rows, times in ((tokens, rest), (predicting, 1)):
+        both(rows, q, d, times)
+        both(rows, d, 2 * f, times)
+        both(rows, f, d, times)
+    count["forward", (tokens, d, q + kv)] += rest
+    count["backward", (tokens, q + kv, d)] += rest - 1
+    count["backward", (shown, q + kv, d)] += 1
+    both(predicting, d, q)
+    both(tokens, d, kv)
+    both(len(tree.target_ids), d, config.vocab_size)
+    return count
+
+
+def visible_pairs(config: ModelConfig, tree: TokenTree) -> int:
+    """Query-key pairs of all layers."""
+    total = 0
+    for layer, window in enumerate(config.windows):
+        mask = tree.mask(window)
+        if layer == config.num_layers - 1:
+            mask = mask.select_queries(tree.predicting)
+        total += int(mask.visible().sum())
+    return total
+
+
+def seconds(config: ModelConfig, tree: TokenTree, repeats: int = 5) -> float:
+    """The floor on this machine, now, with torch's threads."""
+    spent, operations = 0.0, 0
+    for (way, (rows, inner, columns)), times in products(config, tree).items():
+        spent += times * _time(way, rows, inner, columns, repeats)
+        operations += times * 2 * rows * inner * columns
+    pairs = visible_pairs(config, tree)
+    return spent + 12 * pairs * config.num_heads * config.head_dim * spent / operations
+
+
+def _time(way: str, rows: int, inner: int, columns: int, repeats: int) -> float:
+    """Median seconds of one product. Three copies of the matrix take turns, so that none waits in the cache."""
+    x, out = torch.randn(rows, inner), torch.empty(rows, columns)
+    weights = [torch.randn(columns, inner).T if way == "forward" else torch.randn(inner, columns) for _ in range(3)]
+    found = []
+    for number in range(repeats + 1):
+        started = time.perf_counter()
+        torch.mm(x, weights[number % 3], out=out)
+        found.append(time.perf_counter() - started)
+    return statistics.median(found[1:])
