@@ -29,7 +29,7 @@ app = typer.Typer(
 PromptFile = Annotated[Path, typer.Argument(help="A prompt file, such as runs/NAME/prompt.safetensors.")]
 ModelPath = Annotated[str, typer.Option("--model", "-m", help="Model folder, .gguf file or hub id.")]
 DType = Annotated[str | None, typer.Option(help="What is computed in: float32, float64, bfloat16.")]
-Weights = Annotated[str, typer.Option(help="How matrices are kept: auto, compute, stored, int8 or int4.")]
+Weights = Annotated[str, typer.Option(help="How matrices are kept: auto, compute, stored, fp32, bf16, int8, int4.")]
 Backend = Annotated[str, typer.Option(help="Which kernels: auto, or one that `doctor` lists.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
 QueryField = Annotated[str, typer.Option(help="Field of the JSON lines that holds the query.")]

@@ -161,7 +161,7 @@ class ModelSection(_Section):
     dtype: Literal["float32", "fp32", "float64", "fp64", "bfloat16", "bf16"] | None = None
     backend: str = "auto"
     device: str = "auto"
-    weights: Literal["auto", "compute", "stored", "int8", "int4"] = "auto"
+    weights: Literal["auto", "compute", "stored", "fp32", "bf16", "int8", "int4"] = "auto"
     max_device_memory: Bytes | None = None  # bytes, or a text such as "10GiB"; blocks that do not fit are streamed
 
 

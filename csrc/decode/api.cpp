@@ -78,3 +78,10 @@ void embedgrad_linear(const Matrix* matrix, const float* x, int64_t rows, float*
         linear(*matrix, activations, rows, nullptr, y, matrix->rows, false, begin, end);
     });
 }
+
+void embedgrad_widen(const Matrix* matrix, int64_t begin, int64_t end, float* out, int32_t threads) {
+    together(threads, [&](const Crew& crew) {
+        const auto share = crew.share(end - begin);
+        for (int64_t i = share.begin; i < share.end; ++i) read_row(*matrix, begin + i, out + i * matrix->columns);
+    });
+}

@@ -19,4 +19,8 @@ EMBEDGRAD_API void embedgrad_decoder_advance(
 // y [rows, matrix rows] = x [rows, columns] Wᵀ + bias, as the loop computes it.
 EMBEDGRAD_API void embedgrad_linear(
     const embedgrad::Matrix*, const float* x, int64_t rows, float* y, int32_t threads);
+
+// Rows [begin, end) of the matrix in float32, without its bias: out [end − begin, columns].
+EMBEDGRAD_API void embedgrad_widen(
+    const embedgrad::Matrix*, int64_t begin, int64_t end, float* out, int32_t threads);
 }

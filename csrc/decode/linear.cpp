@@ -7,14 +7,16 @@
 #endif
 
 #include "../cpu/isa.h"
+#include "blocks.h"
 
 namespace embedgrad {
 
 // Rows of a matrix in blocks that are multiplied one after the other, while a few rows of activations stay in the cache.
 constexpr int64_t kBlockRows = 8;
 
-// Floats that these rows' scales (eight times each) and offsets take, with room for a whole vector behind the last.
-constexpr int64_t scratch_floats(int64_t groups) { return kBlockRows * (groups * 9 + 16); }
+// Floats that these rows' scales (eight times each), offsets and unpacked bytes take, with room for a whole vector
+// behind the last.
+constexpr int64_t scratch_floats(int64_t groups) { return kBlockRows * (groups * 17 + 32); }
 
 #define EMBEDGRAD_WITH_VNNI
 #define EMBEDGRAD_KERNELS "../decode/linear.inl"
@@ -63,8 +65,8 @@ void Activations::quantise(int64_t b, int32_t orders, int64_t begin, int64_t end
 int32_t orders(const Matrix& matrix) {
     int32_t found = 0;
     for (int32_t i = 0; i < matrix.num_parts; ++i) {
-        if (matrix.parts[i].stored == Stored::int8) found |= kPlain;
-        if (matrix.parts[i].stored == Stored::int4) found |= kSplit;
+        if (matrix.parts[i].stored >= Stored::int8)
+            found |= matrix.parts[i].stored == Stored::int4 ? kSplit : kPlain;
     }
     return found;
 }

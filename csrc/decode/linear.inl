@@ -171,6 +171,13 @@ static inline Sums scales(const float* w, const float* x) { return _mm512_mul_ps
 static inline Sums add_product(Sums acc, const float* a, const float* b) {
     return _mm512_fmadd_ps(_mm512_loadu_ps(a), _mm512_loadu_ps(b), acc);
 }
+struct Unshifted {  // |w| and what gives x the sign of w
+    static constexpr float kExcess = 0;
+    Bytes magnitude;
+    __mmask64 negative;
+    explicit Unshifted(Bytes w) : magnitude(_mm512_abs_epi8(w)), negative(_mm512_movepi8_mask(w)) {}
+    Bytes turn(Bytes x) const { return _mm512_mask_sub_epi8(x, negative, _mm512_setzero_si512(), x); }
+};
 #if defined(EMBEDGRAD_VNNI)
 struct Signed {  // w + 128, which offsets make up for
     static constexpr float kExcess = 128;
@@ -179,13 +186,7 @@ struct Signed {  // w + 128, which offsets make up for
     Bytes turn(Bytes x) const { return x; }
 };
 #else
-struct Signed {  // |w| and what gives x the sign of w
-    static constexpr float kExcess = 0;
-    Bytes magnitude;
-    __mmask64 negative;
-    explicit Signed(Bytes w) : magnitude(_mm512_abs_epi8(w)), negative(_mm512_movepi8_mask(w)) {}
-    Bytes turn(Bytes x) const { return _mm512_mask_sub_epi8(x, negative, _mm512_setzero_si512(), x); }
-};
+typedef Unshifted Signed;
 #endif
 typedef __m256 Halved;
 static inline Halved halved(Sums s) {
@@ -208,12 +209,13 @@ static inline Sums scales(const float* w, const float* x) { return _mm256_mul_ps
 static inline Sums add_product(Sums acc, const float* a, const float* b) {
     return _mm256_fmadd_ps(_mm256_loadu_ps(a), _mm256_loadu_ps(b), acc);
 }
-struct Signed {
+struct Unshifted {
     static constexpr float kExcess = 0;
     Bytes magnitude, sign;
-    explicit Signed(Bytes w) : magnitude(_mm256_abs_epi8(w)), sign(w) {}
+    explicit Unshifted(Bytes w) : magnitude(_mm256_abs_epi8(w)), sign(w) {}
     Bytes turn(Bytes x) const { return _mm256_sign_epi8(x, sign); }
 };
+typedef Unshifted Signed;
 typedef __m256 Halved;
 static inline Halved halved(Sums s) { return s; }
 static inline Sums nothing() { return _mm256_setzero_ps(); }
@@ -255,10 +257,10 @@ static inline Sums add_product(Sums acc, const float* a, const float* b) {
     for (int i = 0; i < 8; ++i) acc.lane[i] += a[i] * b[i];
     return acc;
 }
-struct Signed {
+struct Unshifted {
     static constexpr float kExcess = 0;
     Bytes magnitude, sign;
-    explicit Signed(const Bytes& w) : magnitude(w), sign(w) {
+    explicit Unshifted(const Bytes& w) : magnitude(w), sign(w) {
         for (auto& e : magnitude.element) e = static_cast<int8_t>(e < 0 ? -e : e);  // −128 becomes 128 as unsigned
     }
     Bytes turn(Bytes x) const {
@@ -266,6 +268,7 @@ struct Signed {
         return x;
     }
 };
+typedef Unshifted Signed;
 static inline Sums nothing() { return Sums{}; }
 #endif
 
@@ -294,6 +297,22 @@ static inline void totals(const Sums* acc, float* y) {
 #endif
 }
 
+// A row of GGUF's blocks: bytes q [columns], scales and offsets [columns / 16].
+static void unpack_row(const Part& part, int64_t row, int64_t columns, int8_t* q, float* scales, float* offsets) {
+    const auto* block = static_cast<const uint8_t*>(part.data) + row * part.row_bytes;
+    const int64_t size = part.stored == Stored::q5_0 ? 32 : 256;
+    const int64_t bytes = part.stored == Stored::q5_0 ? 22 : part.stored == Stored::q4_k ? 144 : 210;
+    for (int64_t k = 0; k < columns; k += size, block += bytes) {
+        const int64_t g = k / kSixteen;
+        if (part.stored == Stored::q5_0)
+            unpack_q5_0(block, from_half, q + k, scales + g, offsets + g);
+        else if (part.stored == Stored::q4_k)
+            unpack_q4_k(block, from_half, q + k, scales + g, offsets + g);
+        else
+            unpack_q6_k(block, from_half, q + k, scales + g, offsets + g);
+    }
+}
+
 // Some rows of a part, ready for the products: scales eight times each, offsets in float32.
 struct BlockRows {
     const uint8_t* bytes[kBlockRows];
@@ -308,6 +327,32 @@ static inline void store_eight(float* out, float x) {
     __builtin_memcpy(out, &eight, sizeof eight);
 }
 
+static inline void store_four(float* out, float x) {
+    const float four[4] = {x, x, x, x};
+    __builtin_memcpy(out, four, sizeof four);
+}
+
+// The same for GGUF's blocks, whose bytes are unpacked behind the scales and offsets.
+static void prepare_unpacked(
+    const Part& part, int64_t first, int64_t rows, int64_t columns, int64_t groups, float* buffer, BlockRows& out) {
+    const int64_t sixteens = columns / kSixteen;
+    out.has_offsets = part.stored == Stored::q4_k;
+    thread_local std::vector<float> spare;
+    if (spare.size() < static_cast<size_t>(2 * sixteens)) spare.resize(2 * sixteens);
+    for (int64_t r = 0; r < rows; ++r) {
+        auto* bytes = reinterpret_cast<int8_t*>(buffer + groups * 9 + 16);
+        float* scales = out.scales[r] = buffer;
+        float* offsets = out.offsets[r] = buffer + groups * 8 + 16;
+        out.bytes[r] = reinterpret_cast<const uint8_t*>(bytes);
+        unpack_row(part, first + r, columns, bytes, spare.data(), spare.data() + sixteens);
+        for (int64_t g = groups - 16; g < groups; g += VL) store(offsets + g, Vec{});
+        for (int64_t g = 0; g < sixteens; ++g) store_four(scales + 4 * g, spare[g]);
+        store_eight(scales + 4 * sixteens, 0);
+        for (int64_t g = 0; g < sixteens / 2; ++g) offsets[g] = spare[sixteens + 2 * g];
+        buffer += scratch_floats(groups) / kBlockRows;
+    }
+}
+
 static void prepare(const Part& part, int64_t first, int64_t rows, int64_t groups, float* buffer, BlockRows& out) {
     const int64_t size = part.half_scales ? 2 : 4;
     // What the products count too much of every weight: the 8 of int4 without offsets, and what Signed adds.
@@ -317,7 +362,7 @@ static void prepare(const Part& part, int64_t first, int64_t rows, int64_t group
         out.bytes[r] = static_cast<const uint8_t*>(part.data) + (first + r) * part.row_bytes;
         float* scales = out.scales[r] = buffer;
         float* offsets = out.offsets[r] = buffer + groups * 8 + 16;
-        buffer += groups * 9 + 16;
+        buffer += scratch_floats(groups) / kBlockRows;
         const int64_t at = (first + r) * part.groups * size;
         for (int64_t g = groups - 16; g < groups; g += VL) store(offsets + g, Vec{});
         widen_any(static_cast<const char*>(part.scales) + at, part.half_scales, part.groups, offsets);
@@ -373,7 +418,7 @@ static inline void int4_dots(const uint8_t* w, const float* w_scales, int64_t gr
     for (int m = 0; m < M; ++m) sums[m] = acc[m];
 }
 
-template <int M>
+template <int M, class Signed>
 static inline void int8_dots(const uint8_t* w, const float* w_scales, int64_t groups, const Activations& x, int64_t b, Sums* sums) {
     const uint8_t* units = x.units(kPlain, b);
     Sums acc[M];
@@ -394,16 +439,19 @@ static inline void int8_dots(const uint8_t* w, const float* w_scales, int64_t gr
 template <int M>
 static inline void block_dots(
     const Part& part, const BlockRows& w, int64_t rows, const Activations& x, int64_t b, int64_t n, const Output& out) {
+    const int64_t groups = part.stored <= Stored::int4 ? part.groups : x.columns() / kGroup;
     const float* sums = x.sums(b);
     float y[kBlockRows][M];
     for (int64_t r = 0; r < rows; ++r) {
         Sums acc[M];
         if (part.stored == Stored::int4)
             int4_dots<M>(w.bytes[r], w.scales[r], part.groups, x, b, acc);
+        else if (part.stored == Stored::int8)
+            int8_dots<M, Signed>(w.bytes[r], w.scales[r], part.groups, x, b, acc);
         else
-            int8_dots<M>(w.bytes[r], w.scales[r], part.groups, x, b, acc);
+            int8_dots<M, Unshifted>(w.bytes[r], w.scales[r], groups, x, b, acc);
         if (w.has_offsets)
-            for (int64_t g = 0; g < part.groups; g += kStep / 4)
+            for (int64_t g = 0; g < groups; g += kStep / 4)
 #pragma GCC unroll 8
                 for (int m = 0; m < M; ++m) acc[m] = add_product(acc[m], w.offsets[r] + g, sums + m * x.sums_row() + g);
         totals<M>(acc, y[r]);
@@ -417,7 +465,10 @@ static void block_part(
     for (int64_t n = begin; n < end; n += kBlockRows) {
         const int64_t count = std::min(kBlockRows, end - n);
         BlockRows w;
-        prepare(part, n, count, x.sums_row(), buffer, w);
+        if (part.stored <= Stored::int4)
+            prepare(part, n, count, x.sums_row(), buffer, w);
+        else
+            prepare_unpacked(part, n, count, x.columns(), x.sums_row(), buffer, w);
         int64_t b = 0;
         for (; b + MOST <= rows; b += MOST) block_dots<MOST>(part, w, count, x, b, n, out);
         if (MOST == 8 && b + 4 <= rows) block_dots<4>(part, w, count, x, b, n, out), b += 4;
@@ -464,6 +515,50 @@ static void quantise_group(const float* x, int64_t n, int8_t* bytes, float& scal
     total = scale * sum(along);
 }
 
+// out = scale · q + offset over a whole group of 32.
+template <class Read>
+static inline void widen_group(const Read& read, float scale, float offset, float* out) {
+    for (int64_t i = 0; i < kGroup; i += VL) store(out + i, read(i) * scale + offset);
+}
+
+static void widen_packed(const Part& part, int64_t row, int64_t columns, float* out) {
+    typedef int8_t Narrow __attribute__((vector_size(VL)));
+    const int64_t size = part.half_scales ? 2 : 4, half = part.groups / 2;
+    const auto* bytes = static_cast<const int8_t*>(part.data) + row * part.row_bytes;
+    const char* scales = static_cast<const char*>(part.scales) + row * part.groups * size;
+    const char* offsets = part.offsets ? static_cast<const char*>(part.offsets) + row * part.groups * size : nullptr;
+    const bool is_int4 = part.stored == Stored::int4;
+    const int shift = is_int4 && !part.offsets ? 8 : 0;
+    for (int64_t g = 0; g * kGroup < columns; ++g) {
+        float scale, offset = 0, group[kGroup];
+        widen_any(scales + g * size, part.half_scales, 1, &scale);
+        if (offsets) widen_any(offsets + g * size, part.half_scales, 1, &offset);
+        const int8_t* from = bytes + (is_int4 && g >= half ? g - half : g) * kGroup;
+        const int down = is_int4 && g >= half ? 4 : 0;
+        const auto read = [&](int64_t i) __attribute__((always_inline)) {
+            Narrow narrow;
+            __builtin_memcpy(&narrow, from + i, VL);
+            IVec q = __builtin_convertvector(narrow, IVec);
+            if (is_int4) q = ((q >> down) & 15) - shift;
+            return __builtin_convertvector(q, Vec);
+        };
+        const int64_t left = columns - g * kGroup;
+        widen_group(read, scale, offset, left < kGroup ? group : out + g * kGroup);
+        if (left < kGroup) std::memcpy(out + g * kGroup, group, sizeof(float) * left);
+    }
+}
+
+static void widen_unpacked(const Part& part, int64_t row, int64_t columns, float* out) {
+    thread_local std::vector<int8_t> q;
+    thread_local std::vector<float> numbers;
+    const int64_t sixteens = columns / kSixteen;
+    q.resize(columns), numbers.resize(2 * sixteens);
+    unpack_row(part, row, columns, q.data(), numbers.data(), numbers.data() + sixteens);
+    for (int64_t g = 0; g < sixteens; ++g)
+        for (int64_t k = g * kSixteen; k < (g + 1) * kSixteen; ++k)
+            out[k] = numbers[g] * static_cast<float>(q[k]) + numbers[sixteens + g];
+}
+
 static void read_part_row(const Part& part, int64_t row, int64_t columns, float* out) {
     const char* w = static_cast<const char*>(part.data) + row * part.row_bytes;
     switch (part.stored) {
@@ -472,22 +567,6 @@ static void read_part_row(const Part& part, int64_t row, int64_t columns, float*
         case Stored::f16: return widen<F16>(w, columns, out);
         default: break;
     }
-    const int64_t half = part.groups / 2 * kGroup, size = part.half_scales ? 2 : 4;
-    const char* scales = static_cast<const char*>(part.scales) + row * part.groups * size;
-    const char* offsets = static_cast<const char*>(part.offsets);
-    for (int64_t k = 0; k < columns; ++k) {
-        const int64_t g = k / kGroup;
-        float scale, offset = 0;
-        widen_any(scales + g * size, part.half_scales, 1, &scale);
-        if (offsets) widen_any(offsets + (row * part.groups + g) * size, part.half_scales, 1, &offset);
-        int32_t q;
-        if (part.stored == Stored::int8) {
-            q = reinterpret_cast<const int8_t*>(w)[k];
-        } else {
-            const auto byte = static_cast<uint8_t>(w[k < half ? k : k - half]);
-            q = k < half ? byte & 15 : byte >> 4;
-            if (!offsets) q -= 8;
-        }
-        out[k] = scale * static_cast<float>(q) + offset;
-    }
+    if (part.stored > Stored::int4) return widen_unpacked(part, row, columns, out);
+    widen_packed(part, row, columns, out);
 }

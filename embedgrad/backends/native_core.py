@@ -11,7 +11,7 @@ from ctypes import c_double, c_float, c_int32, c_int64, c_uint64, c_void_p
 from functools import lru_cache
 from pathlib import Path
 
-STORED = ("f32", "bf16", "f16", "int8", "int4")
+STORED = ("f32", "bf16", "f16", "int8", "int4", "Q5_0", "Q4_K", "Q6_K")
 """How a part of a matrix is stored; its place is the number that csrc/ knows it by."""
 
 LOOP_ENDS = ("all done", "slots free", "cache full", "stopped")
@@ -186,6 +186,7 @@ def declared(core: ctypes.CDLL) -> ctypes.CDLL:
         "embedgrad_generate": (c_int32, [c_void_p, c_void_p, c_int32]),
         "embedgrad_decoder_advance": (None, [c_void_p, c_void_p, c_void_p, c_void_p, c_int32]),
         "embedgrad_linear": (None, [c_void_p, c_void_p, c_int64, c_void_p, c_int32]),
+        "embedgrad_widen": (None, [c_void_p, c_int64, c_int64, c_void_p, c_int32]),
         "embedgrad_sample_cpu": (c_int32, [c_void_p, c_void_p]),
         "embedgrad_advance_cpu": (None, [c_void_p]),
         "embedgrad_random_bits": (c_uint64, [c_uint64, c_uint64, ctypes.c_uint32]),

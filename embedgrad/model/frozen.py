@@ -2,7 +2,7 @@
 
 `forward(x)` is x Wᵀ (+ b) and `backward(dy)` is dy W; no gradient of W or b exists. A matrix may be made of several
 stored parts that stand on top of each other (q, k and v; gate and up), so that one product serves all of them. A part
-is a tensor or a `PackedWeight`, int8 or int4 blocks.
+is a tensor, a `PackedWeight` (int8 or int4 blocks) or a `BlockWeight` (a GGUF file's own blocks).
 """
 
 from __future__ import annotations
@@ -14,6 +14,9 @@ import torch
 from torch import Tensor
 
 from embedgrad.kernels.packing import PackedWeight
+from embedgrad.model.gguf_blocks import BlockWeight
+from embedgrad.model.native_matrices import native_matrix
+from embedgrad.model.native_matrices import widen as native_widen
 
 TILE_BYTES = 16 << 20  # largest piece of a narrow matrix that is widened at once
 # Longest sum that one backward product takes: BLAS adds term after term in the compute type, and over a vocabulary's
@@ -39,14 +42,18 @@ class Widening:
         for tile in tiles:
             into = wide[start : start + tile.shape[0]]
             start += tile.shape[0]
-            if isinstance(tile, PackedWeight):
-                _unpack(tile, into)
-            else:
+            if isinstance(tile, Tensor):
                 into.copy_(tile)
+            else:
+                _unpack(tile, into)
         return wide
 
 
-def _unpack(weight: PackedWeight, out: Tensor) -> None:
+def _unpack(weight: PackedWeight | BlockWeight, out: Tensor) -> None:
+    if out.dtype == torch.float32 and out.device.type == "cpu":
+        matrix = native_matrix([weight], None)
+        if matrix is not None and native_widen(matrix, 0, len(out), out):
+            return
     step = max(1, UNPACKED // weight.shape[1])
     for start in range(0, weight.shape[0], step):
         stop = min(start + step, weight.shape[0])
@@ -55,13 +62,15 @@ def _unpack(weight: PackedWeight, out: Tensor) -> None:
 
 def tensors_of(part: Any) -> list[Tensor]:
     """What a part of a matrix is stored in."""
-    return [x for x in part.tensors() if x is not None] if isinstance(part, PackedWeight) else [part]
+    return [part] if isinstance(part, Tensor) else [x for x in part.tensors() if x is not None]
 
 
 def moved(part: Any, move: Callable[[Tensor], Tensor]) -> Any:
     """The part with every tensor that it is stored in replaced by `move` of it."""
-    if not isinstance(part, PackedWeight):
+    if isinstance(part, Tensor):
         return move(part)
+    if isinstance(part, BlockWeight):
+        return BlockWeight(part.kind, move(part.blocks), part.shape)
     packed, scales, offsets = (None if x is None else move(x) for x in part.tensors())
     assert packed is not None
     assert scales is not None
@@ -151,7 +160,7 @@ class FrozenMatrix:
 
 
 def _rows(part: Any, start: int, stop: int) -> Any:
-    return part.rows(start, stop) if isinstance(part, PackedWeight) else part[start:stop]
+    return part[start:stop] if isinstance(part, Tensor) else part.rows(start, stop)
 
 
 def _product(x: Tensor, weight: Tensor, out: Tensor, add: Tensor | None) -> None:

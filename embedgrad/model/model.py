@@ -32,7 +32,7 @@ DTYPES = {
     "float32": torch.float32, "fp32": torch.float32, "float64": torch.float64, "fp64": torch.float64,
     "bfloat16": torch.bfloat16, "bf16": torch.bfloat16,
 }  # fmt: skip
-WEIGHTS = ("auto", "compute", "stored", "int8", "int4")
+WEIGHTS = ("auto", "compute", "stored", "fp32", "bf16", "int8", "int4")
 
 
 class Model:
@@ -104,11 +104,12 @@ def load_model(
     """Open a Hugging Face folder, a .gguf file, or a hub id.
 
     dtype: what is computed in (default float32 on a CPU, bfloat16 on a GPU); float64 for checks. weights: "compute"
-    brings every matrix to that type once; "stored" keeps it as the file has it, memory-mapped, GGUF's Q8_0, Q4_0 and
-    Q4_1 as blocks, and widens it tile by tile for each product; "int8" and "int4" quantise the matrices (see
-    `read_weights` for which) while they are read; "auto" is "compute" where that takes less than half of the free
-    memory, else "stored". max_device_memory: bytes that the weights may take on the device (default, on a GPU: three
-    quarters of what is free, where they are larger than that); blocks that do not fit are streamed from host memory.
+    brings every matrix to that type once, "fp32" and "bf16" to these types; "stored" keeps it as the file has it,
+    memory-mapped, GGUF's blocks as blocks (see `read_weights`); "int8" and "int4" quantise the matrices while they are
+    read. What is not in the compute type is widened to it tile by tile for each product. "auto" is "compute" where that
+    takes less than half of the free memory, else "stored". max_device_memory: bytes that the weights may take on the
+    device (default, on a GPU: three quarters of what is free, where they are larger than that); blocks that do not fit
+    are streamed from host memory.
 
     Raises ModelError (cannot be read, not supported), BackendError, ConfigError (unknown dtype or weights, or a
     max_device_memory that is too small for two blocks).

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from embedgrad.backends.native_core import STORED, Matrix, Part
+from embedgrad.backends.native_core import STORED, Matrix, Part, library
 from embedgrad.kernels.packing import PackedWeight
 
 GROUP = 32  # elements of a group, as csrc/decode/matrix.h has it
@@ -35,6 +35,11 @@ def _usable(x: Tensor, dtype: torch.dtype) -> bool:
 def _part(part: Any) -> Part | None:
     if isinstance(part, PackedWeight):
         return _packed_part(part)
+    if not isinstance(part, Tensor):  # a BlockWeight
+        blocks = part.blocks
+        if blocks.stride(1) != 1:
+            return None
+        return Part(STORED.index(part.kind), 0, len(blocks), blocks.stride(0), 0, blocks.data_ptr(), None, None)
     kind = _FLOATS.get(part.dtype)
     if kind is None or part.device.type != "cpu" or part.stride(-1) != 1:
         return None
@@ -56,6 +61,16 @@ def _packed_part(weight: PackedWeight) -> Part | None:
         STORED.index(weight.kind), int(half), weight.shape[0], weight.packed.shape[1], scales.shape[1],
         weight.packed.data_ptr(), scales.data_ptr(), None if offsets is None else offsets.data_ptr(),
     )  # fmt: skip
+
+
+def widen(matrix: Matrix, start: int, stop: int, out: Tensor) -> bool:
+    """Rows of the matrix, without its bias, to out [stop − start, in] float32. False where csrc/ is missing."""
+    try:
+        core = library()
+    except ImportError:
+        return False
+    core.embedgrad_widen(ctypes.byref(matrix), start, stop, out.data_ptr(), torch.get_num_threads())
+    return True
 
 
 def few_rows(matrix: Matrix, x: Tensor, core: ctypes.CDLL) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
 
 from embedgrad.errors import ModelError
@@ -20,9 +21,10 @@ from embedgrad.kernels.packing import (
     quantize_int8,
 )
 from embedgrad.model.frozen import FrozenMatrix, Widening
+from embedgrad.model.gguf_blocks import BlockWeight
 
-# GGUF's other types are dequantised when they are read: the kernels know groups of 32 with one scale each.
-GGUF_BLOCKS: dict[str, Callable[[Tensor], PackedWeight]] = {"Q8_0": from_q8_0, "Q4_0": from_q4_0, "Q4_1": from_q4_1}
+# Brought into our own layout, which the Triton kernels know: groups of 32 with one scale each.
+REPACKED: dict[str, Callable[[Tensor], PackedWeight]] = {"Q8_0": from_q8_0, "Q4_0": from_q4_0, "Q4_1": from_q4_1}
 QUANTISERS: dict[str, Callable[[Tensor], tuple[PackedWeight, float]]] = {"int8": quantize_int8, "int4": quantize_int4}
 
 
@@ -59,7 +61,7 @@ class PackedMatrix(FrozenMatrix):
 class PackedTable:
     """An embedding table [V, d] in blocks; `table[ids]` and `table[start:stop]` are float32 rows."""
 
-    def __init__(self, weight: PackedWeight) -> None:
+    def __init__(self, weight: PackedWeight | BlockWeight) -> None:
         self.weight = weight
 
     def __len__(self) -> int:
@@ -67,6 +69,10 @@ class PackedTable:
 
     def __getitem__(self, index: Tensor | slice) -> Tensor:
         w = self.weight
+        if isinstance(w, BlockWeight):
+            if isinstance(index, slice):
+                index = torch.arange(len(self))[index]
+            return w.take(index.flatten()).dequantize().view(*index.shape, w.shape[1])
         packed, offsets = w.packed[index], None if w.offsets is None else w.offsets[index]
         chosen = PackedWeight(w.kind, packed, w.scales[index], offsets, w.group, (len(packed), w.shape[1]))
         return chosen.dequantize()
@@ -82,7 +88,7 @@ def quantised(name: str, w: Tensor, kind: str) -> tuple[PackedWeight, float]:
 
 def is_packed(part: Any) -> bool:
     """Whether a part of a matrix is stored in blocks."""
-    return isinstance(part, PackedWeight)
+    return not isinstance(part, Tensor)
 
 
 def as_tensor(table: Any) -> Any:

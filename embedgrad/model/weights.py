@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from embedgrad.kernels.packing import stacked
+from embedgrad.kernels.packing import PackedWeight, stacked
 from embedgrad.model.checkpoint import TensorSource
 from embedgrad.model.config import ModelConfig
 from embedgrad.model.frozen import FrozenMatrix, Widening, tensors_of
+from embedgrad.model.gguf_blocks import GGUF_BLOCKS, BlockWeight
 from embedgrad.model.packed import (
-    GGUF_BLOCKS,
     QUANTISERS,
+    REPACKED,
     PackedMatrix,
     PackedTable,
     Products,
@@ -107,8 +108,9 @@ def read_weights(
 ) -> Weights:
     """Build the frozen parameters.
 
-    form: "compute" brings every matrix to the compute type now. "stored" keeps it as the file has it; GGUF's Q8_0, Q4_0
-    and Q4_1 stay in blocks, its other types are dequantised, and no matrix is stored wider than the compute type.
+    form: "compute" brings every matrix to the compute type now, "fp32" and "bf16" to these. "stored" keeps it as the
+    file has it; GGUF's Q8_0, Q4_0 and Q4_1, and on the CPU Q5_0, Q4_K and Q6_K, stay in blocks, its other types are
+    dequantised, and no matrix is stored wider than the compute type.
     "int8" and "int4" quantise the blocks' matrices and an untied head; the embedding table stays as it is stored,
     because only a few of its rows are read in a step and they are what prompts start from, and so does a head that is
     tied to it; norms and biases are too small to matter. products: of a backend that multiplies by packed weights.
@@ -136,6 +138,7 @@ class _Reader:
         self.place = device
         self.widening = Widening(dtype, device)
         self.errors: dict[str, float] = {}
+        self.wide = {"compute": dtype, "fp32": torch.float32, "bf16": torch.bfloat16}
 
     def read(self, max_device_memory: int | None) -> Weights:
         """Everything; blocks go to the host first where the device's room is limited."""
@@ -153,8 +156,8 @@ class _Reader:
 
     def _table(self) -> Any:
         name = "model.embed_tokens.weight"
-        if self.form == "compute":
-            return self.tensors.get(name).to(self.device, self.dtype)
+        if self.form in self.wide:
+            return self.tensors.get(name).to(self.device, self.wide[self.form])
         table = self._stored(name)
         return PackedTable(table) if is_packed(table) else table
 
@@ -165,8 +168,11 @@ class _Reader:
     def _stored(self, name: str) -> Any:
         """The matrix as the file has it."""
         raw = self.tensors.raw(name)
-        if raw is not None and raw[0] in GGUF_BLOCKS:
-            return GGUF_BLOCKS[raw[0]](raw[1]).to(self.place)
+        if raw is not None and raw[0] in REPACKED:
+            return REPACKED[raw[0]](raw[1]).to(self.place)
+        if raw is not None and raw[0] in GGUF_BLOCKS and self.device.type == "cpu":
+            rows, columns = self.tensors.shapes()[name]
+            return BlockWeight(*raw, (rows, columns))
         tensor = self.tensors.get(name)
         return tensor.to(self.place, self.dtype if tensor.dtype.itemsize > self.dtype.itemsize else tensor.dtype)
 
@@ -178,19 +184,20 @@ class _Reader:
         if self.form in QUANTISERS:
             weight, self.errors[name] = quantised(name, tensor.to(self.device), self.form)
             return weight.to(self.place)
-        return tensor.to(self.place, self.dtype)
+        return tensor.to(self.place, self.wide[self.form])
 
     def _matrix(self, *names: str, bias: bool = False) -> FrozenMatrix:
         parts = [self._part(f"{name}.weight") for name in names]
         added = torch.cat([self._vector(f"{name}.bias") for name in names]) if bias else None
-        if len(parts) > 1 and all(is_packed(part) for part in parts):
+        if len(parts) > 1 and all(isinstance(part, PackedWeight) for part in parts):
             parts = _together(parts)
-        elif len(parts) > 1 and all(not is_packed(part) and part.dtype == self.dtype for part in parts):
-            parts = [torch.cat(parts)]
+        elif len(parts) > 1 and not any(is_packed(part) for part in parts):
+            kept = self.wide.get(self.form, self.dtype)
+            parts = [torch.cat(parts)] if all(part.dtype == kept for part in parts) else parts
         return self._of(parts, added)
 
     def _of(self, parts: list[Any], bias: Tensor | None) -> FrozenMatrix:
-        if self.products is not None and len(parts) == 1 and is_packed(parts[0]):
+        if self.products is not None and len(parts) == 1 and isinstance(parts[0], PackedWeight):
             return PackedMatrix(parts, bias, self.widening, self.products)
         return FrozenMatrix(parts, bias, self.widening)
 

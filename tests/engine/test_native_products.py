@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from embedgrad.kernels.packing import PackedWeight, from_q4_0, quantize_int4, quantize_int8
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from embedgrad.backends.native_core import library
-from embedgrad.model.native_matrices import few_rows, native_matrix
+from embedgrad.model.gguf_blocks import GGUF_BLOCKS, BlockWeight
+from embedgrad.model.native_matrices import few_rows, native_matrix, widen
 from tests.truth import relative_error
 
 try:
@@ -19,7 +24,8 @@ except ImportError as error:
     pytest.skip(f"csrc/ is not built: {error}", allow_module_level=True)
 
 SETS = native.INSTRUCTION_SETS[: native.INSTRUCTION_SETS.index(native.instruction_set()) + 1]
-FORMS = ("float32", "bfloat16", "float16", "int8", "int4", "int4 without offsets")
+FORMS = ("float32", "bfloat16", "float16", "int8", "int4", "int4 without offsets", *GGUF_BLOCKS)
+SCALES_AT = {"Q5_0": (0,), "Q4_K": (0, 2), "Q6_K": (208,)}  # bytes of a block where a float16 begins
 drawn = settings(max_examples=150, deadline=None)
 cases = given(
     st.integers(0, 2**31), st.sampled_from(FORMS), st.integers(1, 40), st.integers(1, 300), st.integers(1, 11),
@@ -27,8 +33,10 @@ cases = given(
 )  # fmt: skip
 
 
-def weight(seed: int, form: str, rows: int, columns: int) -> Tensor | PackedWeight:
+def weight(seed: int, form: str, rows: int, columns: int) -> Any:
     draw = torch.Generator().manual_seed(seed)
+    if form in GGUF_BLOCKS:
+        return blocks_of(form, rows, columns, draw)
     w = torch.randn(rows, columns, generator=draw)
     if form == "int8":
         return quantize_int8(w)[0]
@@ -41,21 +49,69 @@ def weight(seed: int, form: str, rows: int, columns: int) -> Tensor | PackedWeig
     return w.to(getattr(torch, form))
 
 
-def in_bytes(x: Tensor, padded: int) -> tuple[Tensor, Tensor]:
-    """Activations [B, K] as csrc/decode/linear.h rounds them: multiples [B, groups, 32] of scales [B, groups]."""
+def blocks_of(form: str, rows: int, columns: int, draw: torch.Generator) -> BlockWeight:
+    """Random blocks of a GGUF type, with scales that are numbers."""
+    elements, size = GGML_QUANT_SIZES[GGMLQuantizationType[form]]
+    blocks = torch.randint(0, 256, (rows, -(-columns // elements), size), generator=draw, dtype=torch.uint8)
+    for at in SCALES_AT[form]:
+        scales = (torch.rand(blocks.shape[:2], generator=draw) + 0.01).half()
+        blocks[:, :, at : at + 2] = scales[..., None].view(torch.uint8)
+    return BlockWeight(form, blocks.flatten(1), (rows, blocks.shape[1] * elements))
+
+
+@pytest.mark.parametrize("form", GGUF_BLOCKS)
+@pytest.mark.parametrize("name", SETS)
+def test_a_files_blocks_are_widened_to_what_gguf_gives(form: str, name: str) -> None:
+    w = blocks_of(form, 9, 600, torch.Generator().manual_seed(5))
+    truth = torch.from_numpy(dequantize(w.blocks.numpy(), GGMLQuantizationType[form]))
+    with native.using(name):
+        assert torch.equal(w.dequantize(), truth)
+        assert torch.equal(w.rows(2, 5).dequantize(), truth[2:5])
+        assert torch.equal(w.take(torch.tensor([7, 0, 7])).dequantize(), truth[[7, 0, 7]])
+
+
+@pytest.mark.parametrize("form", ["int8", "int4", "int4 without offsets"])
+@pytest.mark.parametrize("name", SETS)
+def test_packed_weights_are_widened_as_torch_does(form: str, name: str) -> None:
+    for columns in (32, 70, 96, 300):
+        w = weight(3, form, 7, columns)
+        matrix = native_matrix([w], None)
+        assert matrix is not None
+        out = torch.full(w.shape, float("nan"))
+        with native.using(name):
+            widen(matrix, 0, len(out), out)
+        assert torch.equal(out, w.dequantize())
+
+
+def in_bytes(x: Tensor, padded: int, fused: bool) -> Tensor:
+    """Activations [B, K] as csrc/decode/linear.h rounds them, float64; `fused`: where a product is rounded to a whole
+    number at once, as machines with fused multiply-add do."""
     grouped = torch.nn.functional.pad(x, (0, padded - x.shape[1])).unflatten(1, (-1, 32))
     scales = grouped.abs().amax(-1) / 127
-    inverse = torch.where(scales > 0, 127 / grouped.abs().amax(-1), 0)
-    return (grouped * inverse[:, :, None]).round(), scales
+    inverse = torch.where(scales > 0, 127 / grouped.abs().amax(-1), 0)[:, :, None]
+    q = (grouped.double() * inverse.double() if fused else grouped * inverse).round()
+    return (q.double() * scales.double()[:, :, None]).flatten(1)
 
 
-def expected(w: Tensor | PackedWeight, x: Tensor) -> Tensor:
+def error(y: Tensor, weights: list[Any], x: Tensor, bias: Tensor | None) -> float:
+    """Error of the products, relative to Σ |w| |x|."""
+    dense = torch.cat([w.double() if isinstance(w, Tensor) else w.dequantize(torch.float64) for w in weights])
+    size = float((x.double().abs() @ dense.abs().T + (0 if bias is None else bias.abs())).norm())
+    found = []
+    for fused in (True, False):
+        truth = torch.cat([_product(w, x, fused) for w in weights], dim=1) + (0 if bias is None else bias)
+        found.append(float((y - truth).norm()) / size)
+    return min(found)
+
+
+def _product(w: Any, x: Tensor, fused: bool) -> Tensor:
     if isinstance(w, Tensor):
         return x.double() @ w.double().T
+    if isinstance(w, BlockWeight):
+        return in_bytes(x, w.shape[1], fused) @ w.dequantize(torch.float64).T
     padded = w.scales.shape[1] * 32
-    q, scales = in_bytes(x, padded)
     whole = PackedWeight(w.kind, w.packed, w.scales, w.offsets, w.group, (w.shape[0], padded))
-    return (q.double() * scales.double()[:, :, None]).flatten(1) @ whole.dequantize(torch.float64).T
+    return in_bytes(x, padded, fused) @ whole.dequantize(torch.float64).T
 
 
 @drawn
@@ -63,14 +119,13 @@ def expected(w: Tensor | PackedWeight, x: Tensor) -> Tensor:
 def test_products(seed: int, form: str, rows: int, columns: int, batch: int, name: str) -> None:
     w = weight(seed, form, rows, columns)
     columns = w.shape[1]
-    x = torch.randn(batch, columns, generator=torch.Generator().manual_seed(seed + 1)) * 10 ** torch.randn(1).item()
+    x = torch.randn(batch, columns, generator=torch.Generator().manual_seed(seed + 1)) * 10.0 ** (seed % 7 - 3)
     bias = torch.linspace(-1, 1, rows) if seed % 2 else None
     matrix = native_matrix([w], bias)
     assert matrix is not None
     with native.using(name):
         y = few_rows(matrix, x, library())
-    truth = expected(w, x) + (0 if bias is None else bias)
-    assert relative_error(y, truth) < 1e-5
+    assert error(y, [w], x, bias) < 1e-6
 
 
 @drawn
@@ -113,7 +168,7 @@ def test_parts_stored_differently_and_threads() -> None:
     matrix = native_matrix(parts, bias)
     assert matrix is not None
     y = few_rows(matrix, x, library())
-    assert relative_error(y, torch.cat([expected(w, x) for w in parts], dim=1) + bias) < 1e-5
+    assert error(y, parts, x, bias) < 1e-6
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(3)

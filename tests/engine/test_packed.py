@@ -15,7 +15,8 @@ from embedgrad.errors import ConfigError, ModelError
 from embedgrad.example import Example
 from embedgrad.generation import generate
 from embedgrad.gradient import loss_and_grad
-from embedgrad.model import frozen
+from embedgrad.model import frozen, gguf_blocks
+from embedgrad.model.gguf_blocks import BlockWeight
 from embedgrad.model.model import Model, load_model
 from embedgrad.model.packed import PackedTable
 from embedgrad.model.streaming import StreamedLayers, _packed_size
@@ -121,12 +122,44 @@ def test_blocks_of_a_file_are_kept(tmp_path: Path, kind: str, backend: str) -> N
     assert relative_error(found_grad, grad) <= ROUNDING
 
 
-def test_types_without_a_kernel_are_dequantised(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["Q5_0", "Q4_K", "Q6_K"])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_a_files_own_blocks_are_kept(
+    tmp_path: Path, kind: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loss and gradient are those of the dequantised model, and the embedding rows too; the file stays mapped."""
+    if not compiled:
+        monkeypatch.setattr(gguf_blocks, "native_matrix", lambda *_: None)
+        monkeypatch.setattr(frozen, "native_matrix", lambda *_: None)
     path = tmp_path / "tiny.gguf"
-    write_gguf(path, random_model("llama", **SIZES), kind="Q5_0")
-    model = load_model(path, weights="stored")
-    assert all(isinstance(part, torch.Tensor) for matrix in matrices(model) for part in matrix.parts)
-    assert step(model)[0] == step(load_model(path))[0]
+    sizes = {**SIZES, "hidden_size": 256, "intermediate_size": 256, "tie_word_embeddings": kind == "Q6_K"}
+    write_gguf(path, random_model("llama", **sizes), kind=kind)
+    model, wide = load_model(path, weights="stored"), load_model(path)
+    assert all(isinstance(part, BlockWeight) for matrix in matrices(model) for part in matrix.parts)
+    assert torch.equal(model.embedding_rows([0, 7, 419]), wide.embedding_rows([0, 7, 419]))
+    chunks, expected = (torch.cat([x for _, x in m.embedding_table_chunks(100)]) for m in (model, wide))
+    assert torch.equal(chunks, expected)
+    assert weight_bytes(model) < 0.27 * weight_bytes(wide)
+    loss, grad = step(wide)
+    found, found_grad = step(model)
+    assert found == pytest.approx(loss, rel=1e-6)
+    assert relative_error(found_grad, grad) <= ROUNDING
+    assert model.weights_hash() == load_model(path, weights="stored").weights_hash()
+
+
+@pytest.mark.parametrize("form", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
+def test_weights_kept_in_a_float_type(tmp_path: Path, form: str, dtype: str) -> None:
+    """They take its bytes, whatever is computed in, and one product serves q, k and v."""
+    write_folder(tmp_path, "qwen2", **SIZES)
+    model, double = load_model(tmp_path, dtype, weights=form), load_model(tmp_path, "float64")
+    kept = {"fp32": torch.float32, "bf16": torch.bfloat16}[form]
+    assert all(part.dtype == kept for matrix in matrices(model) for part in matrix.parts)
+    assert all(len(matrix.parts) == 1 for matrix in matrices(model))
+    bound = 5e-2 if "bf" in form + dtype else 1e-5
+    assert step(model)[0] == pytest.approx(step(double)[0], rel=bound)
+    answers = generate(model, SoftPrompt.from_ids(model, [9], template=Template.plain()), [[50]], Sampling(3))
+    assert len(answers[0].ids) <= 3
 
 
 def test_parts_of_several_types_and_tiles(monkeypatch: pytest.MonkeyPatch) -> None:

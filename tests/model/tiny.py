@@ -247,13 +247,26 @@ def write_gguf(
             heads = config.num_attention_heads if ".q_proj" in name else config.num_key_value_heads
             values = permuted(values, heads)
         stored = gguf.GGMLQuantizationType[kind if values.ndim == 2 else "F32"]
-        writer.add_tensor(gguf_name(name), quantize(values, stored), raw_dtype=stored)
+        writer.add_tensor(gguf_name(name), _blocks(values, stored), raw_dtype=stored)
     if rope_divisors is not None:
         writer.add_tensor("rope_freqs.weight", rope_divisors.astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _blocks(values: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
+    """`values` in blocks; for the types that the gguf package cannot write, random blocks of about their size."""
+    if kind.name not in ("Q4_K", "Q6_K"):
+        return quantize(values, kind)
+    elements, size = gguf.GGML_QUANT_SIZES[kind]
+    draw = np.random.default_rng(values.size)
+    blocks = draw.integers(0, 256, (values.size // elements, size), dtype=np.uint8)
+    scale = np.float16(values.std() / (300 if kind.name == "Q4_K" else 1000)).tobytes()
+    for at in (0, 2) if kind.name == "Q4_K" else (208,):
+        blocks[:, at : at + 2] = np.frombuffer(scale, np.uint8)
+    return blocks.reshape(values.shape[0], -1)
 
 
 def tokenizer_metadata(style: str) -> dict[str, Any]:
