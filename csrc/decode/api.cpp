@@ -5,6 +5,8 @@
 #include <optional>
 #if defined(_OPENMP)
 #include <omp.h>
+#else
+#include <thread>
 #endif
 
 namespace {
@@ -14,7 +16,7 @@ using namespace embedgrad;
 constexpr int64_t kPiece = 256;  // tokens computed together: enough for the products, few enough for the cache
 
 // `work(crew)` on `threads` threads: those of the OpenMP pool where there is one, so that torch's are not joined by
-// others.
+// others; otherwise on threads of its own.
 template <class Work>
 void together(int32_t threads, const Work& work) {
 #if defined(_OPENMP)
@@ -26,9 +28,12 @@ void together(int32_t threads, const Work& work) {
         work(Crew{omp_get_thread_num(), omp_get_num_threads(), &*meeting});
     }
 #else
-    Meeting meeting(1);
-    (void)threads;
-    work(Crew{0, 1, &meeting});
+    Meeting meeting(threads);
+    std::vector<std::thread> others;
+    for (int32_t rank = 1; rank < threads; ++rank)
+        others.emplace_back([&, rank] { work(Crew{rank, threads, &meeting}); });
+    work(Crew{0, threads, &meeting});
+    for (std::thread& other : others) other.join();
 #endif
 }
 

@@ -7,8 +7,6 @@
 #include <functional>
 #if defined(__x86_64__)
 #include <immintrin.h>
-#else
-#include <thread>
 #endif
 #include <sched.h>
 
