@@ -6,6 +6,9 @@ weights. Every contender is a process of its own and they take turns, each time 
 behind a prompt that it has. A rate is new tokens per second of everything, prefill included; "first token" is the time
 of one query's first token, and "alone" the rate of one query's later tokens. Beside them stands what reading the stored
 bytes once per token would allow, at the rate at which this machine reads memory in the same run.
+
+Greedy texts part at the first near-tie, and what follows is another text. So every contender's tokens are judged by
+our float32 logits behind the same beginning: how many are the likeliest one, and how far below it the worst other is.
 """
 
 from __future__ import annotations
@@ -30,6 +33,7 @@ PROMPT_TOKENS = 190
 CONTEXT = 512  # tokens of a sequence that llama.cpp keeps room for
 SUBJECTS = ("number", "letter", "colour", "river", "planet", "tool", "animal", "song", "city", "plant", "game", "metal")
 
+Judge = Callable[[Sequence[str], Sequence[str]], list[float]]  # queries, texts → how far tokens are from the likeliest
 Write = Callable[[Sequence[str], int], tuple[list[str], int]]  # queries, new tokens → texts, tokens written
 
 
@@ -71,21 +75,20 @@ def _rounds(workers: dict[str, Worker], count: int, tokens: int, repeats: int, t
         for name, worker in workers.items():
             if not name.startswith("llama.cpp") or int(name.split()[1]) <= count:
                 answers[name].append(worker.ask(queries=_queries(count, number), tokens=tokens))
+    judge = workers["embedgrad float32"]
     rows = []
-    ours = [a["texts"] for a in answers["embedgrad stored"][1:]]
     for name, found in answers.items():
         if not found:
             continue
         counted = found[1:]
-        same = [_agreement(a, b) for texts, answer in zip(ours, counted, strict=True)
-                for a, b in zip(texts, answer["texts"], strict=True)]  # fmt: skip
         rates = sorted(answer["tokens"] / answer["seconds"] for answer in counted)
         row = {
             "question": "decode", "contender": name, "version": workers[name].ready["version"], "queries": count,
             "threads": threads, "repeats": repeats, "tokens_per_second": statistics.median(rates),
             "tokens_per_second_20": rates[len(rates) // 5], "tokens_per_second_80": rates[-1 - len(rates) // 5],
-            "same_characters": statistics.median(same), "same_texts": sum(s == 1 for s in same) / len(same),
         }  # fmt: skip
+        gaps = judge.ask(queries=_queries(count, repeats), judge=counted[-1]["texts"])["gaps"]
+        row["likeliest"], row["largest_gap"] = sum(gap <= 0 for gap in gaps) / len(gaps), max(gaps)
         for key in ("first_token_seconds", "alone"):
             values = [answer[key] for answer in counted if answer.get(key)]
             row[key] = statistics.median(values) if values else None
@@ -99,12 +102,6 @@ def _queries(count: int, number: int) -> list[str]:
         f"Tell me about {SUBJECTS[i % len(SUBJECTS)]} {1000 * number + 7 * i + count} and where it comes from."
         for i in range(count)
     ]
-
-
-def _agreement(ours: str, theirs: str) -> float:
-    """Share of our text's characters before the first that differs."""
-    same = next((i for i, (a, b) in enumerate(zip(ours, theirs, strict=False)) if a != b), min(len(ours), len(theirs)))
-    return same / max(len(ours), len(theirs), 1)
 
 
 def _floor(threads: int) -> dict[str, Any]:
@@ -134,14 +131,17 @@ def _print(rows: list[dict[str, Any]], most: int) -> None:
         f"reading {floor['stored_bytes'] / 1e6:.0f} MB at {floor['bytes_per_second'] / 1e9:.1f} GB/s allows "
         f"{floor['tokens_per_second']:.0f} tokens/s to one sequence"
     )
-    print(f"{'queries':>7} {'contender':<18} {'tokens/s':>9} {'20..80 %':>13} {'alone':>7} {'first token':>11}  agrees")
+    print(
+        f"{'queries':>7} {'contender':<18} {'tokens/s':>9} {'20..80 %':>13} {'alone':>7} {'first token':>11}  "
+        "likeliest, largest gap"
+    )
     for row in rows[:-1]:
         alone = f"{row['alone']:7.0f}" if row["alone"] else f"{'':>7}"
         first = f"{row['first_token_seconds'] * 1e3:8.0f} ms" if row["first_token_seconds"] else f"{'':>11}"
         print(
             f"{row['queries']:>7} {row['contender']:<18} {row['tokens_per_second']:9.1f} "
             f"{row['tokens_per_second_20']:6.1f}..{row['tokens_per_second_80']:<6.1f}{alone} {first}  "
-            f"{row['same_characters']:.0%} of the median text, {row['same_texts']:.0%} whole"
+            f"{row['likeliest']:9.2%} {row['largest_gap']:.2f}"
         )
     for count in sorted({row["queries"] for row in rows[:-1]}):
         found = {row["contender"]: row for row in rows[:-1] if row["queries"] == count}
@@ -155,15 +155,19 @@ def _print(rows: list[dict[str, Any]], most: int) -> None:
 
 
 def _work(name: str, threads: int) -> None:
+    judge: Judge | None = None
     if name.startswith("llama.cpp"):
         write, version = _llama(int(name.split()[1]), threads)
     elif name == "transformers":
         write, version = _transformers()
     else:
-        write, version = _embedgrad("stored" if name.endswith("stored") else "compute")
+        write, judge, version = _embedgrad("stored" if name.endswith("stored") else "compute")
     write(["What is a name?"], 4)  # used once
 
     def measure(request: dict[str, Any]) -> dict[str, Any]:
+        if "judge" in request:
+            assert judge is not None
+            return {"gaps": judge(request["queries"], request["judge"])}
         queries, tokens = request["queries"], request["tokens"]
         result: dict[str, Any] = {}
         if len(queries) == 1:
@@ -186,8 +190,12 @@ def _system(tokenizer: Any) -> str:
     return tokenizer.decode(ids)
 
 
-def _embedgrad(weights: str) -> tuple[Write, str]:
+def _embedgrad(weights: str) -> tuple[Write, Judge, str]:
+    import torch
+
     import embedgrad
+    from embedgrad.prefill import own_contexts, shared_context
+    from embedgrad.rendering import render_query
     from embedgrad.tasks import smollm2
 
     model = embedgrad.load_model(smollm2.path(), weights=weights)
@@ -197,7 +205,18 @@ def _embedgrad(weights: str) -> tuple[Write, str]:
         answers = embedgrad.generate(model, prompt, queries, embedgrad.Sampling(max_new_tokens=tokens))
         return [a.text for a in answers], sum(len(a.log_probabilities) for a in answers)
 
-    return write, f"embedgrad {embedgrad.__version__}, backend {model.backend}"
+    def judge(queries: Sequence[str], texts: Sequence[str]) -> list[float]:
+        gaps = []
+        for query, text in zip(queries, texts, strict=True):
+            context = render_query(model, prompt, query)
+            trunk = shared_context(model, prompt.embeddings, context, len(context.ids) - 1)
+            cache, logits = own_contexts(model, prompt.embeddings, [context], trunk)
+            for token in model.tokenizer.encode(text)[:-1]:  # a text that was cut may end within a token
+                gaps.append(float(logits.max() - logits[0, token]))
+                logits = cache.next_logits(torch.tensor([token]))
+        return gaps
+
+    return write, judge, f"embedgrad {embedgrad.__version__}, backend {model.backend}"
 
 
 def _conversation(system: str, query: str) -> str:
