@@ -30,6 +30,7 @@ from bench.worker import Worker, serve
 LLAMA_SLOTS = (1, 8, 16, 32)
 SYSTEM = "You are a helpful assistant that explains things to people in plain words and short sentences. "
 PROMPT_TOKENS = 190
+JUDGED = 8  # answers of each contender whose tokens are judged
 CONTEXT = 512  # tokens of a sequence that llama.cpp keeps room for
 SUBJECTS = ("number", "letter", "colour", "river", "planet", "tool", "animal", "song", "city", "plant", "game", "metal")
 
@@ -87,7 +88,8 @@ def _rounds(workers: dict[str, Worker], count: int, tokens: int, repeats: int, t
             "threads": threads, "repeats": repeats, "tokens_per_second": statistics.median(rates),
             "tokens_per_second_20": rates[len(rates) // 5], "tokens_per_second_80": rates[-1 - len(rates) // 5],
         }  # fmt: skip
-        gaps = judge.ask(queries=_queries(count, repeats), judge=counted[-1]["texts"])["gaps"]
+        asked, texts = _queries(count, repeats)[:JUDGED], counted[-1]["texts"][:JUDGED]
+        gaps = judge.ask(queries=asked, judge=texts)["gaps"]
         row["likeliest"], row["largest_gap"] = sum(gap <= 0 for gap in gaps) / len(gaps), max(gaps)
         for key in ("first_token_seconds", "alone"):
             values = [answer[key] for answer in counted if answer.get(key)]
