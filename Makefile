@@ -12,7 +12,7 @@ $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
 
 # csrc/ is compiled here, once, against the torch it will be loaded with.
-$(VENV)/.installed: pyproject.toml setup.py constraints-cpu.txt $(wildcard csrc/*.* csrc/cpu/*.*) | $(BIN)/python
+$(VENV)/.installed: pyproject.toml setup.py constraints-cpu.txt $(wildcard csrc/*.* csrc/*/*.*) | $(BIN)/python
 	$(PIP) 'setuptools>=77' torch
 	$(PIP) --no-build-isolation -e .
 	touch $@
