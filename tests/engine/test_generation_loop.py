@@ -280,7 +280,7 @@ def test_the_cache_is_rewound_and_joined() -> None:
     assert relative_error(one.next_logits(torch.tensor([7, 8])), first.double()) < 1e-5
 
 
-def test_a_fork_of_openmp_is_not_needed() -> None:
+def test_any_number_of_threads_writes_the_same() -> None:
     """One thread, and more threads than cores, decode the same text in a process of their own."""
     program = (
         "import sys, tempfile, torch\n"
