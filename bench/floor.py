@@ -8,12 +8,14 @@ own shape, in place of the step's; attention counts at the mean rate of the prod
 
 from __future__ import annotations
 
+import itertools
 import statistics
-import time
 from collections import Counter
+from typing import Any
 
 import torch
 
+from bench.clock import take_turns
 from embedgrad.model.config import ModelConfig
 from embedgrad.tree import TokenTree
 
@@ -56,23 +58,25 @@ def visible_pairs(config: ModelConfig, tree: TokenTree) -> int:
     return total
 
 
-def seconds(config: ModelConfig, tree: TokenTree, repeats: int = 5) -> float:
-    """The floor on this machine, now, with torch's threads."""
+def seconds(config: ModelConfig, tree: TokenTree, where: torch.device, repeats: int = 5) -> float:
+    """The floor on this machine, now, with torch's threads; float32 on a CPU, bfloat16 on a GPU."""
     spent, operations = 0.0, 0
     for (way, (rows, inner, columns)), times in products(config, tree).items():
-        spent += times * _time(way, rows, inner, columns, repeats)
+        spent += times * _time(way, rows, inner, columns, where, repeats)
         operations += times * 2 * rows * inner * columns
     pairs = visible_pairs(config, tree)
     return spent + 12 * pairs * config.num_heads * config.head_dim * spent / operations
 
 
-def _time(way: str, rows: int, inner: int, columns: int, repeats: int) -> float:
+def _time(way: str, rows: int, inner: int, columns: int, where: torch.device, repeats: int) -> float:
     """Median seconds of one product. Three copies of the matrix take turns, so that none waits in the cache."""
-    x, out = torch.randn(rows, inner), torch.empty(rows, columns)
-    weights = [torch.randn(columns, inner).T if way == "forward" else torch.randn(inner, columns) for _ in range(3)]
-    found = []
-    for number in range(repeats + 1):
-        started = time.perf_counter()
-        torch.mm(x, weights[number % 3], out=out)
-        found.append(time.perf_counter() - started)
-    return statistics.median(found[1:])
+    kind: dict[str, Any] = {"dtype": torch.float32 if where.type == "cpu" else torch.bfloat16, "device": where}
+    x, out = torch.randn(rows, inner, **kind), torch.empty(rows, columns, **kind)
+    shape = (columns, inner) if way == "forward" else (inner, columns)
+    weights = itertools.cycle([torch.randn(*shape, **kind) for _ in range(3)])
+
+    def product() -> None:
+        weight = next(weights)
+        torch.mm(x, weight.T if way == "forward" else weight, out=out)
+
+    return statistics.median(take_turns([product], repeats, where)[0])

@@ -1,10 +1,13 @@
-"""How fast, and in how much memory, is one optimisation step against PEFT prompt tuning on transformers?
+"""How fast, and in how much memory, is one optimisation step against PEFT prompt tuning and plain transformers?
 
-Forward and backward of one step on SmolLM2-135M-Instruct, float32, with the same ids and targets for both. Every
-contender is a process of its own; the steps of all contenders take turns, so that a noisy machine is noisy for all.
-Memory is the peak of the resident size during a step above its size once the model is loaded and has been used once,
-and beside it that of the whole process. The floor (`bench/floor.py`) is what BLAS needs for the step's necessary
-operations, measured in the same turns.
+Forward and backward of one step on SmolLM2-135M-Instruct with the same ids and targets for all: PEFT prompt tuning,
+autograd on `inputs_embeds` of a transformers model, the same under `torch.compile` (compiled before anything counts),
+and embedgrad with two memory policies and two kinds of weights. Every contender is a process of its own; the steps of
+all contenders take turns, so that a noisy machine is noisy for all. Memory is the peak of the resident size during a
+step above its size once the model is loaded and has been used once, and beside it that of the whole process. The floor
+(`bench/floor.py`) is what BLAS needs for the step's necessary operations, measured in the same turns.
+
+The grid goes to where little is shared, and to batches of one, with fewer contenders.
 """
 
 from __future__ import annotations
@@ -12,139 +15,162 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import re
-import statistics
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
+from bench import resident
+from bench.breakdown import breakdown
+from bench.contenders import OTHERS, OURS, Case, Step, contender, load, our_step, our_version, task
+from bench.markdown import seconds as shown
+from bench.markdown import table
+from bench.rows import Row, row
 from bench.worker import Worker, serve
 
-SHAPES = {"64/64/8": (64, 64, 8), "200/50/8": (200, 50, 8), "32/250/8": (32, 250, 8)}
-CONTENDERS = ("floor", "peft", "embedgrad", "embedgrad-layer", "embedgrad-stored")
-OURS = {
-    "embedgrad": ("all", "compute"),
-    "embedgrad-layer": ("layer", "compute"),
-    "embedgrad-stored": ("layer", "stored"),
-}
-"""Memory policy and weights of each of ours."""
-TARGETS = 2  # answer tokens per example
+SHAPES = ("64/64/8", "200/50/8", "32/250/8")
+CONTENDERS = ("floor", *OTHERS, *OURS, "breakdown")
+FEWEST = 2  # steps that count
+UNSHOWN = ("floor", "breakdown")  # in the tables of contenders
+COMPILED_SHAPES = 1  # of them; compiling takes more than a minute for each
+GRID = ("16/512/1", *(f"{p}/{q}/{b}" for b in (1, 8) for p in (16, 128) for q in (16, 128)))
+GRID_CONTENDERS = ("floor", "peft", "transformers", "embedgrad")
+CHECKS = (
+    "tests/engine/test_gradient.py::test_smollm2_equals_transformers",
+    "tests/engine/test_native_backend.py::test_the_engine_agrees_with_the_reference",
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this bench."""
-    parser.add_argument("--shapes", nargs="*", default=list(SHAPES), help="prompt/query/batch, default: %(default)s")
+    parser.add_argument("--shapes", nargs="*", default=None, help=f"prompt/query/batch (default: {' '.join(SHAPES)})")
+    parser.add_argument("--grid", nargs="*", default=None, help=f"with fewer contenders (default: {' '.join(GRID)})")
+    parser.add_argument("--contenders", nargs="*", choices=CONTENDERS, default=None, help="default: all")
     parser.add_argument("--repeats", type=int, default=5, help="steps per contender that count (default 5)")
+    parser.add_argument("--seconds", type=float, default=150, help="start no third round after so long (default 150)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--backend", default="auto", help="of embedgrad (default auto)")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
 
 
-def main(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure, print a table, and return the rows."""
+def main(args: argparse.Namespace) -> list[Row]:
+    """Measure; the rows."""
+    from bench.clock import device
+
+    device(args.device)
     if args.worker:
-        _work(args.worker, args.backend, *(int(n) for n in args.shapes[0].split("/")))
+        _work(args.worker, args.backend, args.device)
         return []
-    rows = []
-    for shape in args.shapes:
-        rows += _compare(shape, 2 if args.quick else args.repeats, args.threads, args.backend)
+    shapes = args.shapes if args.shapes is not None else SHAPES[:1] if args.quick else SHAPES
+    grid = args.grid if args.grid is not None else () if args.quick or args.shapes is not None else GRID
+    repeats = 2 if args.quick else args.repeats
+    chosen = args.contenders or [n for n in CONTENDERS if not (args.quick and n == "transformers-compiled")]
+    rows: list[Row] = []
+    for number, shape in enumerate(shapes):  # processes of their own: nothing of another shape's memory is left
+        compiled = number < COMPILED_SHAPES or args.contenders
+        names = [name for name in chosen if compiled or name != "transformers-compiled"]
+        rows += _compare("step", [shape], names, repeats, args)
+    ascending = sorted(grid, key=lambda text: Case.parse(text).tokens)
+    rows += _compare("grid", ascending, [n for n in GRID_CONTENDERS if n in chosen], min(repeats, 2), args)
     return rows
 
 
-def _compare(shape: str, repeats: int, threads: int, backend: str) -> list[dict[str, Any]]:
+def _compare(
+    part: str, shapes: Sequence[str], contenders: Iterable[str], repeats: int, args: argparse.Namespace
+) -> list[Row]:
+    if not shapes:
+        return []
+    rows: list[Row] = []
+    options = ("--backend", args.backend, "--device", args.device)
     with contextlib.ExitStack() as stack:
         workers = {
-            name: stack.enter_context(
-                Worker("step", "--worker", name, "--shapes", shape, "--backend", backend, threads=threads)
-            )
-            for name in CONTENDERS
+            name: stack.enter_context(Worker("step", "--worker", name, *options, threads=args.threads))
+            for name in contenders
         }
-        results: dict[str, list[dict[str, Any]]] = {name: [] for name in CONTENDERS}
-        for _ in range(repeats + 1):  # the first step of each is not counted
-            for name, worker in workers.items():
-                results[name].append(worker.ask())
-    floor = statistics.median(step["seconds"] for step in results.pop("floor")[1:])
-    rows = []
-    for name, steps in results.items():
-        seconds = sorted(step["seconds"] for step in steps[1:])
-        median = statistics.median(seconds)
-        rows.append(
-            {
-                "question": "step",
-                "contender": name,
-                "shape": shape,
-                "threads": threads,
-                "seconds_median": median,
-                "seconds_min": seconds[0],
-                "seconds_max": seconds[-1],
-                "repeats": repeats,
-                "floor_seconds": floor,
-                "of_floor": floor / median,
-                **{key: max(step[key] for step in steps) for key in ("peak_bytes", "process_bytes", "torch_bytes")},
-                **{key: steps[-1][key] for key in ("loss", "gradient_norm", "version")},
-            }
-        )
-    _print(shape, rows)
+        for shape in shapes:
+            answers: dict[str, list[dict[str, Any]]] = defaultdict(list)
+            started = time.monotonic()
+            for number in range(repeats + 1):  # the first step of each is not counted, and others' are short
+                if number > FEWEST and time.monotonic() - started > args.seconds:
+                    break
+                for name, worker in workers.items():
+                    warming = number == 0
+                    if warming and name == "breakdown":
+                        continue
+                    answers[name].append(worker.ask(case=shape, warming=warming))
+            versions = {name: worker.ready["version"] for name, worker in workers.items()}
+            found = _rows(part, Case.parse(shape), args, answers, versions)
+            print(f"{part} {shape}: " + ", ".join(f"{r.contender} {shown(r.median)}" for r in found), flush=True)
+            rows += found
     return rows
 
 
-def _print(shape: str, rows: list[dict[str, Any]]) -> None:
-    peft = next(row for row in rows if row["contender"] == "peft")
-    print(
-        f"\nprompt/query/batch {shape}, {TARGETS} targets each, {rows[0]['threads']} threads, "
-        f"median of {rows[0]['repeats']}"
-    )
-    print(
-        f"{'contender':<16} {'seconds':>8} {'min..max':>14} {'speed-up':>9} {'of floor':>8} {'peak MB':>8} "
-        f"{'of PEFT':>8} {'process MB':>10}  loss, |grad|"
-    )
-    for row in rows:
-        print(
-            f"{row['contender']:<16} {row['seconds_median']:8.2f} "
-            f"{row['seconds_min']:6.2f}..{row['seconds_max']:<6.2f} "
-            f"{peft['seconds_median'] / row['seconds_median']:8.2f}x {row['of_floor']:8.0%} "
-            f"{row['peak_bytes'] / 1e6:8.0f} {row['peak_bytes'] / peft['peak_bytes']:8.3f} "
-            f"{row['process_bytes'] / 1e6:10.0f}  {row['loss']:.6f}, {row['gradient_norm']:.6f}"
-        )
-    print(f"floor {rows[0]['floor_seconds']:.2f} s; a process that has imported torch: {_torch(rows) / 1e6:.0f} MB")
-    for row in rows:
-        if abs(row["loss"] - peft["loss"]) > 1e-4 * abs(peft["loss"]):
-            raise SystemExit(f"{row['contender']} computes another loss than PEFT at {shape}: no figure counts.")
+def _rows(
+    part: str, case: Case, args: argparse.Namespace, answers: dict[str, list[dict[str, Any]]], versions: dict[str, str]
+) -> list[Row]:
+    found = []
+    losses = {name: steps[-1]["loss"] for name, steps in answers.items() if "loss" in steps[-1]}
+    expected = losses.get("peft", next(iter(losses.values())))
+    for name, loss in losses.items():
+        if abs(loss - expected) > 1e-4 * abs(expected) and args.device == "cpu":
+            raise SystemExit(f"{name} computes the loss {loss} at {case}, others {expected}: no figure counts.")
+    for name, all_steps in answers.items():
+        steps = all_steps if name == "breakdown" else all_steps[1:]
+        last = steps[-1]
+        more: dict[str, Any] = {key: last[key] for key in ("loss", "gradient_norm", "breakdown") if key in last}
+        more |= {key: max(s[key] for s in steps) for key in ("process_bytes", "torch_bytes") if key in last}
+        found.append(row(
+            "step", name, versions[name], [s["seconds"] for s in steps],
+            case={"part": part, **vars(case), "threads": args.threads, "device": args.device},
+            peak_bytes=max((s["peak_bytes"] for s in steps if "peak_bytes" in s), default=None), **more,
+        ))  # fmt: skip
+    return found
 
 
-def _torch(rows: list[dict[str, Any]]) -> float:
-    return statistics.median(row["torch_bytes"] for row in rows)
+# ---- the contenders' side --------------------------------------------------------------------------------------------
 
 
-def _work(name: str, backend: str, prompt: int, query: int, batch: int) -> None:
-    """What a contender's process does: load, use once, then a step for every line on standard input."""
-    import torch  # noqa: F401 (what it takes is a figure of its own)
+def _work(name: str, backend: str, device: str) -> None:
+    import torch
 
-    torch_bytes = _resident("VmRSS")
+    torch_bytes = resident.resident()
+    where = torch.device(device)
     if name == "floor":
-        return _serve_floor(prompt, query, batch)
-    if name == "peft":
-        step, version = _peft(prompt, query, batch)
-    else:
-        step, version = _embedgrad(prompt, query, batch, *OURS[name], backend)
-    base: list[int] = []  # resident bytes before the first step
+        return _serve_floor(where)
+    if name == "breakdown":
+        return _serve_breakdown(backend, where)
+    build, version = contender(name, backend, where)
+    base = resident.used(where)
+    steps: dict[Case, Step] = {}
 
-    def measure(_: dict[str, Any]) -> dict[str, Any]:
-        if not base:
-            base.append(_resident("VmRSS"))
-        Path("/proc/self/clear_refs").write_text("5")  # the peak is counted from here
-        started = time.perf_counter()
-        loss, gradient_norm = step()
-        seconds = time.perf_counter() - started
-        figures = {"seconds": seconds, "loss": loss, "gradient_norm": gradient_norm, "version": version}
-        peak = _resident("VmHWM")
-        return {**figures, "peak_bytes": peak - base[0], "process_bytes": peak, "torch_bytes": torch_bytes}
+    def measure(request: dict[str, Any]) -> dict[str, Any]:
+        case = Case.parse(request["case"])
+        if request["warming"]:
+            steps.clear()
+            resident.used(where)  # gives back what the last case has freed
+            steps[case] = build(case)
+            if name in ("peft", "transformers"):  # nothing of theirs stays from step to step: a small one will do
+                return _measured(build(replace(case, batch=1)), where, base, torch_bytes)
+        return _measured(steps[case], where, base, torch_bytes)
 
-    serve({"ready": name}, measure)
+    serve({"version": version}, measure)
 
 
-def _serve_floor(prompt: int, query: int, batch: int) -> None:
+def _measured(step: Step, where: Any, base: int, torch_bytes: int) -> dict[str, Any]:
+    resident.forget_peak(where)
+    started = time.perf_counter()
+    loss, norm = step()  # both numbers wait for the device
+    seconds = time.perf_counter() - started
+    peak = resident.peak(where)
+    return {"seconds": seconds, "loss": loss, "gradient_norm": norm, "peak_bytes": peak - base,
+            "process_bytes": peak, "torch_bytes": torch_bytes}  # fmt: skip
+
+
+def _serve_floor(where: Any) -> None:
+    import torch
+
     import embedgrad
     from bench.floor import seconds
     from embedgrad.rendering import render
@@ -152,83 +178,106 @@ def _serve_floor(prompt: int, query: int, batch: int) -> None:
     from embedgrad.tree import build_tree
 
     model = embedgrad.load_model(smollm2.path(), weights="stored")
-    soft, examples = _task(model, prompt, query, batch)
-    tree = build_tree([render(model, soft, example) for example in examples])
-    serve({"ready": "floor"}, lambda _: {"seconds": seconds(model.config, tree)})
+
+    def measure(request: dict[str, Any]) -> dict[str, Any]:
+        soft, examples = task(model, Case.parse(request["case"]))
+        tree = build_tree([render(model, soft, example) for example in examples])
+        return {"seconds": seconds(model.config, tree, where)}
+
+    serve({"version": f"torch {torch.__version__}"}, measure)
 
 
-def _resident(field: str) -> int:
-    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
-    assert found is not None
-    return int(found[1]) * 1024
+def _serve_breakdown(backend: str, where: Any) -> None:
+    model = load(where, backend=backend, weights="compute")
+
+    def measure(request: dict[str, Any]) -> dict[str, Any]:
+        parts = breakdown(model, our_step(model, Case.parse(request["case"]), "all"))
+        return {"seconds": sum(parts.values()), "breakdown": parts}
+
+    serve({"version": our_version(model)}, measure)
 
 
-def _batch(vocabulary: int, prompt: int, query: int, batch: int) -> tuple[list[int], list[list[int]], list[list[int]]]:
-    import random
+# ---- what is shown ---------------------------------------------------------------------------------------------------
 
-    draw = random.Random(0)
-
-    def tokens(n: int) -> list[int]:
-        return [draw.randrange(100, vocabulary) for _ in range(n)]
-
-    return tokens(prompt), [tokens(query) for _ in range(batch)], [tokens(TARGETS) for _ in range(batch)]
+NAMES = {
+    "peft": "PEFT prompt tuning", "transformers": "transformers, autograd",
+    "transformers-compiled": "the same, `torch.compile`", "embedgrad": "embedgrad, policy `all`",
+    "embedgrad-layer": "embedgrad, policy `layer`", "embedgrad-stored": "embedgrad, `layer`, Q4_1 as stored",
+}  # fmt: skip
 
 
-def _task(model: Any, prompt: int, query: int, batch: int) -> tuple[Any, list[Any]]:
-    """A prompt and examples of random tokens."""
-    import embedgrad
-
-    ids, queries, targets = _batch(model.config.vocab_size, prompt, query, batch)
-    soft = embedgrad.SoftPrompt.from_ids(model, ids, template=embedgrad.Template.plain())
-    return soft, [embedgrad.Example(q, t) for q, t in zip(queries, targets, strict=True)]
+def _case(one: Row) -> Case:
+    return Case(*(int(one.case[key]) for key in ("prompt", "query", "batch")))
 
 
-def _embedgrad(
-    prompt: int, query: int, batch: int, policy: str, weights: str, backend: str
-) -> tuple[Callable[[], tuple[float, float]], str]:
-    import embedgrad
-    from embedgrad.tasks import smollm2
-
-    model = embedgrad.load_model(smollm2.path(), backend=backend, weights=weights)
-    soft, examples = _task(model, prompt, query, batch)
-    short, _ = _task(model, 4, 4, 1)
-    embedgrad.score(model, short, [embedgrad.Example([100, 101, 102], [103])])  # used once
-
-    def step() -> tuple[float, float]:
-        loss, grad = embedgrad.loss_and_grad(model, soft, examples, policy=policy)
-        return loss, float(grad.norm())
-
-    return step, f"embedgrad {embedgrad.__version__}, backend {model.backend}"
+def _by_case(rows: Iterable[Row], part: str) -> dict[Case, dict[str, Row]]:
+    found: dict[Case, dict[str, Row]] = defaultdict(dict)
+    for one in rows:
+        if one.case["part"] == part:
+            found[_case(one)][one.contender] = one
+    return found
 
 
-def _peft(prompt: int, query: int, batch: int) -> tuple[Callable[[], tuple[float, float]], str]:
-    import peft
-    import torch
-    import transformers
+def tables(rows: Sequence[Row]) -> dict[str, str]:
+    """`step`: the shapes with all contenders; `step-grid`: speed-ups over the grid."""
+    found = {}
+    heads = ("prompt/query/batch", "", "seconds", "20..80 %", "against PEFT", "of the floor", "peak MB", "of PEFT's",
+             "whole process, MB")  # fmt: skip
+    cells: list[Sequence[object]] = []
+    for case, named in _by_case(rows, "step").items():
+        floor, peft = named.get("floor"), named.get("peft")
+        for number, (name, one) in enumerate((n, r) for n, r in named.items() if n != "floor"):
+            assert one.peak_bytes is not None
+            cells.append((
+                None if number else case, NAMES[name], f"{one.median:.2f}", f"{one.low:.2f}..{one.high:.2f}",
+                f"{peft.median / one.median:.2f}×" if peft and name != "peft" else None,
+                f"{floor.median / one.median:.0%}" if floor else None, f"{one.peak_bytes / 1e6:.0f}",
+                f"{one.peak_bytes / peft.peak_bytes:.3f}" if peft and peft.peak_bytes and name != "peft" else None,
+                f"{one.more['process_bytes'] / 1e6:.0f}",
+            ))  # fmt: skip
+    if cells:
+        torch_bytes = [r.more["torch_bytes"] for r in rows if "torch_bytes" in r.more]
+        repeats = max(r.repeats for r in rows if r.case["part"] == "step")
+        found["step"] = table(heads, cells) + (
+            f"\n\nMedians of {repeats}, {rows[0].case['threads']} threads. A process that has only imported torch "
+            f"holds {sorted(torch_bytes)[len(torch_bytes) // 2] / 1e6:.0f} MB."
+        )
+    grid = _by_case(rows, "grid")
+    if grid:
+        columns = ("prompt/query/batch", "PEFT, s", "transformers, s", "embedgrad, s", "against PEFT", "ideal",
+                   "of the floor", "memory of PEFT's")  # fmt: skip
+        found["step-grid"] = table(columns, (_grid_cells(*item) for item in sorted(grid.items(), key=_order)))
+    return found
 
-    import embedgrad
-    from bench.twin import transformers_twin
-    from embedgrad.tasks import smollm2
 
-    ours = embedgrad.load_model(smollm2.path())
-    model = transformers_twin(ours, attention="sdpa")
-    ids, queries, targets = _batch(ours.config.vocab_size, prompt, query, batch)
-    start = ours.embedding_rows(ids)
-    del ours
-    tuned: Any = peft.get_peft_model(
-        model, peft.PromptTuningConfig(task_type=peft.TaskType.CAUSAL_LM, num_virtual_tokens=prompt)
-    )
-    weight: Any = tuned.get_parameter("prompt_encoder.default.embedding.weight")
-    weight.data.copy_(start)
-    inputs = torch.tensor([q + t for q, t in zip(queries, targets, strict=True)])
-    labels = torch.tensor([[-100] * query + t for t in targets])
-    with torch.no_grad():
-        tuned(input_ids=torch.tensor([ids[:8]]))
+def _order(item: tuple[Case, Any]) -> tuple[int, ...]:
+    case = item[0]
+    return case.batch, case.prompt, case.query
 
-    def step() -> tuple[float, float]:
-        tuned.zero_grad(set_to_none=True)
-        loss = tuned(input_ids=inputs, labels=labels, attention_mask=torch.ones_like(inputs)).loss
-        loss.backward()
-        return float(loss.detach()), float(weight.grad.norm())
 
-    return step, f"peft {peft.__version__}, transformers {transformers.__version__}, torch {torch.__version__}"
+def _grid_cells(case: Case, named: dict[str, Row]) -> Sequence[object]:
+    peft, ours = named["peft"], named["embedgrad"]
+    assert peft.peak_bytes is not None
+    assert ours.peak_bytes is not None
+    return (
+        case, f"{peft.median:.2f}", f"{named['transformers'].median:.2f}", f"{ours.median:.2f}",
+        f"{peft.median / ours.median:.2f}×", f"{case.ideal:.2f}×", f"{named['floor'].median / ours.median:.0%}",
+        f"{ours.peak_bytes / peft.peak_bytes:.2f}",
+    )  # fmt: skip
+
+
+def pictures(rows: Sequence[Row]) -> dict[str, Any]:
+    """Time and memory of the shapes; the grid's speed-up against the ideal, and its fraction of the floor."""
+    from bench.step_pictures import against_ideal, breakdowns, of_floor, shapes
+
+    found = {}
+    main, grid = _by_case(rows, "step"), _by_case(rows, "grid")
+    if main:
+        found["step-time"] = shapes(main, NAMES, "seconds", lambda one: one.median)
+        found["step-breakdown"] = breakdowns({case: n["breakdown"] for case, n in main.items() if "breakdown" in n})
+        label = "peak MB above the loaded model"
+        found["step-memory"] = shapes(main, NAMES, label, lambda one: (one.peak_bytes or 0) / 1e6)
+    if grid:
+        found["step-ideal"] = against_ideal(grid)
+        found["step-floor"] = of_floor(grid)
+    return found
