@@ -1,10 +1,11 @@
-"""How close does each native operation come to what memory allows, and tree attention to torch's own attention?
+"""How close does each native operation come to what the machine allows, and tree attention to torch's own attention?
 
 SmolLM2-135M's sizes and the trees of `bench step`. Every operation is first held against the reference in float64; one
-that is wrong gives no figure. A row-wise operation is measured in bytes it must move, against a copy of as many bytes
-in the same turn. Tree attention (forward, backward) is measured against `scaled_dot_product_attention` given the same
-tree in the two ways it could be: as a mask over the packed tokens, and as a dense causal batch that repeats the prompt
-per query; the faster one counts.
+that is wrong gives no figure. A row-wise operation has two bounds, of which the longer one counts: a copy of as many
+bytes as it must move, in the same turn; and its operations (`OPERATIONS` for each number) at the rate at which the
+threads multiply and add in registers, measured beside it. Tree attention (forward, backward) is measured against
+`scaled_dot_product_attention` given the same tree in the two ways it could be: as a mask over the packed tokens, and as
+a dense causal batch that repeats the prompt per query; the faster one counts.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import os
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,8 +26,10 @@ from embedgrad.backends import native, reference
 from embedgrad.model.config import ModelConfig
 from embedgrad.rendering import render
 from embedgrad.tree import TokenTree, build_tree
+from embedgrad.trust_region import CosineCone
 
 Timed = Callable[[], Any]
+TYPES = (torch.float32, torch.bfloat16)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,7 +51,8 @@ def main(args: argparse.Namespace) -> list[dict[str, Any]]:
     for shape in args.shapes[:1] if args.quick else args.shapes:
         soft, examples = _task(model, *(int(n) for n in shape.split("/")))
         tree = build_tree([render(model, soft, example) for example in examples])
-        found = _row_wise(model.config, tree.num_tokens, repeats) + _attention(model.config, tree, shape, repeats)
+        found = [row for dtype in TYPES for row in _row_wise(model.config, tree, dtype, repeats)]
+        found += _attention(model.config, tree, shape, repeats)
         rows += [{"question": "ops", "shape": shape, "threads": args.threads, **row} for row in found]
         _print(shape, tree.num_tokens, found)
     return rows
@@ -58,8 +63,9 @@ def _print(shape: str, tokens: int, rows: list[dict[str, Any]]) -> None:
     for row in rows:
         if "bytes" in row:
             print(
-                f"{row['op']:<26} {row['seconds'] * 1e6:9.0f} us {row['bytes'] / row['seconds'] / 1e9:7.1f} GB/s, "
-                f"{row['of_copy']:.0%} of a copy"
+                f"{row['op']:<18} {row['type']:<9} {row['seconds'] * 1e6:8.0f} us "
+                f"{row['bytes'] / row['seconds'] / 1e9:6.1f} GB/s; copy {row['copy_seconds'] * 1e6:.0f} us, "
+                f"arithmetic {row['arithmetic_seconds'] * 1e6:.0f} us: {row['of_bound']:.0%} of the bound"
             )
         else:
             print(
@@ -86,57 +92,148 @@ def _check(name: str, found: Tensor, truth: Tensor, tolerance: float = 1e-5) -> 
         raise SystemExit(f"{name} is wrong by {error:.1e}: no figure.")
 
 
-def _row_wise(config: ModelConfig, tokens: int, repeats: int) -> list[dict[str, Any]]:
-    d, f, heads = config.hidden_size, config.intermediate_size, (config.num_heads, config.num_kv_heads, config.head_dim)
-    x, dy, w = torch.randn(tokens, d), torch.randn(tokens, d), torch.rand(d) + 0.5
-    gate_up, da = torch.randn(tokens, 2 * f), torch.randn(tokens, f)
-    qkv = torch.randn(tokens, (heads[0] + 2 * heads[1]) * heads[2])
-    rotated = (heads[0] + heads[1]) * heads[2]
-    angles = torch.rand(tokens, heads[2] // 2)
-    cos, sin = angles.cos(), angles.sin()
-    eps = config.rms_eps
-    rows_out, wide_out, act_out = torch.empty_like(x), torch.empty_like(gate_up), torch.empty_like(da)
+# Multiplications and additions of a number that the kernels of csrc/cpu/ spend on each number that comes out, one for
+# each instruction: a fused multiply-add, a comparison, a division or a conversion counts as one. exp: 14.
+OPERATIONS = {
+    "rms_norm": 3,  # x² summed; x r w
+    "add_rms_norm": 4,
+    "rms_norm_backward": 6,  # w dy and w dy x summed, x² summed; dx − x b, w dy, + w dy r
+    "rope": 2,
+    "rope_backward": 2,
+    "swiglu": 18,  # 1 + exp(−g): 15; g u / that
+    "swiglu_backward": 25,
+    "softmax_loss": 19,  # largest; exp(z − top) with its limits, summed; scaled
+    "embed": 0,
+    "embed_backward": 1,
+    "prompt_step": 24,  # AdamW 11 with root and division; 3 sums in float64 at half the rate
+}
 
-    def double(name: str, *inputs: Any, out: Tensor, key: str = "out", **options: Any) -> Tensor:
-        wide = [i.double() if isinstance(i, Tensor) else i for i in inputs]
-        target = out.double()
-        getattr(reference, name)(*wide, **{key: target}, **options)
-        return target
 
-    n = x.numel()
-    cases: dict[str, tuple[Callable[[], Tensor], Tensor, int, Timed]] = {
-        "rms_norm": (
-            lambda: native.rms_norm(x, w, eps, out=rows_out), double("rms_norm", x, w, eps, out=rows_out), 2 * n,
-            lambda: native.rms_norm(x, w, eps, out=rows_out),
-        ),
-        "rms_norm_backward": (
-            lambda: native.rms_norm_backward(dy, x, w, eps, dx=rows_out.zero_()),
-            double("rms_norm_backward", dy, x, w, eps, out=torch.zeros_like(x), key="dx"), 4 * n,
-            lambda: native.rms_norm_backward(dy, x, w, eps, dx=rows_out),
-        ),
-        "swiglu": (
-            lambda: native.swiglu(gate_up, out=act_out), double("swiglu", gate_up, out=act_out), 3 * tokens * f,
-            lambda: native.swiglu(gate_up, out=act_out),
-        ),
-        "swiglu_backward": (
-            lambda: native.swiglu_backward(da, gate_up, out=wide_out),
-            double("swiglu_backward", da, gate_up, out=wide_out), 5 * tokens * f,
-            lambda: native.swiglu_backward(da, gate_up, out=wide_out),
-        ),
-    }  # fmt: skip
-    turned = qkv.clone()
-    truth = reference.rope(qkv.double(), cos.double(), sin.double(), heads)
-    cases["rope"] = (
-        lambda: native.rope(turned.copy_(qkv), cos, sin, heads), truth, 2 * tokens * rotated + 2 * cos.numel(),
-        lambda: native.rope(turned, cos, sin, heads),
-    )  # fmt: skip
+def _multiply_adds() -> float:
+    """Seconds that one multiply-add of one number takes, on all of torch's threads together, in registers."""
+    rounds = 200_000
+    found = []
+    for _ in range(5):
+        started = time.perf_counter()
+        count = torch.ops.embedgrad.multiply_adds(rounds)
+        found.append((time.perf_counter() - started) / count)
+    return statistics.median(found)
+
+
+@dataclass
+class _Case:
+    """An operation: `run` it; `numbers` that it must move, and that come out; results and what they should be."""
+
+    run: Timed
+    numbers: float
+    out: int
+    checked: Callable[[], list[Tensor]]
+    truth: Callable[[], list[Tensor]]
+
+
+def _row_wise(config: ModelConfig, tree: TokenTree, dtype: torch.dtype, repeats: int) -> list[dict[str, Any]]:
+    cases = _cases(config, tree, dtype)
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
     rows = []
-    for name, (checked, expected, numbers, run) in cases.items():
-        _check(name, checked(), expected)
-        source, target = torch.randn(numbers // 2), torch.empty(numbers // 2)
-        seconds, copy = _times(repeats, run, lambda source=source, target=target: target.copy_(source))  # type: ignore[misc]
-        rows.append({"op": name, "bytes": 4 * numbers, "seconds": seconds, "of_copy": copy / seconds})
+    for name, case in cases.items():
+        for found, truth in zip(case.checked(), case.truth(), strict=True):
+            _check(name, found, truth, tolerance)
+        source = torch.randn(int(case.numbers) // 2).to(dtype)
+        target = torch.empty_like(source)
+        seconds, copy = _times(repeats, case.run, lambda target=target, source=source: target.copy_(source))  # type: ignore[misc]
+        arithmetic = OPERATIONS[name] * case.out * _multiply_adds()
+        rows.append({
+            "op": name, "type": str(dtype).removeprefix("torch."), "bytes": dtype.itemsize * case.numbers,
+            "seconds": seconds, "copy_seconds": copy, "arithmetic_seconds": arithmetic, "of_copy": copy / seconds,
+            "of_bound": max(copy, arithmetic) / seconds,
+        })  # fmt: skip
     return rows
+
+
+def _cases(config: ModelConfig, tree: TokenTree, dtype: torch.dtype) -> dict[str, _Case]:
+    d, f, heads = config.hidden_size, config.intermediate_size, (config.num_heads, config.num_kv_heads, config.head_dim)
+    tokens, targets, eps = tree.num_tokens, len(tree.target_ids), config.rms_eps
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(*shape).to(dtype)
+
+    x, dy, w, into = random(tokens, d), random(tokens, d), random(d), random(tokens, d)
+    gate_up, da, qkv = random(tokens, 2 * f), random(tokens, f), random(tokens, (heads[0] + 2 * heads[1]) * heads[2])
+    angles = torch.rand(tokens, heads[2] // 2)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    rotated = (heads[0] + heads[1]) * heads[2]
+    act, wide = torch.empty_like(da), torch.empty_like(gate_up)
+
+    def case(name: str, numbers: int, out: int, *inputs: Any, changed: int | None = None, **outputs: Tensor) -> _Case:
+        """changed: the input that is also an output."""
+
+        def call(backend: Any, convert: Callable[[Tensor], Tensor]) -> list[Tensor]:
+            given = [convert(i) if isinstance(i, Tensor) else i for i in inputs]
+            taken = {key: convert(value) for key, value in outputs.items()}
+            getattr(backend, name)(*given, **taken)
+            return [*taken.values(), *([] if changed is None else [given[changed]])]
+
+        return _Case(
+            lambda: getattr(native, name)(*inputs, **outputs), numbers, out,
+            lambda: call(native, Tensor.clone),
+            lambda: call(reference, lambda t: t.double() if t.is_floating_point() else t),
+        )  # fmt: skip
+
+    n, moved = x.numel(), 2 * tokens * rotated + 2 * cos.numel()
+    cases = {
+        "rms_norm": case("rms_norm", 2 * n, n, x, w, eps, out=into),
+        "add_rms_norm": case("add_rms_norm", 4 * n, n, x.clone(), dy, w, eps, out=into, changed=0),
+        "rms_norm_backward": case("rms_norm_backward", 4 * n, n, dy, x, w, eps, dx=into),
+        "rope": case("rope", moved, tokens * rotated, qkv.clone(), cos, sin, heads, changed=0),
+        "rope_backward": case(
+            "rope_backward", moved, tokens * rotated, qkv.clone(), None, cos, sin, heads, changed=0
+        ),
+        "swiglu": case("swiglu", 3 * tokens * f, tokens * f, gate_up, out=act),
+        "swiglu_backward": case("swiglu_backward", 5 * tokens * f, tokens * f, da, gate_up, out=wide),
+    }  # fmt: skip
+    prompt, table = torch.randn(len(tree.prompt_positions), d), random(config.vocab_size, d)
+    cases["embed"] = case("embed", 2 * n, n, prompt, table, tree.ids, tree.prompt_rows, out=into)
+    grad = torch.empty_like(prompt)
+    shown = tree.prompt_rows[tree.prompt_positions]
+    at_shown = dy[tree.prompt_positions].contiguous()
+    cases["embed_backward"] = case("embed_backward", 2 * at_shown.numel(), grad.numel(), at_shown, shown, grad=grad)
+    if dtype == torch.float32:
+        cases["softmax_loss"] = _softmax_loss(random(targets, config.vocab_size), tree.target_ids)
+        cases["prompt_step"] = _prompt_step(len(prompt), d)
+    return cases
+
+
+def _softmax_loss(z: Tensor, targets: Tensor) -> _Case:
+    count, weights, again = len(z), torch.ones(len(z)), z.clone()
+    nll, predicted = torch.empty(count), torch.empty(count, dtype=torch.int64)
+
+    def run() -> Tensor:
+        torch.ops.embedgrad.softmax_loss(again, targets, weights, nll, predicted)
+        return nll
+
+    def truth() -> list[Tensor]:
+        wide = z.double().requires_grad_()
+        loss = torch.nn.functional.cross_entropy(wide, targets, reduction="none")
+        loss.sum().backward()
+        assert wide.grad is not None
+        return [loss.detach(), wide.grad]
+
+    return _Case(run, 2 * z.numel(), z.numel(), lambda: [run().clone(), again.clone()], truth)
+
+
+def _prompt_step(k: int, d: int) -> _Case:
+    e0, g = torch.randn(k, d), torch.randn(k, d)
+    e, m, v = e0 + 0.1 * torch.randn(k, d), torch.zeros(k, d), torch.zeros(k, d)
+
+    def step(backend: Any, tensors: list[Tensor]) -> list[Tensor]:
+        backend.prompt_step(*tensors, step=1, lr=1e-3, region=CosineCone(0.95))
+        return [tensors[0], tensors[2], tensors[3]]
+
+    return _Case(
+        lambda: step(native, [e, e0, m, v, g]), 8 * k * d, k * d,
+        lambda: step(native, [t.clone() for t in (e, e0, m, v, g)]),
+        lambda: step(reference, [t.double() for t in (e, e0, m, v, g)]),
+    )  # fmt: skip
 
 
 def _attention(config: ModelConfig, tree: TokenTree, shape: str, repeats: int) -> list[dict[str, Any]]:
