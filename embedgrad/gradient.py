@@ -92,7 +92,7 @@ def loss_and_grad(
     step = _step(model, tree, _omit)
     size = _size(tree, step)
     budget = available_memory(model.device) // 2 if memory_budget is None else memory_budget
-    policy, nbytes = choose_policy(model.config, size, model.dtype, policy, budget)
+    policy, nbytes = choose_policy(model.config, size, model.dtype, policy, budget, model.ops)
     model.arena.begin(nbytes)
     nll, predicted, grad = _launch(model, prompt, tree, step, size, policy, whole=not _omit.whole_logits)
     nll, grad = nll.cpu(), grad.cpu()  # only now is the device waited for
@@ -136,7 +136,7 @@ def _score(model: Model, prompt: SoftPrompt, sequences: Sequence[Rendered]) -> D
     tree = build_tree(sequences)
     step = _step(model, tree, _Omit())
     size = _size(tree, step)
-    model.arena.begin(activation_bytes(model.config, size, model.dtype, None))
+    model.arena.begin(activation_bytes(model.config, size, model.dtype, None, model.ops))
     hidden = model.decoder.forward(send(prompt.embeddings, model.device), step, None)
     nll, predicted, _ = _cross_entropy(model, hidden, tree, size, differentiate=False)
     return _details(tree, nll.cpu(), predicted.cpu(), len(sequences))
@@ -187,14 +187,18 @@ def _cross_entropy(
         at_targets = torch.index_select(hidden, 0, slot, out=take(size.targets, hidden.shape[1], dtype=hidden.dtype))
     if differentiate:
         dh = arena.keep(*at_targets.shape, dtype=hidden.dtype)
-    nll, predicted = model.ops.linear_cross_entropy(
-        at_targets,
-        model.weights.head,
-        send(tree.target_ids, device),
-        send(tree.target_weights.to(model.decoder.sum_dtype), device),
-        dh=dh,
-        **({"logit_bytes": sys.maxsize} if whole else {}),
-    )
+    with arena.frame():
+        vocabulary = model.config.vocab_size
+        nbytes = 0 if whole else model.ops.linear_cross_entropy_bytes(size.targets, vocabulary, hidden.dtype)
+        nll, predicted = model.ops.linear_cross_entropy(
+            at_targets,
+            model.weights.head,
+            send(tree.target_ids, device),
+            send(tree.target_weights.to(model.decoder.sum_dtype), device),
+            dh=dh,
+            workspace=arena.scratch(nbytes, dtype=torch.uint8) if nbytes else None,
+            **({"logit_bytes": sys.maxsize} if whole else {}),
+        )
     if dh is not None and gathered:
         at_hidden = arena.keep(*hidden.shape, dtype=hidden.dtype)
         with arena.frame():  # the prompt's index-add has a fixed order, which index_add_ has not on every device

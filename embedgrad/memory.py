@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -40,21 +40,37 @@ class StepSize:
     targets: int
 
 
+def activation_bytes(
+    config: ModelConfig, size: StepSize, dtype: torch.dtype, policy: str | None, ops: ModuleType | None = None
+) -> int:
+    """Peak bytes in the arena of one step: forward and backward, or forward only with `policy` None.
+
+    ops: the backend, whose operations take their workspace from the arena, too (None: one that takes none).
+    """
+    return _activation_bytes(config, size, dtype, policy, ops, torch.get_num_threads())
+
+
 @lru_cache(maxsize=512)
-def activation_bytes(config: ModelConfig, size: StepSize, dtype: torch.dtype, policy: str | None) -> int:
-    """Peak bytes in the arena of one step: forward and backward, or forward only with `policy` None."""
+def _activation_bytes(
+    config: ModelConfig, size: StepSize, dtype: torch.dtype, policy: str | None, ops: ModuleType | None, threads: int
+) -> int:
     arena = Arena(META)
     arena.begin(1 << 60)
     weights = _shapes(config)
-    decoder = Decoder(config, weights, cast(Any, _Nothing()), dtype, arena)
+    planned = _Nothing(ops)
+    decoder = Decoder(config, weights, cast(Any, planned), dtype, arena)
     step = _step(config, size, dtype)
     hidden = decoder.forward(torch.empty(0, config.hidden_size, device=META), step, policy)
+    gathered, loss = size.targets != len(hidden), (size.targets, config.hidden_size)
+    with arena.frame():
+        if gathered:
+            (arena.scratch if policy is None else arena.keep)(*loss, dtype=dtype)
+        if policy is not None:
+            dh = arena.keep(*loss, dtype=dtype)
+        arena.scratch(planned.linear_cross_entropy_bytes(size.targets, config.vocab_size, dtype), dtype=torch.uint8)
     if policy is not None:
-        if size.targets != len(hidden):
-            arena.keep(size.targets, config.hidden_size, dtype=dtype)
-            arena.keep(size.targets, config.hidden_size, dtype=dtype)
-        dh = arena.keep(*hidden.shape, dtype=dtype)
-        if size.targets != len(hidden):
+        if gathered:
+            dh = arena.keep(*hidden.shape, dtype=dtype)
             with arena.frame():
                 arena.scratch(*hidden.shape, dtype=decoder.sum_dtype)
         decoder.backward(dh, step, torch.empty(0, device=META))
@@ -123,7 +139,9 @@ def _workspace(config: ModelConfig, size: StepSize, dtype: torch.dtype, arch: st
     return max(loss, 4 * (rows + slots))
 
 
-def choose_policy(config: ModelConfig, size: StepSize, dtype: torch.dtype, policy: str, budget: int) -> tuple[str, int]:
+def choose_policy(
+    config: ModelConfig, size: StepSize, dtype: torch.dtype, policy: str, budget: int, ops: ModuleType | None = None
+) -> tuple[str, int]:
     """The policy to use and its bytes. "auto" takes the first of `POLICIES` that stays within `budget` bytes.
 
     Raises ConfigError when the policy asked for, or the leanest one, needs more than `budget`.
@@ -133,7 +151,7 @@ def choose_policy(config: ModelConfig, size: StepSize, dtype: torch.dtype, polic
         raise ConfigError(f"unknown memory policy {policy!r}; choose one of auto, {', '.join(POLICIES)}.")
     needed = 0
     for name in wanted:
-        needed = activation_bytes(config, size, dtype, name)
+        needed = activation_bytes(config, size, dtype, name, ops)
         if needed <= budget:
             return name, needed
     raise ConfigError(
@@ -144,9 +162,14 @@ def choose_policy(config: ModelConfig, size: StepSize, dtype: torch.dtype, polic
 
 
 class _Nothing:
-    """Operations that compute nothing."""
+    """Operations that compute nothing, and the memory that those of `ops` take."""
+
+    def __init__(self, ops: ModuleType | None) -> None:
+        self._ops = ops
 
     def __getattr__(self, name: str) -> Any:
+        if name.endswith("_bytes"):
+            return getattr(self._ops, name) if self._ops is not None else lambda *_, **__: 0
         return lambda *args, **kwargs: kwargs.get("out", kwargs.get("grad"))
 
 

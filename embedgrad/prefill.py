@@ -70,7 +70,7 @@ def own_contexts(
     tree = pack_branches(batch, shared)
     step = build_step(model.config, tree, (trunk,) if shared else (), model.dtype, model.device, rows=tree.leaves)
     size = StepSize(tree.num_tokens, shared, len(batch), None, 0)
-    model.arena.begin(activation_bytes(model.config, size, model.dtype, None))
+    model.arena.begin(activation_bytes(model.config, size, model.dtype, None, model.ops))
     place = sequence.to(model.device), at.to(model.device)
     hidden = model.decoder.keys_and_values(embeddings, step, lambda layer, k, v: cache.fill(layer, k, v, *place))
     assert hidden is not None

@@ -93,7 +93,7 @@ def keys_and_values(
         out[layer, 0], out[layer, 1] = k, v
 
     size = StepSize(n, step.num_kept, 0, None, 0)
-    model.arena.begin(activation_bytes(config, size, model.dtype, None))
+    model.arena.begin(activation_bytes(config, size, model.dtype, None, model.ops))
     embeddings = model.no_prompt if prompt is None else prompt
     model.decoder.keys_and_values(embeddings, step, take)
     return out

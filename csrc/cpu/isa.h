@@ -6,6 +6,8 @@
 
 #include <atomic>
 
+#include "elements.h"
+
 namespace embedgrad {
 
 enum class Isa { plain, avx2, avx512, avx512vnni };

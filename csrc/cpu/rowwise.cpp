@@ -17,75 +17,87 @@ constexpr int64_t kGrain = 1 << 14;  // numbers that are worth a thread
 int64_t grain(int64_t d) { return d < kGrain ? kGrain / (d ? d : 1) : 1; }
 }  // namespace
 
-void rms_norm(const Pool& pool, Rows x, Rows residual, const float* weight, float eps, Rows out, int64_t rows, int64_t d) {
+template <typename T>
+void rms_norm(
+    const Pool& pool, Rows<T> x, Rows<T> residual, const T* weight, float eps, Rows<T> out, int64_t rows, int64_t d) {
     pool.run(rows, grain(d), [&](int64_t begin, int64_t end) {
-        for (int64_t t = begin; t < end; ++t) {
-            const float* added = residual.data ? residual.data + t * residual.row : nullptr;
-            EMBEDGRAD_DISPATCH(rms_norm_row, x.data + t * x.row, added, weight, eps, out.data + t * out.row, d)
-        }
+        EMBEDGRAD_DISPATCH(rms_norm_rows, x, residual, weight, eps, out, begin, end, d)
     });
 }
 
+template <typename T>
 void rms_norm_backward(
-    const Pool& pool, Rows dy, Rows x, const float* weight, float eps, Rows dx, int64_t rows, int64_t d) {
+    const Pool& pool, Rows<T> dy, Rows<T> x, const T* weight, float eps, Rows<T> dx, int64_t rows, int64_t d) {
     pool.run(rows, grain(d), [&](int64_t begin, int64_t end) {
-        for (int64_t t = begin; t < end; ++t) {
-            EMBEDGRAD_DISPATCH(
-                rms_norm_backward_row, dy.data + t * dy.row, x.data + t * x.row, weight, eps, dx.data + t * dx.row, d)
-        }
+        EMBEDGRAD_DISPATCH(rms_norm_backward_rows, dy, x, weight, eps, dx, begin, end, d)
     });
 }
 
+template <typename T>
 void rope(
-    const Pool& pool, Rows x, const float* cos, const float* sin, HeadNorms norms, int64_t rows, int64_t heads,
+    const Pool& pool, Rows<T> x, const T* cos, const T* sin, HeadNorms<T> norms, int64_t rows, int64_t heads,
     int64_t half) {
     pool.run(rows, grain(heads * half), [&](int64_t begin, int64_t end) {
-        for (int64_t t = begin; t < end; ++t) {
-            EMBEDGRAD_DISPATCH(rope_row, x.data + t * x.row, cos + t * half, sin + t * half, norms, heads, half)
-        }
+        EMBEDGRAD_DISPATCH(rope_rows, x, cos, sin, norms, begin, end, heads, half)
     });
 }
 
+template <typename T>
 void rope_backward(
-    const Pool& pool, Rows dx, Rows raw, const float* cos, const float* sin, HeadNorms norms, int64_t rows, int64_t heads,
-    int64_t half) {
+    const Pool& pool, Rows<T> dx, Rows<T> raw, const T* cos, const T* sin, HeadNorms<T> norms, int64_t rows,
+    int64_t heads, int64_t half) {
     pool.run(rows, grain(heads * half), [&](int64_t begin, int64_t end) {
-        for (int64_t t = begin; t < end; ++t) {
-            const float* x = raw.data ? raw.data + t * raw.row : nullptr;
-            EMBEDGRAD_DISPATCH(
-                rope_backward_row, dx.data + t * dx.row, x, cos + t * half, sin + t * half, norms, heads, half)
-        }
+        EMBEDGRAD_DISPATCH(rope_backward_rows, dx, raw, cos, sin, norms, begin, end, heads, half)
     });
 }
 
-void swiglu(const Pool& pool, Rows gate_up, Rows out, int64_t rows, int64_t width) {
+template <typename T>
+void swiglu(const Pool& pool, Rows<T> gate_up, Rows<T> out, int64_t rows, int64_t width) {
     pool.run(rows, grain(width), [&](int64_t begin, int64_t end) {
-        for (int64_t t = begin; t < end; ++t) {
-            const float* gate = gate_up.data + t * gate_up.row;
-            EMBEDGRAD_DISPATCH(swiglu_row, gate, gate + width, out.data + t * out.row, width)
-        }
+        EMBEDGRAD_DISPATCH(swiglu_rows, gate_up, out, begin, end, width)
     });
 }
 
-void swiglu_backward(const Pool& pool, Rows da, Rows gate_up, Rows out, int64_t rows, int64_t width) {
+template <typename T>
+void swiglu_backward(const Pool& pool, Rows<T> da, Rows<T> gate_up, Rows<T> out, int64_t rows, int64_t width) {
     pool.run(rows, grain(width), [&](int64_t begin, int64_t end) {
-        for (int64_t t = begin; t < end; ++t) {
-            const float* gate = gate_up.data + t * gate_up.row;
-            float* d = out.data + t * out.row;
-            EMBEDGRAD_DISPATCH(swiglu_backward_row, da.data + t * da.row, gate, gate + width, d, d + width, width)
-        }
+        EMBEDGRAD_DISPATCH(swiglu_backward_rows, da, gate_up, out, begin, end, width)
     });
 }
+
+#define EMBEDGRAD_OF(T)                                                                                                 \
+    template void rms_norm(const Pool&, Rows<T>, Rows<T>, const T*, float, Rows<T>, int64_t, int64_t);                  \
+    template void rms_norm_backward(const Pool&, Rows<T>, Rows<T>, const T*, float, Rows<T>, int64_t, int64_t);         \
+    template void rope(const Pool&, Rows<T>, const T*, const T*, HeadNorms<T>, int64_t, int64_t, int64_t);              \
+    template void rope_backward(const Pool&, Rows<T>, Rows<T>, const T*, const T*, HeadNorms<T>, int64_t, int64_t, int64_t); \
+    template void swiglu(const Pool&, Rows<T>, Rows<T>, int64_t, int64_t);                                              \
+    template void swiglu_backward(const Pool&, Rows<T>, Rows<T>, Rows<T>, int64_t, int64_t);
+EMBEDGRAD_OF(float)
+EMBEDGRAD_OF(Bf16)
 
 void softmax_loss(
-    const Pool& pool, Rows z, const int64_t* targets, const float* weights, float* nll, int64_t* predicted, int64_t rows,
-    int64_t vocabulary) {
+    const Pool& pool, Rows<float> z, const int64_t* targets, const float* weights, float* nll, int64_t* predicted,
+    int64_t rows, int64_t vocabulary) {
     pool.run(rows, grain(vocabulary), [&](int64_t begin, int64_t end) {
         for (int64_t t = begin; t < end; ++t) {
             const float* weight = weights ? weights + t : nullptr;
-            EMBEDGRAD_DISPATCH(softmax_loss_row, z.data + t * z.row, vocabulary, targets[t], weight, nll[t], predicted[t])
+            EMBEDGRAD_DISPATCH(softmax_loss_row, z.at(t), vocabulary, targets[t], weight, nll[t], predicted[t])
         }
     });
+}
+
+int64_t multiply_adds(const Pool& pool, int64_t rounds) {
+    pool.run(pool.threads(), 1, [&](int64_t begin, int64_t end) {
+        for (int64_t thread = begin; thread < end; ++thread) {
+            float result = 0;
+            EMBEDGRAD_DISPATCH(multiply_add, rounds, result)
+            volatile float used = result;
+            static_cast<void>(used);
+        }
+    });
+    int64_t length = 0;
+    EMBEDGRAD_DISPATCH(vector_length, length)
+    return rounds * 12 * length * pool.threads();
 }
 
 }  // namespace embedgrad

@@ -1,126 +1,335 @@
-// One row of each row-wise op; see rowwise.h. The tail of a row that fills no vector is done element by element.
+// Rows [begin, end) of each row-wise op; see rowwise.h. Each op has an `_at` for one vector of a row, of which the last
+// may hold fewer than VL numbers. Rows are taken in fours where their sums would otherwise wait for each other.
 
-static inline float dot(const float* a, const float* b, int64_t n) {
-    Vec s0 = {}, s1 = {}, s2 = {}, s3 = {};
+// Σ a·b of R rows each.
+template <int R, typename A, typename B>
+EMBEDGRAD_INLINE void dots(const A* const (&a)[R], const B* const (&b)[R], int64_t n, float (&result)[R]) {
+    Vec sums[R][2] = {};
     int64_t i = 0;
-    for (; i + 4 * VL <= n; i += 4 * VL) {
-        s0 += load(a + i) * load(b + i);
-        s1 += load(a + i + VL) * load(b + i + VL);
-        s2 += load(a + i + 2 * VL) * load(b + i + 2 * VL);
-        s3 += load(a + i + 3 * VL) * load(b + i + 3 * VL);
-    }
-    for (; i + VL <= n; i += VL) s0 += load(a + i) * load(b + i);
-    float total = sum((s0 + s1) + (s2 + s3));
-    for (; i < n; ++i) total += a[i] * b[i];
-    return total;
+    for (; i + 2 * VL <= n; i += 2 * VL)
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+            sums[r][0] += load(a[r] + i) * load(b[r] + i);
+            sums[r][1] += load(a[r] + i + VL) * load(b[r] + i + VL);
+        }
+    for (; i < n; i += VL)
+        for (int r = 0; r < R; ++r) sums[r][0] += load(a[r] + i, n - i) * load(b[r] + i, n - i);
+    for (int r = 0; r < R; ++r) result[r] = sum(sums[r][0] + sums[r][1]);
 }
 
-static inline float inverse_rms(const float* x, float eps, int64_t d) {
-    return 1.0f / std::sqrt(dot(x, x, d) / static_cast<float>(d) + eps);
+static inline float inverse_rms(float squares, float eps, int64_t d) {
+    return 1.0f / std::sqrt(squares / static_cast<float>(d) + eps);
 }
 
-static void rms_norm_row(float* x, const float* residual, const float* w, float eps, float* out, int64_t d) {
-    if (residual)
-        for (int64_t i = 0; i < d; ++i) x[i] += residual[i];
-    const float r = inverse_rms(x, eps, d);
-    for (int64_t i = 0; i < d; ++i) out[i] = x[i] * r * w[i];
+template <typename T>
+EMBEDGRAD_INLINE void add_at(T* x, const T* added, int64_t count) {
+    store(x, load(x, count) + load(added, count), count);
 }
 
-static void rms_norm_backward_row(
-    const float* dy, const float* x, const float* w, float eps, float* dx, int64_t d) {
-    Vec s0 = {}, s1 = {};
+template <int R, typename T>
+EMBEDGRAD_INLINE void scaled_at(
+    const T* const (&x)[R], const float (&by)[R], const T* w, T* const (&out)[R], int64_t i, int64_t count) {
+    const Vec weight = load(w + i, count);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) store(out[r] + i, load(x[r] + i, count) * by[r] * weight, count);
+}
+
+template <int R, typename T>
+static void rms_norm_block(T* const (&x)[R], const T* const (&added)[R], const T* w, float eps, T* const (&out)[R], int64_t d) {
+    const T* from[R];
+    float by[R];
+    for (int r = 0; r < R; ++r) from[r] = x[r];
+    if (added[0])
+        for (int r = 0; r < R; ++r) {
+            int64_t i = 0;
+            for (; i + VL <= d; i += VL) add_at(x[r] + i, added[r] + i, VL);
+            if (i < d) add_at(x[r] + i, added[r] + i, d - i);
+        }
+    dots<R, T, T>(from, from, d, by);
+    for (int r = 0; r < R; ++r) by[r] = inverse_rms(by[r], eps, d);
     int64_t i = 0;
-    for (; i + 2 * VL <= d; i += 2 * VL) {
-        s0 += load(dy + i) * load(w + i) * load(x + i);
-        s1 += load(dy + i + VL) * load(w + i + VL) * load(x + i + VL);
-    }
-    float along = sum(s0 + s1);
-    for (; i < d; ++i) along += dy[i] * w[i] * x[i];
-    const float r = inverse_rms(x, eps, d);
-    const float back = along / static_cast<float>(d) * r * r * r;
-    for (i = 0; i < d; ++i) dx[i] += dy[i] * w[i] * r - x[i] * back;
+    for (; i + VL <= d; i += VL) scaled_at<R>(from, by, w, out, i, VL);
+    if (i < d) scaled_at<R>(from, by, w, out, i, d - i);
 }
 
-static void rotate(float* x, const float* cos, const float* sin, int64_t half, float sign) {
-    for (int64_t i = 0; i < half; ++i) {
-        const float first = x[i], second = x[half + i], s = sign * sin[i];
-        x[i] = first * cos[i] - second * s;
-        x[half + i] = second * cos[i] + first * s;
+template <typename T>
+static void rms_norm_rows(
+    Rows<T> x, Rows<T> residual, const T* w, float eps, Rows<T> out, int64_t begin, int64_t end, int64_t d) {
+    const auto added = [&](int64_t t) -> const T* { return residual.data ? residual.at(t) : nullptr; };
+    int64_t t = begin;
+    for (; t + 4 <= end; t += 4)
+        rms_norm_block<4, T>(
+            {x.at(t), x.at(t + 1), x.at(t + 2), x.at(t + 3)}, {added(t), added(t + 1), added(t + 2), added(t + 3)}, w, eps,
+            {out.at(t), out.at(t + 1), out.at(t + 2), out.at(t + 3)}, d);
+    for (; t < end; ++t) rms_norm_block<1, T>({x.at(t)}, {added(t)}, w, eps, {out.at(t)}, d);
+}
+
+static inline void rms_norm_row(float* x, const float* residual, const float* w, float eps, float* out, int64_t d) {
+    rms_norm_block<1, float>({x}, {residual}, w, eps, {out}, d);
+}
+
+template <int R, typename T>
+EMBEDGRAD_INLINE void norm_sums_at(
+    const T* const (&dy)[R], const T* const (&x)[R], const T* w, int64_t i, int64_t count, Vec (&along)[R], Vec (&squares)[R]) {
+    const Vec weight = load(w + i, count);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+        const Vec at = load(x[r] + i, count);
+        along[r] += load(dy[r] + i, count) * weight * at;
+        squares[r] += at * at;
     }
 }
 
-static void rope_row(float* x, const float* cos, const float* sin, const HeadNorms& norms, int64_t heads, int64_t half) {
+template <int R, typename T>
+EMBEDGRAD_INLINE void norm_gradient_at(
+    const T* const (&dy)[R], const T* const (&x)[R], const T* w, const float (&by)[R], const float (&back)[R],
+    T* const (&dx)[R], int64_t i, int64_t count) {
+    const Vec weight = load(w + i, count);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+        const Vec before = load(dx[r] + i, count) - load(x[r] + i, count) * back[r];
+        store(dx[r] + i, before + load(dy[r] + i, count) * weight * by[r], count);
+    }
+}
+
+template <int R, typename T>
+static void rms_norm_backward_block(
+    const T* const (&dy)[R], const T* const (&x)[R], const T* w, float eps, T* const (&dx)[R], int64_t d) {
+    Vec along[R] = {}, squares[R] = {};
+    float by[R], back[R];
+    int64_t i = 0;
+    for (; i + VL <= d; i += VL) norm_sums_at<R>(dy, x, w, i, VL, along, squares);
+    if (i < d) norm_sums_at<R>(dy, x, w, i, d - i, along, squares);
+    for (int r = 0; r < R; ++r) {
+        by[r] = inverse_rms(sum(squares[r]), eps, d);
+        back[r] = sum(along[r]) / static_cast<float>(d) * by[r] * by[r] * by[r];
+    }
+    for (i = 0; i + VL <= d; i += VL) norm_gradient_at<R>(dy, x, w, by, back, dx, i, VL);
+    if (i < d) norm_gradient_at<R>(dy, x, w, by, back, dx, i, d - i);
+}
+
+template <typename T>
+static void rms_norm_backward_rows(
+    Rows<T> dy, Rows<T> x, const T* w, float eps, Rows<T> dx, int64_t begin, int64_t end, int64_t d) {
+    int64_t t = begin;
+    for (; t + 4 <= end; t += 4)
+        rms_norm_backward_block<4, T>(
+            {dy.at(t), dy.at(t + 1), dy.at(t + 2), dy.at(t + 3)}, {x.at(t), x.at(t + 1), x.at(t + 2), x.at(t + 3)}, w, eps,
+            {dx.at(t), dx.at(t + 1), dx.at(t + 2), dx.at(t + 3)}, d);
+    for (; t < end; ++t) rms_norm_backward_block<1, T>({dy.at(t)}, {x.at(t)}, w, eps, {dx.at(t)}, d);
+}
+
+// One vector of the angles for all heads of a row: cos and sin stay in registers.
+template <typename T>
+EMBEDGRAD_INLINE void rotate_at(T* x, const T* cos, const T* sin, int64_t heads, int64_t half, float sign, int64_t count) {
+    const Vec c = load(cos, count), s = load(sin, count) * sign;
     for (int64_t h = 0; h < heads; ++h, x += 2 * half) {
-        const float* weight = h < norms.q_heads ? norms.q : norms.k;
-        if (weight) rms_norm_row(x, nullptr, weight, norms.eps, x, 2 * half);
-        rotate(x, cos, sin, half, 1.0f);
+        const Vec first = load(x, count), second = load(x + half, count);
+        store(x, first * c - second * s, count);
+        store(x + half, second * c + first * s, count);
     }
 }
 
-static void rope_backward_row(
-    float* dx, const float* raw, const float* cos, const float* sin, const HeadNorms& norms, int64_t heads, int64_t half) {
-    for (int64_t h = 0; h < heads; ++h, dx += 2 * half) {
-        rotate(dx, cos, sin, half, -1.0f);
-        const float* weight = h < norms.q_heads ? norms.q : norms.k;
-        if (!weight) continue;
-        const float* x = raw + h * 2 * half;
-        for (int64_t i = 0; i < 2 * half; ++i) dx[i] *= weight[i];
-        const float along = dot(dx, x, 2 * half);
-        const float r = inverse_rms(x, norms.eps, 2 * half);
-        const float back = along / static_cast<float>(2 * half) * r * r * r;
-        for (int64_t i = 0; i < 2 * half; ++i) dx[i] = dx[i] * r - x[i] * back;
-    }
-}
-
-static inline Vec sigmoid(Vec x) { return 1.0f / (1.0f + exp(-x)); }
-
-static void swiglu_row(const float* gate, const float* up, float* out, int64_t n) {
+template <typename T>
+static inline void rotate(T* x, const T* cos, const T* sin, int64_t heads, int64_t half, float sign) {
     int64_t i = 0;
-    for (; i + VL <= n; i += VL) {
-        const Vec g = load(gate + i);
-        store(out + i, g * sigmoid(g) * load(up + i));
-    }
-    for (; i < n; ++i) out[i] = gate[i] / (1.0f + std::exp(-gate[i])) * up[i];
+    for (; i + VL <= half; i += VL) rotate_at(x + i, cos + i, sin + i, heads, half, sign, VL);
+    if (i < half) rotate_at(x + i, cos + i, sin + i, heads, half, sign, half - i);
 }
 
-static void swiglu_backward_row(
-    const float* da, const float* gate, const float* up, float* d_gate, float* d_up, int64_t n) {
-    int64_t i = 0;
-    for (; i + VL <= n; i += VL) {
-        const Vec g = load(gate + i), u = load(up + i), d = load(da + i);
-        const Vec s = sigmoid(g), silu = g * s;
-        store(d_gate + i, d * u * (s + silu * (1.0f - s)));
-        store(d_up + i, d * silu);
+template <typename T>
+static void rope_row(T* x, const T* cos, const T* sin, const HeadNorms<T>& norms, int64_t heads, int64_t half) {
+    for (int64_t h = 0; h < heads; ++h) {
+        const T* weight = h < norms.q_heads ? norms.q : norms.k;
+        T* head = x + h * 2 * half;
+        if (weight) rms_norm_block<1, T>({head}, {nullptr}, weight, norms.eps, {head}, 2 * half);
     }
-    for (; i < n; ++i) {
-        const float g = gate[i], u = up[i], d = da[i], s = 1.0f / (1.0f + std::exp(-g));
-        d_gate[i] = d * u * (s + g * s * (1.0f - s));
-        d_up[i] = d * g * s;
+    rotate(x, cos, sin, heads, half, 1.0f);
+}
+
+template <typename T>
+static void rope_rows(
+    Rows<T> x, const T* cos, const T* sin, const HeadNorms<T>& norms, int64_t begin, int64_t end, int64_t heads, int64_t half) {
+    for (int64_t t = begin; t < end; ++t) rope_row<T>(x.at(t), cos + t * half, sin + t * half, norms, heads, half);
+}
+
+template <typename T>
+EMBEDGRAD_INLINE void head_gradient_at(T* dx, const T* x, const T* w, float by, float back, int64_t count) {
+    store(dx, load(dx, count) * load(w, count) * by - load(x, count) * back, count);
+}
+
+// dx = the gradient before the norm of one head, from the one behind it.
+template <typename T>
+static void head_norm_backward(T* dx, const T* x, const T* w, float eps, int64_t size) {
+    Vec along[1] = {}, squares[1] = {};
+    const T *const gradient[1] = {dx}, *const from[1] = {x};
+    int64_t i = 0;
+    for (; i + VL <= size; i += VL) norm_sums_at<1>(gradient, from, w, i, VL, along, squares);
+    if (i < size) norm_sums_at<1>(gradient, from, w, i, size - i, along, squares);
+    const float by = inverse_rms(sum(squares[0]), eps, size);
+    const float back = sum(along[0]) / static_cast<float>(size) * by * by * by;
+    for (i = 0; i + VL <= size; i += VL) head_gradient_at(dx + i, x + i, w + i, by, back, VL);
+    if (i < size) head_gradient_at(dx + i, x + i, w + i, by, back, size - i);
+}
+
+template <typename T>
+static void rope_backward_rows(
+    Rows<T> dx, Rows<T> raw, const T* cos, const T* sin, const HeadNorms<T>& norms, int64_t begin, int64_t end,
+    int64_t heads, int64_t half) {
+    for (int64_t t = begin; t < end; ++t) {
+        rotate(dx.at(t), cos + t * half, sin + t * half, heads, half, -1.0f);
+        for (int64_t h = 0; h < heads; ++h) {
+            const T* weight = h < norms.q_heads ? norms.q : norms.k;
+            const int64_t at = h * 2 * half;
+            if (weight) head_norm_backward(dx.at(t) + at, raw.at(t) + at, weight, norms.eps, 2 * half);
+        }
     }
 }
 
-static void softmax_loss_row(
-    float* z, int64_t n, int64_t target, const float* weight, float& nll, int64_t& predicted) {
-    Vec most = all(-std::numeric_limits<float>::infinity());
+// 1 + exp(−x) of N vectors, infinite where that is more than 2.4e38.
+template <int N>
+EMBEDGRAD_INLINE void one_plus_exp_minus(const Vec (&x)[N], Vec (&result)[N]) {
+    const Vec low = all(-88.3762626647950f), high = all(87.0f), infinite = all(std::numeric_limits<float>::infinity());
+    Vec y[N];
+#pragma GCC unroll 4
+    for (int k = 0; k < N; ++k) y[k] = low > x[k] ? low : x[k];
+#pragma GCC unroll 4
+    for (int k = 0; k < N; ++k) y[k] = -(high < y[k] ? high : y[k]);
+    exp_inside<N>(y, result);
+#pragma GCC unroll 4
+    for (int k = 0; k < N; ++k) result[k] = x[k] < low ? infinite : result[k] + 1.0f;
+}
+
+// N vectors of which the last holds `count` numbers, the others VL.
+template <int N, typename T>
+EMBEDGRAD_INLINE void swiglu_at(const T* gate, const T* up, T* out, int64_t count) {
+    Vec g[N], below[N];
+#pragma GCC unroll 4
+    for (int k = 0; k < N; ++k) g[k] = load(gate + k * VL, count);
+    one_plus_exp_minus<N>(g, below);
+#pragma GCC unroll 4
+    for (int k = 0; k < N; ++k) g[k] = g[k] * load(up + k * VL, count) / below[k];
+#pragma GCC unroll 4
+    for (int k = 0; k < N; ++k) store(out + k * VL, g[k], count);
+}
+
+template <typename T>
+static inline void swiglu_row(const T* gate, const T* up, T* out, int64_t width) {
     int64_t i = 0;
-    for (; i + VL <= n; i += VL) most = max(load(z + i), most);
-    float top = highest(most);
-    for (; i < n; ++i) top = z[i] > top ? z[i] : top;
-    predicted = std::find(z, z + n, top) - z;
-    if (predicted == n) predicted = 0;  // all are NaN, as the loss will be
-    // In float32 over a few thousand terms, then in double: over a whole vocabulary float32 would lose three digits.
+    for (; i + 4 * VL <= width; i += 4 * VL) swiglu_at<4>(gate + i, up + i, out + i, VL);
+    for (; i < width; i += VL) swiglu_at<1>(gate + i, up + i, out + i, width - i);
+}
+
+template <typename T>
+static void swiglu_rows(Rows<T> gate_up, Rows<T> out, int64_t begin, int64_t end, int64_t width) {
+    for (int64_t t = begin; t < end; ++t) swiglu_row<T>(gate_up.at(t), gate_up.at(t) + width, out.at(t), width);
+}
+
+template <int N, typename T>
+EMBEDGRAD_INLINE void swiglu_backward_at(const T* da, const T* gate, const T* up, T* d_gate, T* d_up, int64_t count) {
+    Vec g[N], s[N], d[N], u[N];
+#pragma GCC unroll 4
+    for (int k = 0; k < N; ++k) g[k] = load(gate + k * VL, count);
+    one_plus_exp_minus<N>(g, s);
+#pragma GCC unroll 4
+    for (int k = 0; k < N; ++k) s[k] = 1.0f / s[k];
+#pragma GCC unroll 4
+    for (int k = 0; k < N; ++k) d[k] = load(da + k * VL, count), u[k] = load(up + k * VL, count);
+#pragma GCC unroll 4
+    for (int k = 0; k < N; ++k) {
+        const Vec silu = g[k] * s[k];
+        store(d_gate + k * VL, d[k] * u[k] * (s[k] + silu * (1.0f - s[k])), count);
+        store(d_up + k * VL, d[k] * silu, count);
+    }
+}
+
+template <typename T>
+static void swiglu_backward_rows(Rows<T> da, Rows<T> gate_up, Rows<T> out, int64_t begin, int64_t end, int64_t width) {
+    for (int64_t t = begin; t < end; ++t) {
+        const T *d = da.at(t), *gate = gate_up.at(t), *up = gate + width;
+        T *d_gate = out.at(t), *d_up = d_gate + width;
+        int64_t i = 0;
+        for (; i + 4 * VL <= width; i += 4 * VL) swiglu_backward_at<4>(d + i, gate + i, up + i, d_gate + i, d_up + i, VL);
+        for (; i < width; i += VL) swiglu_backward_at<1>(d + i, gate + i, up + i, d_gate + i, d_up + i, width - i);
+    }
+}
+
+static inline float largest(const float* z, int64_t n) {
+    const float least = -std::numeric_limits<float>::infinity();
+    Vec most[4] = {all(least), all(least), all(least), all(least)};
+    int64_t i = 0;
+    for (; i + 4 * VL <= n; i += 4 * VL)
+#pragma GCC unroll 4
+        for (int k = 0; k < 4; ++k) most[k] = max(load(z + i + k * VL), most[k]);
+    for (; i < n; i += VL) most[0] = max(load(z + i, n - i, least), most[0]);
+    return highest(max(max(most[0], most[1]), max(most[2], most[3])));
+}
+
+// The first place of `wanted`, n where it is nowhere.
+static inline int64_t first_of(const float* z, int64_t n, float wanted) {
+    int64_t i = 0;
+    for (; i + 16 * VL <= n; i += 16 * VL) {
+        IVec found = {};
+        for (int k = 0; k < 16; ++k) found |= load(z + i + k * VL) == wanted;
+        int32_t any = 0;
+        for (int k = 0; k < VL; ++k) any |= found[k];
+        if (any) break;
+    }
+    return std::find(z + i, z + n, wanted) - z;
+}
+
+// exp(z − top) of N vectors, the last of which holds `count` numbers; added to `part`, and with KEEP stored over z.
+template <int N, bool KEEP>
+EMBEDGRAD_INLINE void mass_at(float* z, float top, Vec& part, int64_t count) {
+    Vec x[N], e[N];
+#pragma GCC unroll 4
+    for (int k = 0; k < N; ++k) x[k] = load(z + k * VL, count, -std::numeric_limits<float>::infinity()) - top;
+    exp_all<N>(x, e);
+#pragma GCC unroll 4
+    for (int k = 0; k < N; ++k) {
+        part += e[k];
+        if (KEEP) store(z + k * VL, e[k], count);
+    }
+}
+
+// Σ exp(z − top), in float32 over a few hundred terms, then in double: over a whole vocabulary float32 would lose three
+// digits.
+template <bool KEEP>
+static double mass_of(float* z, int64_t n, float top) {
     double mass = 0;
-    for (i = 0; i + VL <= n;) {
+    for (int64_t i = 0; i < n;) {
         Vec part = {};
-        const int64_t end = std::min(n / VL * VL, i + 64 * VL);
-        for (; i < end; i += VL) part += exp(load(z + i) - top);
+        const int64_t end = std::min(n, i + 64 * VL);
+        for (; i + 4 * VL <= end; i += 4 * VL) mass_at<4, KEEP>(z + i, top, part, VL);
+        for (; i < end; i += VL) mass_at<1, KEEP>(z + i, top, part, end - i);
         mass += sum(part);
     }
-    for (; i < n; ++i) mass += std::exp(z[i] - top);
-    nll = target < 0 ? 0.0f : static_cast<float>(std::log(mass) - (z[target] - top));
+    return mass;
+}
+
+static void softmax_loss_row(float* z, int64_t n, int64_t target, const float* weight, float& nll, int64_t& predicted) {
+    const float top = largest(z, n), wanted = target < 0 ? 0.0f : z[target];
+    predicted = first_of(z, n, top);
+    if (predicted == n) predicted = 0;  // all are NaN, as the loss will be
+    const double mass = weight ? mass_of<true>(z, n, top) : mass_of<false>(z, n, top);
+    nll = target < 0 ? 0.0f : static_cast<float>(std::log(mass) - (wanted - top));
     if (!weight) return;
     const float scale = target < 0 ? 0.0f : static_cast<float>(*weight / mass);
-    for (i = 0; i + VL <= n; i += VL) store(z + i, exp(load(z + i) - top) * scale);
-    for (; i < n; ++i) z[i] = std::exp(z[i] - top) * scale;
+    int64_t i = 0;
+    for (; i + VL <= n; i += VL) store(z + i, load(z + i) * scale);
+    if (i < n) store(z + i, load(z + i, n - i) * scale, n - i);
     if (target >= 0) z[target] -= *weight;
 }
+
+// Twelve chains, which hide the latency of each other; what they come to is of no interest, but must be used.
+static void multiply_add(int64_t rounds, float& result) {
+    Vec chain[12];
+    for (int k = 0; k < 12; ++k) chain[k] = all(1.0f + static_cast<float>(k));
+    const Vec by = all(0.999f + result);
+    for (int64_t n = 0; n < rounds; ++n)
+#pragma GCC unroll 12
+        for (int k = 0; k < 12; ++k) chain[k] = chain[k] * by + by;
+    for (int k = 1; k < 12; ++k) chain[0] += chain[k];
+    result = sum(chain[0]);
+}
+static void vector_length(int64_t& length) { length = VL; }

@@ -4,133 +4,107 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#include <memory>
-#include <vector>
 
 #include "isa.h"
 
 namespace embedgrad {
 namespace {
 
-constexpr size_t kChunk = 8;  // panels whose scores exist at once: they stay in the cache beside q and o
+constexpr int64_t kChunk = 8;  // panels whose scores exist at once: they stay in the cache beside q and o
 
-// The keys' intervals by panel. Keys beyond the last have an empty interval.
-struct Panels {
-    int64_t count, padded;  // padded: head dimension, rounded up to whole panels; the rest is zero
-    std::vector<int32_t> begin, end, position;
-    std::vector<int32_t> begin_low, begin_high, end_low, end_high, position_low, position_high;
+int64_t panels_of(int64_t keys) { return (keys + kPanel - 1) / kPanel; }
+int64_t padded_to_panels(int64_t n) { return panels_of(n) * kPanel; }
 
-    explicit Panels(const TreeShape& t)
-        : count((t.keys + kPanel - 1) / kPanel), padded((t.head_dim + kPanel - 1) / kPanel * kPanel),
-          begin(count * kPanel, std::numeric_limits<int32_t>::max()), end(count * kPanel, 0), position(count * kPanel, 0),
-          begin_low(count), begin_high(count), end_low(count), end_high(count), position_low(count),
-          position_high(count) {
-        std::copy(t.key_begin, t.key_begin + t.keys, begin.begin());
-        std::copy(t.key_end, t.key_end + t.keys, end.begin());
-        if (t.key_position) std::copy(t.key_position, t.key_position + t.keys, position.begin());
-        for (int64_t p = 0; p < count; ++p) {
-            const auto bounds = [&](const std::vector<int32_t>& x, int64_t size, int32_t& low, int32_t& high) {
-                const auto found = std::minmax_element(x.begin() + p * kPanel, x.begin() + p * kPanel + size);
-                low = *found.first;
-                high = *found.second;
-            };
-            bounds(begin, kPanel, begin_low[p], begin_high[p]);
-            bounds(end, kPanel, end_low[p], end_high[p]);
-            bounds(position, std::min(kPanel, t.keys - p * kPanel), position_low[p], position_high[p]);
-        }
-    }
-};
-
-struct Seen {
-    int64_t panel;
-    bool partly;  // some query of the block does not see some key of it
-};
-
-// Some query rows and the heads of one group over them: `rows` = queries · heads per group.
-struct Block {
-    int64_t group, first, queries, rows;
-    std::vector<Seen> seen;
-};
-
-std::vector<Block> blocks_of(const TreeShape& t, const Panels& panels) {
-    std::vector<Block> blocks;
-    for (int64_t b = 0; b < t.blocks; ++b) {
-        const int64_t first = t.block_start[b], stop = t.block_start[b + 1];
-        Block block{0, first, stop - first, (stop - first) * (t.heads / t.groups), {}};
-        const int32_t low = t.query_index[first], high = t.query_index[stop - 1];
-        int32_t nearest = 0, farthest = 0;
-        if (t.query_position) {
-            const auto found = std::minmax_element(t.query_position + first, t.query_position + stop);
-            nearest = *found.first;
-            farthest = *found.second;
-        }
-        for (int64_t p = 0; p < panels.count; ++p) {
-            if (panels.begin_low[p] > high || panels.end_high[p] <= low) continue;
-            bool partly = panels.begin_high[p] > low || panels.end_low[p] <= high;
-            if (t.query_position) {
-                if (nearest - panels.position_high[p] >= t.window) continue;
-                partly = partly || farthest - panels.position_low[p] >= t.window;
-            }
-            block.seen.push_back({p, partly});
-        }
-        blocks.push_back(std::move(block));
-    }
-    std::vector<Block> all;
-    for (int64_t g = 0; g < t.groups; ++g)
-        for (Block block : blocks) {
-            block.group = g;
-            all.push_back(std::move(block));
-        }
-    return all;
+// A block's rows, scores and sums, for one thread; the backward pass takes one more of each.
+int64_t block_floats(int64_t rows, int64_t padded, bool backward) {
+    const int64_t wide = backward ? 3 * padded + 2 * kChunk * kPanel : 2 * padded + kChunk * kPanel;
+    return padded_to_panels(rows * (wide + 2) + 7 * 16);
 }
 
-// Blocks [range[i], range[i + 1]) for thread i: contiguous, of about equal cost.
-std::vector<size_t> shares(const std::vector<Block>& blocks, int64_t threads) {
-    const auto cost = [](const Block& b) { return static_cast<double>(b.rows) * (b.seen.size() + 1); };
-    double total = 0, sum = 0;
-    for (const Block& b : blocks) total += cost(b);
-    std::vector<size_t> range{0};
-    for (size_t i = 0; i < blocks.size(); ++i) {
-        const double middle = sum + cost(blocks[i]) / 2;
-        while (static_cast<int64_t>(range.size()) < threads && middle > total * range.size() / threads) range.push_back(i);
-        sum += cost(blocks[i]);
-    }
-    while (static_cast<int64_t>(range.size()) <= threads) range.push_back(blocks.size());
-    return range;
-}
+// `threads + 1` numbers of 64 bits, twice.
+int64_t share_floats(int64_t threads) { return padded_to_panels(4 * (threads + 1)); }
 
-// Aligned floats, not initialised.
-class Buffer {
+// What is cut off a piece of memory, 64 bytes apart.
+class Memory {
 public:
-    explicit Buffer(int64_t n) : data_(new (std::align_val_t(64)) float[n > 0 ? n : 1]) {}
-    ~Buffer() { ::operator delete[](data_, std::align_val_t(64)); }
-    Buffer(const Buffer&) = delete;
-    Buffer& operator=(const Buffer&) = delete;
-    float* get() const { return data_; }
+    explicit Memory(float* data) : data_(data) {}
+    float* take(int64_t n) {
+        float* taken = data_;
+        data_ += padded_to_panels(n);
+        return taken;
+    }
 
 private:
     float* data_;
 };
 
-// One thread's memory for one block at a time.
-class Scratch {
-public:
-    explicit Scratch(int64_t n) : buffer_(n) {}
-    void clear() { used_ = 0; }
-    float* take(int64_t n) {
-        float* p = buffer_.get() + used_;
-        used_ += (n + 15) / 16 * 16;
-        return p;
-    }
-    static int64_t needed(const std::vector<Block>& blocks, int64_t padded) {
-        int64_t rows = 0;
-        for (const Block& b : blocks) rows = std::max(rows, b.rows);
-        return rows * (3 * padded + 2 * static_cast<int64_t>(kChunk) * kPanel + 2) + 7 * 16;
-    }
+// The schedule's arrays, and what one call adds to them.
+struct Plan {
+    const TreeMask& mask;
+    TreeShape shape;
+    int64_t panels, padded, size;  // padded: the head dimension in whole panels, the rest zero; size: of a group's keys
+    const int32_t *begin, *end, *position, *first_seen, *seen;
 
-private:
-    Buffer buffer_;
-    int64_t used_ = 0;
+    Plan(const TreeMask& m, const int32_t* schedule, const TreeShape& s)
+        : mask(m), shape(s), panels(panels_of(m.keys)), padded(padded_to_panels(s.head_dim)), size(panels * kPanel * padded),
+          begin(schedule), end(begin + panels * kPanel), position(end + panels * kPanel),
+          first_seen(position + panels * kPanel), seen(first_seen + m.blocks + 1) {}
+
+    int64_t heads_per_group() const { return shape.heads / shape.groups; }
+    int64_t items() const { return shape.groups * mask.blocks; }
+    int64_t most_rows() const {
+        int64_t most = 0;
+        for (int64_t b = 0; b < mask.blocks; ++b)
+            most = std::max<int64_t>(most, mask.block_start[b + 1] - mask.block_start[b]);
+        return most * heads_per_group();
+    }
+};
+
+// Some query rows and the heads of one group over them: `rows` = queries · heads per group. Panel i of those it sees is
+// seen[i] / 2, masked where that is odd.
+struct Block {
+    int64_t group, first, queries, rows, count;
+    const int32_t* seen;
+
+    Block(const Plan& plan, int64_t item)
+        : group(item / plan.mask.blocks), first(plan.mask.block_start[item % plan.mask.blocks]),
+          queries(plan.mask.block_start[item % plan.mask.blocks + 1] - first), rows(queries * plan.heads_per_group()),
+          count(plan.first_seen[item % plan.mask.blocks + 1] - plan.first_seen[item % plan.mask.blocks]),
+          seen(plan.seen + plan.first_seen[item % plan.mask.blocks]) {}
+    int64_t panel(int64_t i) const { return seen[i] >> 1; }
+    bool partly(int64_t i) const { return seen[i] & 1; }
+    double cost() const { return static_cast<double>(rows) * static_cast<double>(count + 1); }
+};
+
+// Items [range[i], range[i + 1]) for thread i: contiguous, of about equal cost.
+void share(const Plan& plan, int64_t threads, int64_t* range) {
+    double total = 0, sum = 0;
+    for (int64_t item = 0; item < plan.items(); ++item) total += Block(plan, item).cost();
+    int64_t next = 0;
+    range[next++] = 0;
+    for (int64_t item = 0; item < plan.items(); ++item) {
+        const double cost = Block(plan, item).cost(), middle = sum + cost / 2;
+        while (next < threads && middle > total * static_cast<double>(next) / static_cast<double>(threads)) range[next++] = item;
+        sum += cost;
+    }
+    while (next <= threads) range[next++] = plan.items();
+}
+
+// A thread's items belong to neighbouring groups; it has a sum of its own (a part) for each of them, and the parts are
+// added in the order of the threads, so that the same number of threads gives the same bits.
+struct Parts {
+    const int64_t *range, *first_part;  // [threads + 1]
+    int64_t threads, blocks;
+
+    int64_t first_group(int64_t thread) const { return range[thread] / blocks; }
+    int64_t of(int64_t thread) const {
+        return range[thread] < range[thread + 1] ? (range[thread + 1] - 1) / blocks - first_group(thread) + 1 : 0;
+    }
+    // The thread's part of a group, or −1.
+    int64_t part(int64_t thread, int64_t group) const {
+        const int64_t at = group - first_group(thread);
+        return 0 <= at && at < of(thread) ? first_part[thread] + at : -1;
+    }
 };
 
 // Keys and values of one group: rows [count · kPanel, padded] and panels [count, padded, kPanel]; null where unused.
@@ -138,24 +112,33 @@ struct Keys {
     const float *k_rows, *v_rows, *k_panels, *v_panels;
 };
 
+inline float widened(float x) { return x; }
+inline float widened(Bf16 x) {
+    const uint32_t bits = uint32_t{x.bits} << 16;
+    float wide;
+    std::memcpy(&wide, &bits, sizeof wide);
+    return wide;
+}
+
 // Every group's rows and panels of k or v, laid out group by group.
-void lay_out(const Pool& pool, const TreeShape& t, const Panels& panels, Heads x, float* rows, float* transposed) {
-    const int64_t d = panels.padded, size = panels.count * kPanel * d;
-    pool.run(t.groups * panels.count, 8, [&](int64_t begin, int64_t end) {
+template <typename T>
+void lay_out(const Pool& pool, const Plan& plan, Heads<T> x, float* rows, float* transposed) {
+    const int64_t d = plan.padded, head_dim = plan.shape.head_dim;
+    pool.run(plan.shape.groups * plan.panels, 8, [&](int64_t begin, int64_t end) {
         for (int64_t item = begin; item < end; ++item) {
-            const int64_t g = item / panels.count, p = item % panels.count;
+            const int64_t g = item / plan.panels, p = item % plan.panels;
             for (int64_t j = 0; j < kPanel; ++j) {
                 const int64_t key = p * kPanel + j;
-                const float* from = key < t.keys ? x.data + key * x.row + g * t.head_dim : nullptr;
-                const int64_t filled = from ? t.head_dim : 0;
+                const T* from = key < plan.mask.keys ? x.data + key * x.row + g * head_dim : nullptr;
+                const int64_t filled = from ? head_dim : 0;
                 if (rows) {
-                    float* to = rows + g * size + key * d;
-                    std::copy(from, from + filled, to);
+                    float* to = rows + g * plan.size + key * d;
+                    for (int64_t c = 0; c < filled; ++c) to[c] = widened(from[c]);
                     std::fill(to + filled, to + d, 0.0f);
                 }
                 if (transposed) {
-                    float* to = transposed + g * size + p * kPanel * d + j;
-                    for (int64_t c = 0; c < filled; ++c) to[c * kPanel] = from[c];
+                    float* to = transposed + g * plan.size + p * kPanel * d + j;
+                    for (int64_t c = 0; c < filled; ++c) to[c * kPanel] = widened(from[c]);
                     for (int64_t c = filled; c < d; ++c) to[c * kPanel] = 0.0f;
                 }
             }
@@ -164,12 +147,13 @@ void lay_out(const Pool& pool, const TreeShape& t, const Panels& panels, Heads x
 }
 
 // The block's rows of x, times `factor`, [rows, padded]: query by query, the group's heads together.
-void gather(const TreeShape& t, const Block& block, Heads x, float factor, int64_t padded, float* to) {
-    const int64_t group = t.heads / t.groups;
-    for (int64_t r = 0; r < block.rows; ++r, to += padded) {
-        const float* from = x.data + (block.first + r / group) * x.row + (block.group * group + r % group) * t.head_dim;
-        for (int64_t c = 0; c < t.head_dim; ++c) to[c] = from[c] * factor;
-        std::fill(to + t.head_dim, to + padded, 0.0f);
+template <typename T>
+void gather(const Plan& plan, const Block& block, Heads<T> x, float factor, float* to) {
+    const int64_t group = plan.heads_per_group(), head_dim = plan.shape.head_dim;
+    for (int64_t r = 0; r < block.rows; ++r, to += plan.padded) {
+        const T* from = x.data + (block.first + r / group) * x.row + (block.group * group + r % group) * head_dim;
+        for (int64_t c = 0; c < head_dim; ++c) to[c] = widened(from[c]) * factor;
+        std::fill(to + head_dim, to + plan.padded, 0.0f);
     }
 }
 
@@ -178,86 +162,132 @@ void gather(const TreeShape& t, const Block& block, Heads x, float factor, int64
 #define EMBEDGRAD_KERNELS "tree_attention.inl"
 #include "per_isa.inl"
 
-void tree_attention(const Pool& pool, const TreeShape& t, Heads q, Heads k, Heads v, Heads out, float* lse) {
-    const Panels panels(t);
-    const std::vector<Block> blocks = blocks_of(t, panels);
-    const int64_t size = panels.count * kPanel * panels.padded;
-    const Buffer laid(2 * t.groups * size);
-    float *k_panels = laid.get(), *v_rows = k_panels + t.groups * size;
-    lay_out(pool, t, panels, k, nullptr, k_panels);
-    lay_out(pool, t, panels, v, v_rows, nullptr);
-    const int64_t threads = pool.threads();
-    const std::vector<size_t> range = shares(blocks, threads);
+std::vector<int32_t> tree_schedule(const TreeMask& m) {
+    const int64_t panels = panels_of(m.keys), padded = panels * kPanel;
+    std::vector<int32_t> schedule(3 * padded + m.blocks + 1, 0);
+    int32_t *begin = schedule.data(), *end = begin + padded, *position = end + padded;
+    std::fill(begin + m.keys, end, std::numeric_limits<int32_t>::max());
+    std::copy(m.key_begin, m.key_begin + m.keys, begin);
+    std::copy(m.key_end, m.key_end + m.keys, end);
+    if (m.key_position) std::copy(m.key_position, m.key_position + m.keys, position);
+    struct Bounds {
+        int32_t low, high;
+    };
+    const auto bounds = [](const int32_t* x, int64_t n) {
+        const auto found = std::minmax_element(x, x + n);
+        return Bounds{*found.first, *found.second};
+    };
+    std::vector<Bounds> begins, ends, positions;
+    for (int64_t p = 0; p < panels; ++p) {
+        begins.push_back(bounds(begin + p * kPanel, kPanel));
+        ends.push_back(bounds(end + p * kPanel, kPanel));
+        positions.push_back(bounds(position + p * kPanel, std::min(kPanel, m.keys - p * kPanel)));
+    }
+    std::vector<int32_t> seen;
+    for (int64_t b = 0; b < m.blocks; ++b) {
+        const int64_t first = m.block_start[b], stop = m.block_start[b + 1];
+        const int32_t low = m.query_index[first], high = m.query_index[stop - 1];
+        const Bounds queries = m.query_position ? bounds(m.query_position + first, stop - first) : Bounds{0, 0};
+        for (int64_t p = 0; p < panels; ++p) {
+            if (begins[p].low > high || ends[p].high <= low) continue;
+            bool partly = begins[p].high > low || ends[p].low <= high;
+            if (m.query_position) {
+                if (queries.low - positions[p].high >= m.window) continue;
+                partly = partly || queries.high - positions[p].low >= m.window;
+            }
+            seen.push_back(static_cast<int32_t>(2 * p + partly));
+        }
+        schedule[3 * padded + b + 1] = static_cast<int32_t>(seen.size());
+    }
+    schedule.insert(schedule.end(), seen.begin(), seen.end());
+    return schedule;
+}
+
+int64_t tree_attention_floats(int64_t keys, int64_t groups, int64_t head_dim, int64_t rows, int64_t threads) {
+    const int64_t d = padded_to_panels(head_dim), size = padded_to_panels(keys) * d;
+    return 2 * groups * size + share_floats(threads) + threads * block_floats(rows, d, false);
+}
+
+int64_t tree_attention_backward_floats(
+    int64_t keys, int64_t groups, int64_t head_dim, int64_t rows, int64_t threads, bool wants_dq, bool wants_dkv) {
+    const int64_t d = padded_to_panels(head_dim), size = padded_to_panels(keys) * d;
+    const int64_t laid = (wants_dq ? 3 : 2) * groups, sums = wants_dkv ? 2 * (threads + groups - 1) : 0;
+    return (laid + sums) * size + share_floats(threads) + threads * block_floats(rows, d, true);
+}
+
+template <typename T>
+void tree_attention(
+    const Pool& pool, const TreeMask& mask, const int32_t* schedule, const TreeShape& shape, Heads<T> q, Heads<T> k,
+    Heads<T> v, Heads<T> out, float* lse, float* memory) {
+    const Plan plan(mask, schedule, shape);
+    const int64_t threads = pool.threads(), each = block_floats(plan.most_rows(), plan.padded, false);
+    Memory rest(memory);
+    float *const k_panels = rest.take(shape.groups * plan.size), *const v_rows = rest.take(shape.groups * plan.size);
+    int64_t* const range = reinterpret_cast<int64_t*>(rest.take(share_floats(threads)));
+    float* const scratch = rest.take(threads * each);
+    lay_out(pool, plan, k, nullptr, k_panels);
+    lay_out(pool, plan, v, v_rows, nullptr);
+    share(plan, threads, range);
     pool.run(threads, 1, [&](int64_t begin, int64_t end) {
-        Scratch scratch(Scratch::needed(blocks, panels.padded));
-        for (size_t i = range[begin]; i < range[end]; ++i) {
-            const int64_t at = blocks[i].group * size;
-            const Keys keys{nullptr, v_rows + at, k_panels + at, nullptr};
-            scratch.clear();
-            EMBEDGRAD_DISPATCH(forward_block, t, panels, blocks[i], keys, q, out, lse, scratch)
+        for (int64_t item = range[begin]; item < range[end]; ++item) {
+            const Block block(plan, item);
+            const Keys keys{nullptr, v_rows + block.group * plan.size, k_panels + block.group * plan.size, nullptr};
+            Memory own(scratch + begin * each);
+            EMBEDGRAD_DISPATCH(forward_block, plan, block, keys, q, out, lse, own)
         }
     });
 }
 
+template <typename T>
 void tree_attention_backward(
-    const Pool& pool, const TreeShape& t, Heads d_out, Heads q, Heads k, Heads v, Heads out, const float* lse, Heads dq,
-    Heads dk, Heads dv) {
-    const Panels panels(t);
-    const std::vector<Block> blocks = blocks_of(t, panels);
-    const int64_t d = panels.padded, size = panels.count * kPanel * d;
-    const Buffer laid((dq.data ? 3 : 2) * t.groups * size);
-    float *k_panels = laid.get(), *v_panels = k_panels + t.groups * size;
-    float* k_rows = dq.data ? v_panels + t.groups * size : nullptr;
-    lay_out(pool, t, panels, k, k_rows, k_panels);
-    lay_out(pool, t, panels, v, nullptr, v_panels);
-    const int64_t threads = pool.threads();
-    const std::vector<size_t> range = shares(blocks, threads);
-    // A thread's blocks belong to neighbouring groups; each has a sum of its own for each of them, added in the order
-    // of the threads, so that the same number of threads gives the same bits.
-    struct Part {
-        int64_t thread, group;
-    };
-    std::vector<Part> parts;
-    std::vector<std::vector<int64_t>> part_of(threads, std::vector<int64_t>(t.groups, -1));
-    if (dk.data)
-        for (int64_t i = 0; i < threads; ++i)
-            for (size_t b = range[i]; b < range[i + 1]; ++b)
-                if (part_of[i][blocks[b].group] < 0) {
-                    part_of[i][blocks[b].group] = static_cast<int64_t>(parts.size());
-                    parts.push_back({i, blocks[b].group});
-                }
-    const Buffer sums(static_cast<int64_t>(parts.size()) * 2 * size);
+    const Pool& pool, const TreeMask& mask, const int32_t* schedule, const TreeShape& shape, Heads<T> d_out, Heads<T> q,
+    Heads<T> k, Heads<T> v, Heads<T> out, const float* lse, Heads<T> dq, Heads<T> dk, Heads<T> dv, float* memory) {
+    const Plan plan(mask, schedule, shape);
+    const int64_t threads = pool.threads(), each = block_floats(plan.most_rows(), plan.padded, true);
+    const int64_t size = plan.size, groups = shape.groups;
+    Memory rest(memory);
+    float *const k_panels = rest.take(groups * size), *const v_panels = rest.take(groups * size);
+    float* const k_rows = dq.data ? rest.take(groups * size) : nullptr;
+    int64_t* const range = reinterpret_cast<int64_t*>(rest.take(share_floats(threads)));
+    int64_t* const first_part = range + threads + 1;
+    float* const scratch = rest.take(threads * each);
+    lay_out(pool, plan, k, k_rows, k_panels);
+    lay_out(pool, plan, v, nullptr, v_panels);
+    share(plan, threads, range);
+    const Parts parts{range, first_part, threads, std::max<int64_t>(1, mask.blocks)};
+    first_part[0] = 0;
+    for (int64_t i = 0; i < threads; ++i) first_part[i + 1] = first_part[i] + parts.of(i);
+    float* const sums = dk.data ? rest.take(first_part[threads] * 2 * size) : nullptr;
     pool.run(threads, 1, [&](int64_t begin, int64_t end) {
-        Scratch scratch(Scratch::needed(blocks, d));
         for (int64_t i = begin; i < end; ++i) {
-            for (int64_t part : part_of[i])
-                if (part >= 0) std::memset(sums.get() + part * 2 * size, 0, sizeof(float) * 2 * size);
-            for (size_t b = range[i]; b < range[i + 1]; ++b) {
-                const int64_t at = blocks[b].group * size, part = part_of[i][blocks[b].group];
+            float* const own_sums = dk.data ? sums + first_part[i] * 2 * size : nullptr;
+            if (dk.data) std::memset(own_sums, 0, sizeof(float) * 2 * size * parts.of(i));
+            for (int64_t item = range[i]; item < range[i + 1]; ++item) {
+                const Block block(plan, item);
+                const int64_t at = block.group * size;
                 const Keys keys{k_rows ? k_rows + at : nullptr, nullptr, k_panels + at, v_panels + at};
-                float* dk_sum = dk.data ? sums.get() + part * 2 * size : nullptr;
+                float* dk_sum = dk.data ? own_sums + (block.group - parts.first_group(i)) * 2 * size : nullptr;
                 float* dv_sum = dk.data ? dk_sum + size : nullptr;
-                scratch.clear();
+                Memory own(scratch + begin * each);
                 EMBEDGRAD_DISPATCH(
-                    backward_block, t, panels, blocks[b], keys, d_out, q, out, lse, dq, dk_sum, dv_sum, scratch)
+                    backward_block, plan, block, keys, d_out, q, out, lse, dq, dk_sum, dv_sum, own)
             }
         }
     });
     if (!dk.data) return;
-    pool.run(t.keys - t.kept, 16, [&](int64_t begin, int64_t end) {
-        for (int64_t key = begin; key < end; ++key)
-            for (int64_t g = 0; g < t.groups; ++g) {
-                float* to_k = dk.data + key * dk.row + g * t.head_dim;
-                float* to_v = dv.data + key * dv.row + g * t.head_dim;
-                std::fill(to_k, to_k + t.head_dim, 0.0f);
-                std::fill(to_v, to_v + t.head_dim, 0.0f);
-                for (size_t i = 0; i < parts.size(); ++i) {
-                    if (parts[i].group != g) continue;
-                    const float* from = sums.get() + static_cast<int64_t>(i) * 2 * size + (key + t.kept) * d;
-                    for (int64_t c = 0; c < t.head_dim; ++c) to_k[c] += from[c], to_v[c] += from[size + c];
-                }
-            }
+    pool.run(mask.keys - shape.kept, 16, [&](int64_t begin, int64_t end) {
+        EMBEDGRAD_DISPATCH(add_parts, plan, parts, sums, dk, dv, begin, end)
     });
 }
+
+#define EMBEDGRAD_OF(T)                                                                                                \
+    template void tree_attention(                                                                                      \
+        const Pool&, const TreeMask&, const int32_t*, const TreeShape&, Heads<T>, Heads<T>, Heads<T>, Heads<T>, float*, \
+        float*);                                                                                                       \
+    template void tree_attention_backward(                                                                             \
+        const Pool&, const TreeMask&, const int32_t*, const TreeShape&, Heads<T>, Heads<T>, Heads<T>, Heads<T>,         \
+        Heads<T>, const float*, Heads<T>, Heads<T>, Heads<T>, float*);
+EMBEDGRAD_OF(float)
+EMBEDGRAD_OF(Bf16)
 
 }  // namespace embedgrad

@@ -11,6 +11,7 @@ import torch
 from embedgrad.errors import BackendError
 
 NAMES = ("reference", "native", "triton")
+NATIVE_TYPES = (torch.float32, torch.bfloat16)
 
 
 class BackendWarning(UserWarning):
@@ -20,8 +21,8 @@ class BackendWarning(UserWarning):
 def choose(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> ModuleType:
     """The backend called `name`, for a model on `device` that computes in `dtype`.
 
-    "auto" is triton on GPUs (torch calls those of ROCm "cuda", too), native on CPUs for float32 (with a BackendWarning
-    and reference where csrc/ is not built), and reference otherwise.
+    "auto" is triton on GPUs (torch calls those of ROCm "cuda", too), native on CPUs for float32 and
+    bfloat16 (with a BackendWarning and reference where csrc/ is not built), and reference otherwise.
     Raises BackendError: an unknown name, or a backend that cannot run here or not in this type.
     """
     if name == "auto":
@@ -38,7 +39,7 @@ def choose(name: str, device: torch.device, dtype: torch.dtype = torch.float32) 
 def _best(device: torch.device, dtype: torch.dtype) -> ModuleType:
     if device.type == "cuda" and dtype != torch.float64:
         return _triton(device, dtype)
-    if device.type == "cpu" and dtype == torch.float32:
+    if device.type == "cpu" and dtype in NATIVE_TYPES:
         try:
             return _native(device, dtype)
         except BackendError as error:
@@ -47,8 +48,10 @@ def _best(device: torch.device, dtype: torch.dtype) -> ModuleType:
 
 
 def _native(device: torch.device, dtype: torch.dtype) -> ModuleType:
-    if device.type != "cpu" or dtype != torch.float32:
-        raise BackendError(f"the native backend computes in float32 on a CPU, not in {dtype} on {device.type!r}.")
+    if device.type != "cpu" or dtype not in NATIVE_TYPES:
+        raise BackendError(
+            f"the native backend computes in float32 or bfloat16 on a CPU, not in {dtype} on {device.type!r}."
+        )
     try:
         return importlib.import_module("embedgrad.backends.native")
     except ImportError as error:

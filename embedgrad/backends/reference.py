@@ -3,6 +3,9 @@
 It is what every other backend is tested against. Products, sums of squares and softmax run in float32 for 16-bit
 inputs and in the input's own type otherwise. Elementwise work goes by blocks of rows that stay in the cache. Shapes:
 T tokens, d width, H query heads over G key/value heads of size D, F feed-forward width, S keys, V vocabulary.
+
+`*_bytes` say how much memory an op takes from its `workspace` (uint8, on the op's device); without one it allocates
+that itself.
 """
 
 from __future__ import annotations
@@ -17,9 +20,10 @@ from embedgrad.optimizer import prompt_step
 from embedgrad.tree import Block, TreeMask
 
 __all__ = [
-    "NAME", "add_rms_norm", "decode_attention", "embed", "embed_backward", "linear_cross_entropy", "prompt_step",
-    "rms_norm", "rms_norm_backward", "rope", "rope_backward", "swiglu", "swiglu_backward", "tree_attention",
-    "tree_attention_backward",
+    "NAME", "add_rms_norm", "decode_attention", "embed", "embed_backward", "linear_cross_entropy",
+    "linear_cross_entropy_bytes", "prompt_step", "rms_norm", "rms_norm_backward", "rope", "rope_backward", "swiglu",
+    "swiglu_backward", "tree_attention", "tree_attention_backward", "tree_attention_backward_bytes",
+    "tree_attention_bytes",
 ]  # fmt: skip
 
 NAME = "reference"
@@ -188,6 +192,18 @@ def _grouped_rows(x: Tensor, groups: int) -> Tensor:
     return _grouped(x.unsqueeze(2), groups)
 
 
+def tree_attention_bytes(queries: int, keys: int, heads: tuple[int, int, int]) -> int:
+    """None: what torch's operations take on the way is theirs."""
+    return 0
+
+
+def tree_attention_backward_bytes(
+    queries: int, keys: int, heads: tuple[int, int, int], *, dq: bool = True, dkv: bool = True
+) -> int:
+    """None, likewise."""
+    return 0
+
+
 def _scores(
     q: Tensor, k: Tensor, block: Block, scale: float, softcap: float | None, minus: Tensor | None = None
 ) -> tuple[Tensor, Tensor | None]:
@@ -223,6 +239,7 @@ def tree_attention(
     softcap: float | None = None,
     out: Tensor,
     lse: Tensor,
+    workspace: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """o = softmax(scale·q kᵀ + mask) v and the natural-log normaliser lse; GQA.
 
@@ -260,6 +277,7 @@ def tree_attention_backward(
     dq: Tensor | None = None,
     dk: Tensor | None = None,
     dv: Tensor | None = None,
+    workspace: Tensor | None = None,
 ) -> None:
     """P = exp(scale·q kᵀ − lse), dV = Pᵀ do, dS = P ⊙ (do Vᵀ − D), dq = scale·dS k, dk = scale·dSᵀ q, D = Σ do ⊙ o.
 
@@ -308,6 +326,16 @@ def _accumulate(total: Tensor, keys: slice | Tensor, part: Tensor) -> None:
         total.index_add_(1, keys, part)
 
 
+def _logit_rows(count: int, vocabulary: int, dtype: torch.dtype, logit_bytes: int | None) -> int:
+    limit = LOGIT_BYTES if logit_bytes is None else logit_bytes
+    return min(count, max(1, limit // (vocabulary * dtype.itemsize)))
+
+
+def linear_cross_entropy_bytes(count: int, vocabulary: int, dtype: torch.dtype) -> int:
+    """Bytes that `linear_cross_entropy` takes: the logits of some rows, in the type of `h`."""
+    return _logit_rows(count, vocabulary, dtype, None) * vocabulary * dtype.itemsize
+
+
 def linear_cross_entropy(
     h: Tensor,
     head: Head,
@@ -317,6 +345,7 @@ def linear_cross_entropy(
     softcap: float | None = None,
     dh: Tensor | None = None,
     logit_bytes: int | None = None,
+    workspace: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood [N] of `targets` under softmax(h Wᵀ), and the arg-max token [N].
 
@@ -327,9 +356,12 @@ def linear_cross_entropy(
     wide = _wide(h[:0]).dtype
     nll = torch.zeros(len(h), dtype=wide, device=h.device)
     predicted = torch.empty(len(h), dtype=torch.int64, device=h.device)
-    step = max(1, (LOGIT_BYTES if logit_bytes is None else logit_bytes) // (vocabulary * h.dtype.itemsize))
-    buffer = torch.empty(min(step, len(h)), vocabulary, dtype=h.dtype, device=h.device)
-    for start in range(0, len(h), step):
+    step = _logit_rows(len(h), vocabulary, h.dtype, logit_bytes)
+    if workspace is None:
+        buffer = torch.empty(step, vocabulary, dtype=h.dtype, device=h.device)
+    else:
+        buffer = workspace[: step * vocabulary * h.dtype.itemsize].view(h.dtype).view(step, vocabulary)
+    for start in range(0, len(h), max(1, step)):
         rows = slice(start, min(start + step, len(h)))
         z = _wide(head.forward(h[rows], out=buffer[: rows.stop - start]))
         slope = None

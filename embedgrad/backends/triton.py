@@ -32,8 +32,9 @@ NAME = "triton"
 
 __all__ = [
     "NAME", "add_rms_norm", "decode_attention", "embed", "embed_backward", "interpreted", "linear_cross_entropy",
-    "prompt_step", "quantized_linear", "quantized_linear_backward", "rms_norm", "rms_norm_backward", "rope",
-    "rope_backward", "swiglu", "swiglu_backward", "tree_attention", "tree_attention_backward",
+    "linear_cross_entropy_bytes", "prompt_step", "quantized_linear", "quantized_linear_backward", "rms_norm",
+    "rms_norm_backward", "rope", "rope_backward", "swiglu", "swiglu_backward", "tree_attention",
+    "tree_attention_backward", "tree_attention_backward_bytes", "tree_attention_bytes",
 ]  # fmt: skip
 
 
@@ -64,6 +65,23 @@ def _schedule(mask: TreeMask) -> TreeSchedule:
     )  # fmt: skip
 
 
+def tree_attention_bytes(queries: int, keys: int, heads: tuple[int, int, int]) -> int:
+    """None: the kernels' workspace is the allocator's (`embedgrad.memory` counts it)."""
+    return 0
+
+
+def tree_attention_backward_bytes(
+    queries: int, keys: int, heads: tuple[int, int, int], *, dq: bool = True, dkv: bool = True
+) -> int:
+    """None, likewise."""
+    return 0
+
+
+def linear_cross_entropy_bytes(count: int, vocabulary: int, dtype: torch.dtype) -> int:
+    """None, likewise."""
+    return 0
+
+
 def tree_attention(
     q: Tensor,
     k: Tensor,
@@ -74,6 +92,7 @@ def tree_attention(
     softcap: float | None = None,
     out: Tensor,
     lse: Tensor,
+    workspace: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """o and lse; q, out [Nq, H, D]; k, v [S, G, D]; lse [Nq, H] float32."""
     _attention.tree_attention(q, k, v, _schedule(mask), scale=scale, softcap=softcap, out=out, lse=lse)
@@ -94,6 +113,7 @@ def tree_attention_backward(
     dq: Tensor | None = None,
     dk: Tensor | None = None,
     dv: Tensor | None = None,
+    workspace: Tensor | None = None,
 ) -> None:
     """dq [Nq, H, D]; dk and dv (together) [S − mask.kept, G, D]; what is None is not computed."""
     _attention_backward.tree_attention_backward(
@@ -109,6 +129,7 @@ def linear_cross_entropy(
     *,
     softcap: float | None = None,
     dh: Tensor | None = None,
+    workspace: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """nll [N] float32 and arg-max [N] int64 of softmax(h Wᵀ), and where wanted dh; the head is read as it is stored."""
     (stored,) = head.parts

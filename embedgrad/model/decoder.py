@@ -162,6 +162,16 @@ class Decoder:
         take = self.arena.keep if name in keep else self.arena.scratch
         return take(*shape, dtype=dtype or self.dtype)
 
+    def _at(self, rows: Tensor, *tensors: Tensor) -> list[Tensor]:
+        """Each tensor's rows `rows` [n], as scratch."""
+        return [
+            torch.index_select(x, 0, rows, out=self.arena.scratch(len(rows), *x.shape[1:], dtype=x.dtype))
+            for x in tensors
+        ]
+
+    def _workspace(self, nbytes: int) -> Tensor | None:
+        return self.arena.scratch(nbytes, dtype=torch.uint8) if nbytes else None
+
     def _project(
         self, layer: LayerWeights, saved: Saved, step: Step, rows: Tensor | None, keep: frozenset[str], only_keys: bool
     ) -> None:
@@ -190,13 +200,13 @@ class Decoder:
             self.ops.rms_norm(x, layer.attention_norm, eps, out=normed)
             layer.kv.forward(normed, out=saved.kv)
             if not only_keys:
-                at_rows = self.arena.scratch(len(rows), config.hidden_size, dtype=self.dtype)
-                layer.q.forward(torch.index_select(normed, 0, rows, out=at_rows), out=saved.q)
+                layer.q.forward(*self._at(rows, normed), out=saved.q)
         if raw is not None and q_raw is not None:
             saved.qk_raw, saved.q_raw = raw.copy_(saved.kv[:, : g * size]), q_raw.copy_(saved.q)
         self.ops.rope(saved.kv, step.cos, step.sin, (0, g, size), **norms)
         if not only_keys:
-            self.ops.rope(saved.q, step.cos[rows], step.sin[rows], (h, 0, size), **norms)
+            with self.arena.frame():
+                self.ops.rope(saved.q, *self._at(rows, step.cos, step.sin), (h, 0, size), **norms)
 
     def _split_kv(self, kv: Tensor | None) -> tuple[Tensor, Tensor]:
         assert kv is not None
@@ -231,18 +241,20 @@ class Decoder:
         saved.x_mid = self._take("x_mid", keep, len(saved.q), self.config.hidden_size)
         with self.arena.frame():
             k, v = self._keys(index, saved, step)
-            self.ops.tree_attention(
-                saved.q.unflatten(1, (h, size)),
-                k,
-                v,
-                self._mask(index, step, rows),
-                scale=self.scale,
-                out=saved.o.view(-1, h, size),
-                lse=saved.lse,
-            )
+            nbytes = self.ops.tree_attention_bytes(len(saved.q), len(k), self.heads)
+            with self.arena.frame():
+                self.ops.tree_attention(
+                    saved.q.unflatten(1, (h, size)),
+                    k,
+                    v,
+                    self._mask(index, step, rows),
+                    scale=self.scale,
+                    out=saved.o.view(-1, h, size),
+                    lse=saved.lse,
+                    workspace=self._workspace(nbytes),
+                )
             if rows is not None:
-                at_rows = self.arena.scratch(len(rows), self.config.hidden_size, dtype=self.dtype)
-                x = torch.index_select(x, 0, rows, out=at_rows)
+                (x,) = self._at(rows, x)
             layer.out.forward(saved.o, out=saved.x_mid, add=x)
 
     def _gate_up(self, layer: LayerWeights, saved: Saved, keep: frozenset[str]) -> None:
@@ -307,10 +319,23 @@ class Decoder:
         step: Step,
         heads: tuple[int, int, int],
     ) -> None:
-        cos, sin = (step.cos, step.sin) if at is None else (step.cos[at], step.sin[at])
-        self.ops.rope_backward(
-            d, raw, cos, sin, heads, q_norm=layer.q_norm, k_norm=layer.k_norm, eps=self.config.rms_eps
+        with self.arena.frame():
+            cos, sin = (step.cos, step.sin) if at is None else self._at(at, step.cos, step.sin)
+            self.ops.rope_backward(
+                d, raw, cos, sin, heads, q_norm=layer.q_norm, k_norm=layer.k_norm, eps=self.config.rms_eps
+            )
+
+    def _scores_backward(
+        self, do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, mask: TreeMask,
+        *, dq: Tensor | None = None, dk: Tensor | None = None, dv: Tensor | None = None,
+    ) -> None:  # fmt: skip
+        nbytes = self.ops.tree_attention_backward_bytes(
+            len(q), len(k), self.heads, dq=dq is not None, dkv=dk is not None
         )
+        with self.arena.frame():
+            self.ops.tree_attention_backward(
+                do, q, k, v, o, lse, mask, scale=self.scale, dq=dq, dk=dk, dv=dv, workspace=self._workspace(nbytes)
+            )
 
     def _attention_backward(self, index: int, layer: LayerWeights, saved: Saved, dx: Tensor, step: Step) -> Tensor:
         h, g, size = self.heads
@@ -320,8 +345,8 @@ class Decoder:
                 do = self._do(layer, dx)
                 q, k, v, o, lse = self._attention_inputs(index, saved, step)
                 dk, dv = self._split_kv(dqkv[:, h * size :])
-                self.ops.tree_attention_backward(
-                    do, q, k, v, o, lse, self._mask(index, step, None), scale=self.scale,
+                self._scores_backward(
+                    do, q, k, v, o, lse, self._mask(index, step, None),
                     dq=dqkv[:, : h * size].unflatten(1, (h, size)), dk=dk, dv=dv,
                 )  # fmt: skip
             self._rope_backward(layer, dqkv, saved.qk_raw, None, step, self.heads)
@@ -344,10 +369,9 @@ class Decoder:
                 do = self._do(layer, dx)
                 q, k, v, o, lse = self._attention_inputs(index, saved, step)
                 dk, dv = self._split_kv(dkv)
-                self.ops.tree_attention_backward(
-                    do, q, k, v, o, lse, self._mask(index, step, rows), scale=self.scale,
-                    dq=dq.view(-1, h, size), dk=dk, dv=dv,
-                )  # fmt: skip
+                self._scores_backward(
+                    do, q, k, v, o, lse, self._mask(index, step, rows), dq=dq.view(-1, h, size), dk=dk, dv=dv
+                )
             self._rope_backward(layer, dq, saved.q_raw, rows, step, (h, 0, size))
             self._rope_backward(layer, dkv, saved.qk_raw, None, step, (0, g, size))
             dh = self.arena.scratch(tokens, width, dtype=self.dtype)
@@ -373,16 +397,18 @@ class Decoder:
                 mask, keys = self._mask(index, step, None), step.prompt_keys
                 assert keys is not None
                 dk, dv = self._split_kv(dqkv[:, h * size :])
-                self.ops.tree_attention_backward(
-                    do, q, k[keys], v[keys], o, lse, mask.select_keys(keys), scale=self.scale, dk=dk, dv=dv
+                with self.arena.frame():
+                    own_k, own_v = self._at(keys, k, v)
+                    self._scores_backward(do, q, own_k, own_v, o, lse, mask.select_keys(keys), dk=dk, dv=dv)
+                do, q, o, lse = self._at(shown, do, q, o, lse)
+                self._scores_backward(
+                    do, q, k, v, o, lse, mask.select_queries(shown), dq=dqkv[:, : h * size].unflatten(1, (h, size))
                 )
-                self.ops.tree_attention_backward(
-                    do[shown], q[shown], k, v, o[shown], lse[shown], mask.select_queries(shown), scale=self.scale,
-                    dq=dqkv[:, : h * size].unflatten(1, (h, size)),
-                )  # fmt: skip
-            raw = None if saved.qk_raw is None else saved.qk_raw[shown]
-            self._rope_backward(layer, dqkv, raw, shown, step, self.heads)
+            with self.arena.frame():
+                raw = None if saved.qk_raw is None else self._at(shown, saved.qk_raw)[0]
+                self._rope_backward(layer, dqkv, raw, shown, step, self.heads)
             dh = self.arena.scratch(len(shown), width, dtype=self.dtype)
             layer.qkv.backward(dqkv, out=dh)
-            self.ops.rms_norm_backward(dh, saved.x[shown], layer.attention_norm, self.config.rms_eps, dx=dx_shown)
+            (x,) = self._at(shown, saved.x)
+            self.ops.rms_norm_backward(dh, x, layer.attention_norm, self.config.rms_eps, dx=dx_shown)
         return dx_shown

@@ -18,6 +18,7 @@ from embedgrad.model.gguf_blocks import BlockWeight
 from embedgrad.model.native_matrices import native_matrix
 from embedgrad.model.native_matrices import widen as native_widen
 
+ROWS = 512  # rows of x that are brought to the products' type at once, where they are narrower
 TILE_BYTES = 16 << 20  # largest piece of a narrow matrix that is widened at once
 # Longest sum that one backward product takes: BLAS adds term after term in the compute type, and over a vocabulary's
 # 49,152 terms that made the gradient of a real prompt ten times less exact (1.7e-4 against 1.5e-5 with pieces).
@@ -25,19 +26,38 @@ SUM_ROWS = 4096
 UNPACKED = 1 << 20  # elements dequantised at once: what that takes on the way stays in the cache
 
 
+def product_type(dtype: torch.dtype, device: torch.device) -> torch.dtype:
+    """What a model that computes in `dtype` multiplies in: on a CPU, BLAS's products of 16-bit numbers are slow."""
+    return torch.float32 if device.type == "cpu" and dtype.itemsize == 2 else dtype
+
+
 class Widening:
-    """One buffer into which narrow and packed matrices are widened, a tile at a time; shared by a model's matrices."""
+    """The type that a model's matrices multiply in, and the buffers in which all of them bring to it what is not.
+
+    dtype: the type of the products. Narrow and packed matrices are widened a tile at a time, narrow x some rows.
+    """
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype = dtype
-        self._buffer = torch.empty(0, dtype=dtype, device=device)
+        self._device = device
+        self._buffers: dict[str, Tensor] = {}
+
+    def buffer(self, name: str, rows: int, columns: int) -> Tensor:
+        """An uninitialised matrix; valid until the next call with that name."""
+        if rows * columns > len(self._buffers.get(name, ())):
+            self._buffers[name] = torch.empty(0)  # free the old one first
+            self._buffers[name] = torch.empty(rows * columns, dtype=self.dtype, device=self._device)
+        return self._buffers[name][: rows * columns].view(rows, columns)
+
+    def rows(self, x: Tensor) -> Tensor:
+        """`x` [n, columns] in the type of the products: itself, or a copy that is valid until the next call."""
+        return x if x.dtype == self.dtype else self.buffer("rows", *x.shape).copy_(x)
 
     def widen(self, tiles: Sequence[Any], columns: int) -> Tensor:
-        """The rows of `tiles` on top of each other, in the compute type; valid until the next call."""
-        rows = sum(tile.shape[0] for tile in tiles)
-        if rows * columns > len(self._buffer):
-            self._buffer = torch.empty(rows * columns, dtype=self.dtype, device=self._buffer.device)
-        wide = self._buffer[: rows * columns].view(rows, columns)
+        """The rows of `tiles` on top of each other, in the type of the products; valid until the next call."""
+        if len(tiles) == 1 and isinstance(tiles[0], Tensor) and tiles[0].dtype == self.dtype:
+            return tiles[0]
+        wide = self.buffer("tile", sum(tile.shape[0] for tile in tiles), columns)
         start = 0
         for tile in tiles:
             into = wide[start : start + tile.shape[0]]
@@ -80,9 +100,9 @@ def moved(part: Any, move: Callable[[Tensor], Tensor]) -> Any:
 class FrozenMatrix:
     """A frozen weight [out, in] with an optional frozen bias [out].
 
-    parts: tensors or packed weights [out_i, in], stacked by rows. Where their type is the compute type they are one
-    tensor and are used as they are; otherwise tiles of at most `TILE_BYTES` are widened through `widening` for each
-    product.
+    parts: tensors or packed weights [out_i, in], stacked by rows. One tensor in the type of the products is used as it
+    is; otherwise tiles of at most `TILE_BYTES` are widened through `widening` for each product. x, out and `add` may be
+    narrower than the products: sums are wide, and rounded once.
     """
 
     def __init__(self, parts: Sequence[Any], bias: Tensor | None, widening: Widening) -> None:
@@ -90,7 +110,7 @@ class FrozenMatrix:
         self.bias = bias
         self.shape = (sum(p.shape[0] for p in self.parts), self.parts[0].shape[1])
         self._widening = widening
-        self._tiles = None if self._is_wide() else self._cut()
+        self._tiles = [(slice(0, self.shape[0]), self.parts)] if self._is_wide() else self._cut()
 
     def _is_wide(self) -> bool:
         (part, *others) = self.parts
@@ -126,26 +146,53 @@ class FrozenMatrix:
 
     def forward(self, x: Tensor, out: Tensor, *, add: Tensor | None = None) -> Tensor:
         """out [T, out] = x [T, in] Wᵀ + b (+ `add` [T, out]); out must not overlap x."""
-        if self._tiles is None:
-            _product(x, self.parts[0], out, add)
-        elif len(self._tiles) == 1:
-            _product(x, self._widening.widen(self._tiles[0][1], self.shape[1]), out, add)
+        for at, tile in self._tiles:
+            wide = self._widening.widen(tile, self.shape[1])
+            to, added = out[:, at], None if add is None else add[:, at]
+            bias = None if self.bias is None else self.bias[at]
+            for rows in self._pieces(x, out):
+                self._product(x[rows], wide, bias, to[rows], None if added is None else added[rows])
+        return out
+
+    def _pieces(self, x: Tensor, out: Tensor) -> list[slice]:
+        """All rows at once, or some at a time where something has to be widened."""
+        step = len(x) if x.dtype == out.dtype == self._widening.dtype else ROWS
+        return [slice(start, start + step) for start in range(0, len(x), max(1, step))]
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor, add: Tensor | None) -> None:
+        x, narrow = self._widening.rows(x), out.dtype != self._widening.dtype
+        wide = self._widening.buffer("out", *out.shape) if narrow else out
+        if add is None:
+            torch.mm(x, weight.T, out=wide)
         else:
-            for rows, tile in self._tiles:
-                wide = self._widening.widen(tile, self.shape[1])
-                out[:, rows] = x @ wide.T if add is None else torch.addmm(add[:, rows], x, wide.T)
-        return out if self.bias is None else out.add_(self.bias)
+            torch.addmm(wide.copy_(add) if add.dtype != wide.dtype else add, x, weight.T, out=wide)
+        if bias is not None:
+            wide.add_(bias)
+        if narrow:
+            out.copy_(wide)
 
     def backward(self, dy: Tensor, out: Tensor) -> Tensor:
         """out [T, in] = dy [T, out] W."""
-        if self._tiles is None and self.shape[0] <= SUM_ROWS:
-            return torch.mm(dy, self.parts[0], out=out)
-        out.zero_()
-        tiles = self._tiles or [(slice(0, self.shape[0]), self.parts)]
-        for rows, tile in tiles:
-            wide = tile[0] if self._tiles is None else self._widening.widen(tile, self.shape[1])
-            for piece, weight in zip(dy[:, rows].split(SUM_ROWS, dim=1), wide.split(SUM_ROWS), strict=True):
-                out += piece @ weight
+        widening, (first, *others) = self._widening, self._tiles
+        whole = None if others else widening.widen(first[1], self.shape[1])
+        if whole is not None and self.shape[0] <= SUM_ROWS and dy.dtype == out.dtype == widening.dtype:
+            return torch.mm(dy, whole, out=out)
+        for start in range(0, len(dy), ROWS):
+            rows = slice(start, start + ROWS)
+            wide = out[rows]
+            if wide.dtype != widening.dtype:
+                wide = widening.buffer("out", *wide.shape)
+            empty = True
+            for at, tile in self._tiles:
+                weight = widening.widen(tile, self.shape[1]) if whole is None else whole
+                for piece, part in zip(dy[rows, at].split(SUM_ROWS, dim=1), weight.split(SUM_ROWS), strict=True):
+                    if empty:
+                        torch.mm(widening.rows(piece), part, out=wide)
+                    else:
+                        wide += torch.mm(widening.rows(piece), part, out=widening.buffer("sum", *wide.shape))
+                    empty = False
+            if wide.dtype != out.dtype:
+                out[rows].copy_(wide)
         return out
 
     def rows(self, start: int, stop: int) -> FrozenMatrix:
@@ -162,9 +209,3 @@ class FrozenMatrix:
 def _rows(part: Any, start: int, stop: int) -> Any:
     return part[start:stop] if isinstance(part, Tensor) else part.rows(start, stop)
 
-
-def _product(x: Tensor, weight: Tensor, out: Tensor, add: Tensor | None) -> None:
-    if add is None:
-        torch.mm(x, weight.T, out=out)
-    else:
-        torch.addmm(add, x, weight.T, out=out)

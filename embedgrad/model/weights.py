@@ -13,7 +13,7 @@ from torch import Tensor
 from embedgrad.kernels.packing import PackedWeight, stacked
 from embedgrad.model.checkpoint import TensorSource
 from embedgrad.model.config import ModelConfig
-from embedgrad.model.frozen import FrozenMatrix, Widening, tensors_of
+from embedgrad.model.frozen import FrozenMatrix, Widening, product_type, tensors_of
 from embedgrad.model.gguf_blocks import GGUF_BLOCKS, BlockWeight
 from embedgrad.model.packed import (
     QUANTISERS,
@@ -136,7 +136,7 @@ class _Reader:
         self.config, self.tensors, self.dtype, self.device = config, tensors, dtype, device
         self.form, self.products = form, products
         self.place = device
-        self.widening = Widening(dtype, device)
+        self.widening = Widening(product_type(dtype, device), device)
         self.errors: dict[str, float] = {}
         self.wide = {"compute": dtype, "fp32": torch.float32, "bf16": torch.bfloat16}
 

@@ -249,7 +249,10 @@ def test_opcheck(op: str) -> None:
         "rms_norm": (x, torch.ones(8), 1e-6, torch.empty(5, 8)),
         "swiglu": (x, torch.empty(5, 4)),
         "softmax_loss": (x, torch.arange(5), torch.ones(5), torch.empty(5), torch.empty(5, dtype=torch.int64)),
-        "tree_attention": (*heads, *native._schedule(mask, 2), 0.5, torch.empty(5, 2, 4), torch.empty(5, 2)),
+        "tree_attention": (
+            *heads, *native._schedule(mask, 2), 0.5, torch.empty(5, 2, 4), torch.empty(5, 2),
+            torch.empty(native.tree_attention_bytes(5, 5, (2, 1, 4)), dtype=torch.uint8),
+        ),
     }
     torch.library.opcheck(getattr(torch.ops.embedgrad, op), arguments[op])
 
@@ -282,5 +285,5 @@ def test_what_it_does_not_compute_in_is_refused(tmp_path: Path) -> None:
     write_folder(tmp_path, "llama")
     assert load_model(tmp_path).backend == "native"
     assert load_model(tmp_path, dtype=torch.float64).backend == "reference"
-    with pytest.raises(BackendError, match=r"float32 on a CPU, not in torch\.float64"):
+    with pytest.raises(BackendError, match=r"float32 or bfloat16 on a CPU, not in torch\.float64"):
         load_model(tmp_path, backend="native", dtype=torch.float64)

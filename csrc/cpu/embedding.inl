@@ -1,0 +1,36 @@
+// Rows and columns of embeddings for one instruction set; see embedding.h.
+
+template <typename From, typename To>
+static inline void copy_row(const From* from, To* to, int64_t d) {
+    int64_t i = 0;
+    for (; i + VL <= d; i += VL) store(to + i, load(from + i));
+    if (i < d) store(to + i, load(from + i, d - i), d - i);
+}
+
+template <typename Table, typename Out>
+static void embed_rows(
+    Rows<float> rows, Rows<Table> table, const int64_t* ids, const int64_t* prompt_rows, Rows<Out> out, int64_t begin,
+    int64_t end, int64_t d) {
+    for (int64_t i = begin; i < end; ++i) {
+        if (prompt_rows[i] >= 0)
+            copy_row(rows.at(prompt_rows[i]), out.at(i), d);
+        else if (table.data)
+            copy_row(table.at(ids[i]), out.at(i), d);
+    }
+}
+
+// Columns [begin, end) of all rows.
+template <typename T>
+static void add_columns(
+    Rows<T> dx, const int64_t* prompt_rows, Rows<float> grad, int64_t count, int64_t k, int64_t begin, int64_t end) {
+    const int64_t d = end - begin;
+    for (int64_t r = 0; r < k; ++r) std::memset(grad.at(r) + begin, 0, sizeof(float) * d);
+    for (int64_t i = 0; i < count; ++i) {
+        if (prompt_rows[i] < 0) continue;
+        const T* from = dx.at(i) + begin;
+        float* to = grad.at(prompt_rows[i]) + begin;
+        int64_t c = 0;
+        for (; c + VL <= d; c += VL) store(to + c, load(to + c) + load(from + c));
+        if (c < d) store(to + c, load(to + c, d - c) + load(from + c, d - c), d - c);
+    }
+}

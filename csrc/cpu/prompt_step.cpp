@@ -1,0 +1,233 @@
+#include "prompt_step.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <vector>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "isa.h"
+
+namespace embedgrad {
+namespace {
+
+constexpr double kTolerance = 0x1p-22;  // share of a row's length by which float32 rounding may move it, four times
+constexpr double kParallel = 1e-14;     // share of a row's length below which its part across û is float64's rounding
+
+struct Lengths {
+    double ee, ea, aa;  // ‖e‖², e·e0, ‖e0‖²
+};
+
+// v = ((e − along û − first û) · scale − second û) · rescale: the part of e across û, made orthogonal a second time, for
+// the difference of nearly parallel vectors is not quite, and a third time at unit length.
+struct Across {
+    double unit, along, first, scale, second, rescale;  // unit: 1/‖e0‖
+};
+
+}  // namespace
+
+#define EMBEDGRAD_KERNELS "prompt_step.inl"
+#include "per_isa.inl"
+
+namespace {
+
+// A row with its anchor, whose length is not 0.
+class Row {
+public:
+    Row(float* e, const float* anchor, int64_t d, const Lengths& lengths)
+        : e_(e), anchor_(anchor), d_(d), length(std::sqrt(lengths.ee)), anchor_length(std::sqrt(lengths.aa)),
+          along(lengths.ea / anchor_length) {}
+
+    // ‖e − (e·û) û‖, 0 where that is only rounding; `turn` needs it.
+    double split() {
+        across_ = {1 / anchor_length, along, 0, 1, 0, 1};
+        double squared = 0, ignored = 0;
+        sums(across_.first, squared);
+        const double first = across_.first;
+        sums(ignored, squared);
+        across_.first = first;
+        const double b = std::sqrt(squared);
+        parallel_ = b <= kParallel * length;
+        if (parallel_) return 0;
+        across_.scale = 1 / b;
+        sums(across_.second, squared);
+        const double second = across_.second;
+        sums(ignored, squared);
+        across_.second = second;
+        across_.rescale = 1 / std::sqrt(squared);
+        return b;
+    }
+
+    // Whether there is a direction across û; with d = 1 there is none.
+    bool has_plane() const { return !(parallel_ && d_ == 1); }
+
+    void scale(double by, bool& moved) { place(by, 0, 0, moved); }
+    void onto_anchor(double by, bool& moved) { place(0, by, 0, moved); }
+
+    // The row becomes x û + y v; where e has no part across û, v is the first of the axes that û is farthest from, made
+    // orthogonal to û.
+    void turn(double x, double y, bool& moved) {
+        if (!parallel_) return place(0, x / anchor_length, y, moved);
+        int64_t axis = 0;
+        for (int64_t i = 1; i < d_; ++i)
+            if (std::abs(anchor_[i]) < std::abs(anchor_[axis])) axis = i;
+        const double share = anchor_[axis] / anchor_length;
+        const auto part = [&](int64_t i) { return (i == axis ? 1.0 : 0.0) - share * (anchor_[i] / anchor_length); };
+        double squared = 0;
+        for (int64_t i = 0; i < d_; ++i) squared += part(i) * part(i);
+        const double by = d_ > 1 && squared > 0 ? y / std::sqrt(squared) : 0;
+        for (int64_t i = 0; i < d_; ++i) {
+            const float after = static_cast<float>(x * (anchor_[i] / anchor_length) + by * part(i));
+            moved = moved || after != e_[i];
+            e_[i] = after;
+        }
+    }
+
+private:
+    void sums(double& along_unit, double& squared) {
+        EMBEDGRAD_DISPATCH(across_sums, e_, anchor_, d_, across_, along_unit, squared)
+    }
+    void place(double of_row, double of_anchor, double of_across, bool& moved) {
+        EMBEDGRAD_DISPATCH(place_row, e_, anchor_, d_, of_row, of_anchor, of_across, across_, moved)
+    }
+
+    float* e_;
+    const float* anchor_;
+    int64_t d_;
+    Across across_ = {};
+    bool parallel_ = false;
+
+public:
+    const double length, anchor_length, along;
+};
+
+// Into the cone, then into the band; see CosineCone in trust_region.py.
+void project_cosine(const TrustRegion& region, Row& row, bool& moved) {
+    // A row is put inside by an angle that rounding cannot undo, so that its cosine, measured, is at least τ.
+    const double angle = std::acos(region.tau) - kTolerance;
+    const double tau = std::cos(std::max(angle, 0.0)), s = std::sin(std::max(angle, 0.0));
+    bool inside = region.tau <= -1 || row.along >= region.tau * row.length;
+    double length = row.length, kappa = 0;
+    if (!inside) {
+        const double b = row.split();
+        inside = angle < kTolerance && row.along > 0 && b <= 2 * kTolerance * row.length;
+        kappa = row.along * tau + b * s;
+        if (!inside) length = kappa > 0 && (row.has_plane() || region.tau >= 0) ? kappa : 0;
+    }
+    double band = 1;
+    if (region.norm_max >= 0) {
+        const double ceiling = region.norm_max * row.anchor_length;
+        if (length > ceiling * (1 + kTolerance)) band = ceiling / length, length = ceiling;
+    }
+    if (region.norm_min >= 0) {
+        const double floor = region.norm_min * row.anchor_length;
+        if (length < floor * (1 - kTolerance)) {
+            if (length == 0) return row.onto_anchor(region.norm_min, moved);
+            band *= floor / length;
+        }
+    }
+    if (inside) {
+        if (band != 1) row.scale(band, moved);
+    } else if (length == 0) {
+        row.scale(0, moved);
+    } else {
+        row.turn(band * kappa * tau, band * kappa * s, moved);
+    }
+}
+
+void project_ball(const TrustRegion& region, float* e, const float* anchor, int64_t d, double aa, bool& moved) {
+    double squared = 0;
+    EMBEDGRAD_DISPATCH(distance, e, anchor, d, squared)
+    const double length = std::sqrt(aa), far = std::sqrt(squared);
+    const double radius = region.relative ? region.radius * length : region.radius;
+    // The rounding is of e, as long as its anchor, not of the offset, which may be much shorter.
+    if (!(far > radius + kTolerance * (length + radius))) return;
+    const double share = radius / far;
+    EMBEDGRAD_DISPATCH(place_row, e, anchor, d, share, 1 - share, 0.0, Across{}, moved)
+}
+
+// The t with mean(max(cosine, t)) = τ, for cosines whose mean is below τ.
+double water_level(std::vector<double> cosines, double tau) {
+    std::sort(cosines.begin(), cosines.end());
+    const size_t n = cosines.size();
+    double above = 0;
+    for (size_t j = 1; j < n; ++j) above += cosines[j];
+    for (size_t j = 0; j < n; ++j) {  // the level if the j + 1 lowest are raised
+        const double level = (static_cast<double>(n) * tau - above) / static_cast<double>(j + 1);
+        if (j + 1 == n || level <= cosines[j + 1]) return std::min(1.0, level);
+        above -= cosines[j + 1];
+    }
+    return tau;
+}
+
+// Every row below the common level is turned up to it; see MeanCosine in trust_region.py.
+void project_mean(
+    const TrustRegion& region, Rows<float> e, Rows<float> anchor, const std::vector<Lengths>& lengths, int64_t d,
+    bool* projected) {
+    std::vector<double> cosines;
+    std::vector<int64_t> directed;
+    double total = 0, sines = 0;
+    for (size_t t = 0; t < lengths.size(); ++t) {
+        if (!(lengths[t].aa > 0) || !std::isfinite(lengths[t].ee)) continue;
+        Row row(e.at(t), anchor.at(t), d, lengths[t]);
+        const bool any = row.length > 0;
+        cosines.push_back(any ? row.along / row.length : 0);
+        directed.push_back(static_cast<int64_t>(t));
+        total += cosines.back();
+        sines += any ? row.split() / row.length : 1;
+    }
+    const double n = static_cast<double>(directed.size());
+    if (directed.empty() || total / n >= region.tau - kTolerance * (sines / n) - kTolerance * kTolerance) return;
+    const double level = water_level(cosines, region.tau), sine = std::sqrt(std::max(0.0, 1 - level * level));
+    for (size_t i = 0; i < directed.size(); ++i) {
+        if (!(cosines[i] < level)) continue;
+        const int64_t t = directed[i];
+        Row row(e.at(t), anchor.at(t), d, lengths[t]);
+        row.split();
+        if (row.length > 0 && (row.has_plane() || level >= 1))
+            row.turn(row.length * level, row.length * sine, projected[t]);
+        else
+            row.onto_anchor(1, projected[t]);
+    }
+}
+
+// 0 where e = 0, 1 where e0 = 0: such a row cannot leave its direction, nor its length.
+void report(const Lengths& x, double& similarity, double& norm_ratio) {
+    const double length = std::sqrt(x.ee), anchor = std::sqrt(x.aa);
+    const double cosine = length > 0 ? x.ea / length / (anchor > 0 ? anchor : 1) : 0;
+    similarity = anchor > 0 ? std::min(1.0, std::max(-1.0, cosine)) : 1;
+    norm_ratio = anchor > 0 ? length / anchor : 1;
+}
+
+}  // namespace
+
+void prompt_step(
+    const Pool& pool, const AdamW& adamw, const TrustRegion& region, Rows<float> e, Rows<float> anchor, Rows<float> m,
+    Rows<float> v, Rows<float> g, double* similarity, double* norm_ratio, bool* projected, int64_t k, int64_t d) {
+    std::vector<Lengths> lengths(k);
+    const auto finish = [&](int64_t t) {
+        if (projected[t]) { EMBEDGRAD_DISPATCH(measure, e.at(t), anchor.at(t), d, lengths[t]) }
+        report(lengths[t], similarity[t], norm_ratio[t]);
+    };
+    pool.run(k, std::max<int64_t>(1, (1 << 12) / std::max<int64_t>(1, d)), [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t) {
+            projected[t] = false;
+            EMBEDGRAD_DISPATCH(adamw_row, adamw, e.at(t), anchor.at(t), m.at(t), v.at(t), g.at(t), d, lengths[t])
+            if (region.kind == TrustRegion::cosine && lengths[t].aa > 0 && std::isfinite(lengths[t].ee)) {
+                Row row(e.at(t), anchor.at(t), d, lengths[t]);
+                project_cosine(region, row, projected[t]);
+            } else if (region.kind == TrustRegion::l2_ball) {
+                project_ball(region, e.at(t), anchor.at(t), d, lengths[t].aa, projected[t]);
+            }
+            if (region.kind != TrustRegion::mean_cosine) finish(t);
+        }
+    });
+    if (region.kind != TrustRegion::mean_cosine) return;
+    project_mean(region, e, anchor, lengths, d, projected);
+    for (int64_t t = 0; t < k; ++t) finish(t);
+}
+
+}  // namespace embedgrad

@@ -1,0 +1,130 @@
+// Rows of the prompt for one instruction set; see prompt_step.h.
+
+constexpr int HALF = VL / 2;
+typedef double Wide __attribute__((vector_size(VL * 4)));  // HALF numbers
+typedef float Narrow __attribute__((vector_size(VL * 2)));
+
+struct Pair {  // the numbers of a Vec
+    Wide low, high;
+};
+
+EMBEDGRAD_INLINE Pair widened(Vec x) {
+    Narrow low, high;
+    __builtin_memcpy(&low, &x, sizeof low);
+    __builtin_memcpy(&high, reinterpret_cast<const char*>(&x) + sizeof low, sizeof high);
+    return {__builtin_convertvector(low, Wide), __builtin_convertvector(high, Wide)};
+}
+
+EMBEDGRAD_INLINE Vec narrowed(Pair x) {
+    const Narrow low = __builtin_convertvector(x.low, Narrow), high = __builtin_convertvector(x.high, Narrow);
+    Vec result;
+    __builtin_memcpy(&result, &low, sizeof low);
+    __builtin_memcpy(reinterpret_cast<char*>(&result) + sizeof low, &high, sizeof high);
+    return result;
+}
+
+struct Sum {
+    Pair pair = {};
+    void add(Pair a, Pair b) { pair.low += a.low * b.low, pair.high += a.high * b.high; }
+    double total() const {
+        const Wide both = pair.low + pair.high;
+        double sum = 0;
+        for (int i = 0; i < HALF; ++i) sum += both[i];
+        return sum;
+    }
+};
+
+static inline Vec root(Vec x) {
+#if EMBEDGRAD_ISA == 512
+    return reinterpret_cast<Vec>(_mm512_sqrt_ps(reinterpret_cast<__m512>(x)));
+#elif EMBEDGRAD_ISA == 2
+    return reinterpret_cast<Vec>(_mm256_sqrt_ps(reinterpret_cast<__m256>(x)));
+#elif defined(__x86_64__)
+    return reinterpret_cast<Vec>(_mm_sqrt_ps(reinterpret_cast<__m128>(x)));
+#else
+    for (int i = 0; i < VL; ++i) x[i] = std::sqrt(x[i]);
+    return x;
+#endif
+}
+
+// The step of a row; returns the sums of the row that comes out.
+static void adamw_row(
+    const AdamW& s, float* e, const float* anchor, float* m, float* v, const float* g, int64_t d, Lengths& lengths) {
+    Sum ee, ea, aa;
+    for (int64_t i = 0; i < d; i += VL) {
+        const int64_t count = d - i;
+        const Vec gradient = load(g + i, count), old_m = load(m + i, count);
+        const Vec new_m = old_m + s.rest1 * (gradient - old_m);
+        const Vec new_v = load(v + i, count) * s.beta2 + s.rest2 * gradient * gradient;
+        store(m + i, new_m, count);
+        store(v + i, new_v, count);
+        const Vec by = root(new_v) / s.correction + s.eps;
+        // places behind the row's end must stay 0 in the sums, also where eps is 0
+        const Vec stepped = load(e + i, count) * s.decay - s.rate * new_m / by;
+        store(e + i, stepped, count);
+        const Pair row = widened(load(e + i, count)), to = widened(load(anchor + i, count));
+        ee.add(row, row), ea.add(row, to), aa.add(to, to);
+    }
+    lengths = {ee.total(), ea.total(), aa.total()};
+}
+
+static void measure(const float* e, const float* anchor, int64_t d, Lengths& lengths) {
+    Sum ee, ea;
+    for (int64_t i = 0; i < d; i += VL) {
+        const Pair row = widened(load(e + i, d - i)), to = widened(load(anchor + i, d - i));
+        ee.add(row, row), ea.add(row, to);
+    }
+    lengths.ee = ee.total(), lengths.ea = ea.total();
+}
+
+// Σ (e − anchor)²
+static void distance(const float* e, const float* anchor, int64_t d, double& squared) {
+    Sum sum;
+    for (int64_t i = 0; i < d; i += VL) {
+        Pair row = widened(load(e + i, d - i));
+        const Pair to = widened(load(anchor + i, d - i));
+        row.low -= to.low, row.high -= to.high;
+        sum.add(row, row);
+    }
+    squared = sum.total();
+}
+
+// e − along û, then the same made orthogonal twice; see Across.
+EMBEDGRAD_INLINE void across_at(const Across& across, Wide e, Wide anchor, Wide& result, Wide& unit) {
+    unit = anchor * across.unit;
+    result = ((e - across.along * unit - across.first * unit) * across.scale - across.second * unit) * across.rescale;
+}
+
+EMBEDGRAD_INLINE void across_at(const Across& across, Pair e, Pair anchor, Pair& result, Pair& unit) {
+    across_at(across, e.low, anchor.low, result.low, unit.low);
+    across_at(across, e.high, anchor.high, result.high, unit.high);
+}
+
+// Along û and across it, summed: Σ v·û and Σ v² of the vector as `across` describes it.
+static void across_sums(const float* e, const float* anchor, int64_t d, const Across& across, double& along, double& squared) {
+    Sum vu, vv;
+    for (int64_t i = 0; i < d; i += VL) {
+        Pair v, unit;
+        across_at(across, widened(load(e + i, d - i)), widened(load(anchor + i, d - i)), v, unit);
+        vu.add(v, unit), vv.add(v, v);
+    }
+    along = vu.total(), squared = vv.total();
+}
+
+// The row becomes of_row · e + of_anchor · anchor + of_across · v, rounded; says whether a bit of it changed.
+static void place_row(
+    float* e, const float* anchor, int64_t d, double of_row, double of_anchor, double of_across, const Across& across,
+    bool& moved) {
+    IVec changed = {};
+    for (int64_t i = 0; i < d; i += VL) {
+        const Vec before = load(e + i, d - i);
+        const Pair row = widened(before), to = widened(load(anchor + i, d - i));
+        Pair v = {}, unit = {};
+        if (of_across != 0) across_at(across, row, to, v, unit);
+        const Vec after = narrowed({of_row * row.low + of_anchor * to.low + of_across * v.low,
+                                    of_row * row.high + of_anchor * to.high + of_across * v.high});
+        store(e + i, after, d - i);
+        changed |= after != before;
+    }
+    for (int i = 0; i < VL; ++i) moved |= changed[i] != 0;
+}
