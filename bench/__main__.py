@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-ALL = (("step",), ("scale",), ("decode",), ("ops",), ("kernels", "--static"), ("ablation",), ("quality",), ("load",))
+ALL = (("step",), ("scale",), ("decode",), ("ops",), ("kernels", "--static"), ("ablation",), ("quality",), ("load",),
+       ("memory",))  # fmt: skip
 
 
 def names() -> list[str]:

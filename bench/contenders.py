@@ -132,7 +132,7 @@ def others(name: str, ours: Any, where: torch.device) -> tuple[Build, str]:
     if name == "transformers-compiled":
         call = torch.compile(model)
         version = f"torch.compile, {version}"
-    return lambda case: _autograd(call, model, vocabulary, case, where), version
+    return lambda case: autograd_step(call, model, vocabulary, case, where), version
 
 
 def _peft(model: Any, vocabulary: int, case: Case, where: torch.device) -> Step:
@@ -156,7 +156,7 @@ def _peft(model: Any, vocabulary: int, case: Case, where: torch.device) -> Step:
     return step
 
 
-def _autograd(call: Any, model: Any, vocabulary: int, case: Case, where: torch.device) -> Step:
+def autograd_step(call: Any, model: Any, vocabulary: int, case: Case, where: torch.device) -> Step:
     """What one writes oneself: the prompt's rows in front of the queries', and only the targets' logits."""
     prompt, queries, targets = _tokens(vocabulary, case)
     rows = model.get_input_embeddings().weight

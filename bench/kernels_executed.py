@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from bench import rows
+
 from . import cdna3
 from .specimens import Tensors, Trial, trials
 
@@ -107,7 +109,7 @@ def print_rows(rows: list[Row]) -> None:
         print("| " + " | ".join(cells) + " |")
 
 
-def report(args: argparse.Namespace) -> list[Row]:
+def report(args: argparse.Namespace) -> list[rows.Row]:
     """Emulate all trials (--quick: one of each op, in one type), print the counts and what is wrong."""
     reason = cdna3.unavailable()
     if reason:
@@ -122,14 +124,26 @@ def report(args: argparse.Namespace) -> list[Row]:
         work += [(t.name, name) for name in (types[:1] if args.quick else types)]
     if args.jobs > 1 and len(work) > 3:
         with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
-            rows = list(pool.map(_one, work))
+            found = list(pool.map(_one, work))
     else:
-        rows = [_one(job) for job in work]
-    print_rows(rows)
-    wrong = [row for row in rows if not row["right"]]
-    print(f"\n{len(rows)} trials, {len(wrong)} wrong")
+        found = [_one(job) for job in work]
+    print_rows(found)
+    wrong = [row for row in found if not row["right"]]
+    print(f"\n{len(found)} trials, {len(wrong)} wrong")
     for row in wrong:
         print(
             f"{row['trial']} {row['dtype']}: {row['output']} {row['error']:.2e} > {row['allowed']:.2e}", file=sys.stderr
         )
-    return rows
+    return [as_row(row) for row in found]
+
+
+def as_row(row: Row) -> rows.Row:
+    """A trial as the benches record it."""
+    import triton
+
+    keys = ("trial", "dtype")
+    more = {key: value for key, value in row.items() if key not in keys}
+    return rows.row(
+        "kernels", row["trial"], f"triton {triton.__version__}", [float(row["error"])], counted=True, unit="error",
+        case={"part": "executed", "dtype": row["dtype"]}, **more,
+    )  # fmt: skip

@@ -10,23 +10,31 @@ import multiprocessing
 import os
 import sys
 import warnings
-from collections import Counter
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
+import torch
+
+from bench import rows
+
 ARCHES = ("sm_80", "sm_90", "sm_100", "gfx942")
 QUICK_ARCHES = ("sm_90", "gfx942")
+ONE = ("sm_90",)
+SHOWN = ("Qwen2.5-Math-1.5B", "Qwen2.5-Math-7B")  # in the documents, in bfloat16 and the prompt's own float32
 
 Row = dict[str, Any]
 
 
 def wanted_names(args: argparse.Namespace) -> list[str]:
-    """The specimens to compile: all, or those of --only and --dtype; --quick keeps one of each op, bf16 if it can."""
+    """The specimens to compile: those of the documents, or of --only and --dtype, or --every one; --quick keeps one of
+    each op, bf16 if it can."""
     from .specimens import specimens
 
     types = args.dtype
     found = [s for s in specimens() if args.only in s.name and (not types or s.name.rsplit("/", 1)[1] in types)]
+    if not (args.every or args.quick or args.only or types):
+        found = [s for s in found if s.model in SHOWN and (s.dtype == torch.bfloat16 or s.op.startswith("prompt_step"))]
     if args.quick:
         one_of_each: dict[str, Any] = {}
         for s in sorted(found, key=lambda s: not s.name.endswith("/bfloat16")):
@@ -127,70 +135,31 @@ def violations(rows: Iterable[Row]) -> list[str]:
     return found
 
 
-def _human(count: float, unit: str) -> str:
-    for scale, letter in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if count >= scale:
-            return f"{count / scale:.3g} {letter}{unit}"
-    return f"{count:.3g} {unit}"
+def as_row(row: Row) -> rows.Row:
+    """A compiled kernel as the benches record it."""
+    import triton
+
+    keys = ("specimen", "op", "model", "dtype", "arch")
+    return rows.row(
+        "kernels", row["kernel"], f"triton {triton.__version__}", [float(row["registers"])], counted=True,
+        unit="registers", case={"part": "static", **{key: row[key] for key in keys}},
+        **{key: value for key, value in row.items() if key not in (*keys, "kernel", "registers", "grid")},
+    )  # fmt: skip
 
 
-def print_code(rows: list[Row]) -> None:
-    """One line for each kernel and target."""
-    heads = (
-        "specimen",
-        "kernel",
-        "target",
-        "regs",
-        "spill",
-        "shared",
-        "occup.",
-        "128-bit",
-        "matrix instructions",
-        "blocks",
-    )
-    print("| " + " | ".join(heads) + " |\n|" + " --- |" * len(heads))
-    for row in rows:
-        matrix: Counter[str] = Counter(row["matrix"])
-        shown = ", ".join(f"{n} {name}" for name, n in matrix.most_common()) or "none"
-        blocks = " ".join(f"{k}={v}" for k, v in row["blocks"].items() if k.startswith("BLOCK"))
-        cells = (
-            row["specimen"], row["kernel"], row["arch"], row["registers"], row["spills"], row["shared"],
-            f"{row['occupancy']:.0%}", f"{row['vector_loads']:.0%}", shown,
-            f"{blocks} warps={row['warps']} stages={row['stages']}",
-        )  # fmt: skip
-        print("| " + " | ".join(str(c) for c in cells) + " |")
-
-
-def print_costs(rows: list[Row]) -> None:
-    """One line for each specimen, by count (of the first target compiled); roofline times of all machines."""
-    from .machines import MACHINES
-
-    heads = ["specimen", "least bytes", "moved / least", "operations", "done / useful", "operations per byte"]
-    heads += [f"{m.name}, µs" for m in MACHINES]
-    print("| " + " | ".join(heads) + " |\n|" + " --- |" * len(heads))
-    seen = set()
-    for row in rows:
-        if row["specimen"] in seen:
-            continue
-        seen.add(row["specimen"])
-        done = f"{row['done_operations'] / row['useful_operations']:.2f}" if row["useful_operations"] else "–"
-        cells = [
-            row["specimen"], _human(row["least_bytes"], "B"), f"{row['moved_bytes'] / row['least_bytes']:.2f}",
-            _human(row["useful_operations"], "op"), done, f"{row['intensity']:.1f}",
-            *(f"{row['roofline_us'][m.name]:.1f}" for m in MACHINES),
-        ]  # fmt: skip
-        print("| " + " | ".join(cells) + " |")
-
-
-def report(args: argparse.Namespace) -> list[Row]:
-    """Compile, print both tables and what breaks a limit."""
+def report(args: argparse.Namespace) -> list[rows.Row]:
+    """Compile, and say what breaks a limit."""
     os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
-    rows = compile_all(wanted_names(args), args.arch or (QUICK_ARCHES if args.quick else ARCHES), args.jobs)
-    print_code(rows)
-    print("\nBytes and operations by count; times are rooflines of data-sheet rates, no GPU time has been measured.\n")
-    print_costs(rows)
-    broken = violations(rows)
-    print(f"\n{len(rows)} compiled kernels, {len(broken)} break a limit")
+    names = wanted_names(args)
+    if args.every or args.quick or args.arch:
+        found = compile_all(names, args.arch or (QUICK_ARCHES if args.quick else ARCHES), args.jobs)
+    else:
+        small = [name for name in names if f"/{SHOWN[0]}/" in name]
+        found = compile_all(small, ARCHES, args.jobs) + compile_all(
+            [n for n in names if n not in small], ONE, args.jobs
+        )
+    broken = violations(found)
+    print(f"{len(found)} compiled kernels, {len(broken)} break a limit")
     for sentence in broken:
         print(sentence, file=sys.stderr)
-    return rows
+    return [as_row(row) for row in found]

@@ -6,10 +6,14 @@ Counted, not measured: `embedgrad.memory.device_bytes`, which the tests hold aga
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+import embedgrad
+from bench.markdown import table
+from bench.rows import Row, row
 from embedgrad.memory import POLICIES, StepSize, device_bytes
 from embedgrad.model.config import ModelConfig
 
@@ -25,6 +29,7 @@ MODELS = {
         "vocab_size": 152_064, "tie_word_embeddings": False,
     },
 }  # fmt: skip
+CHECKS = ("tests/engine/test_memory.py",)
 WEIGHTS = {"compute": "bf16", "int8": "int8", "int4": "int4"}
 
 
@@ -38,21 +43,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", default="sm_90", help="whose launch parameters (default sm_90)")
 
 
-def main(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Count, print a table per model, and return the rows."""
+def main(args: argparse.Namespace) -> list[Row]:
+    """Count; the rows."""
     targets = args.tokens // 2 if args.targets is None else args.targets
     size = StepSize(args.tokens, args.kept, targets, args.prompt, targets)
     rows = []
     for model in args.models[:1] if args.quick else args.models:
         config = ModelConfig.from_hf(MODELS[model], model)
-        print(f"\n{model}, {args.tokens} packed tokens, {targets} targets, GiB in bf16 activations, {args.arch}")
-        names = ("weights", "activations", "kept", "workspace", "total")
-        print(f"{'type':<8} {'policy':<7}" + "".join(f"{name:>13}" for name in names))
         for weights, told in WEIGHTS.items():
             for policy in POLICIES:
                 found = device_bytes(config, size, torch.bfloat16, policy, weights, args.arch)
-                rows.append({"model": model, "weight_type": told, "policy": policy, "arch": args.arch,
-                             **vars(size), **vars(found), "total": found.total})  # fmt: skip
-                counted = (found.weights, found.activations, found.kept, found.workspace, found.total)
-                print(f"{told:<8} {policy:<7}" + "".join(f"{nbytes / 2**30:13.3f}" for nbytes in counted))
+                rows.append(row(
+                    "memory", "embedgrad", f"embedgrad {embedgrad.__version__}", [found.total], counted=True,
+                    unit="bytes", case={"model": model, "weight_type": told, "policy": policy, "arch": args.arch},
+                    **vars(size), **vars(found),
+                ))  # fmt: skip
     return rows
+
+
+def tables(rows: Sequence[Row]) -> dict[str, str]:
+    """`memory`: GiB by weight type, model and policy."""
+    models = list(dict.fromkeys(str(one.case["model"]) for one in rows))
+    found = {(one.case["weight_type"], one.case["model"], one.case["policy"]): one.median for one in rows}
+    heads = [
+        "weights",
+        *(f"{model.removeprefix('Qwen2.5-Math-')} `{policy}`" for model in models for policy in POLICIES),
+    ]
+    cells = [
+        [told, *(f"{found[told, model, policy] / 2**30:.2f}" for model in models for policy in POLICIES)]
+        for told in WEIGHTS.values()
+    ]
+    return {"memory": table(heads, cells)}
+
+
+def pictures(rows: Sequence[Row]) -> dict[str, Any]:
+    """None: the table says it."""
+    return {}

@@ -1,11 +1,14 @@
-"""How close does each native operation come to what the machine allows, and tree attention to torch's own attention?
+"""How close does each operation come to what the machine allows, and how does it compare with torch's own?
 
-SmolLM2-135M's sizes and the trees of `bench step`. Every operation is first held against the reference in float64; one
-that is wrong gives no figure. A row-wise operation has two bounds, of which the longer one counts: a copy of as many
-bytes as it must move, in the same turn; and its operations (`OPERATIONS` for each number) at the rate at which the
-threads multiply and add in registers, measured beside it. Tree attention (forward, backward) is measured against
-`scaled_dot_product_attention` given the same tree in the two ways it could be: as a mask over the packed tokens, and as
-a dense causal batch that repeats the prompt per query; the faster one counts.
+SmolLM2-135M's sizes and the trees of `bench step`, in float32 and bfloat16; every backend that runs here, torch's own
+way to the same result, and Cut Cross-Entropy's portable path where it is installed (Liger-Kernel imports on a CPU, but
+all of its operations are Triton kernels and start on a GPU only). What backends compute is first held against the
+reference in float64; what is wrong gives no figure.
+
+A row-wise operation has two bounds, of which the longer one counts: a copy of as many bytes as it must move, in the
+same turn; and its vector instructions (`OPERATIONS`) at the rate at which all threads multiply and add in registers.
+The loss's bound is what BLAS needs for its two products. Tree attention has torch's `scaled_dot_product_attention`
+beside it.
 """
 
 from __future__ import annotations
@@ -14,294 +17,215 @@ import argparse
 import os
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.step import SHAPES, TARGETS, _task
-from embedgrad.backends import native, reference
+from bench.clock import device, take_turns
+from bench.contenders import Case, task
+from bench.markdown import seconds, table
+from bench.op_attention import Attention
+from bench.op_cases import OPERATIONS, OpCase, Run, cases
+from bench.rows import Row, row
+from bench.step import SHAPES
+from embedgrad.backends import reference
 from embedgrad.model.config import ModelConfig
-from embedgrad.rendering import render
-from embedgrad.tree import TokenTree, build_tree
-from embedgrad.trust_region import CosineCone
+from embedgrad.tree import TokenTree
 
-Timed = Callable[[], Any]
-TYPES = (torch.float32, torch.bfloat16)
+CHECKS = ("tests/engine/test_native_backend.py",)
+TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this bench."""
-    parser.add_argument("--shapes", nargs="*", default=list(SHAPES), help="prompt/query/batch, default: %(default)s")
+    parser.add_argument("--shapes", nargs="*", default=None, help=f"prompt/query/batch (default: {' '.join(SHAPES)})")
     parser.add_argument("--repeats", type=int, default=15, help="timings of each (default 15)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
 
 
-def main(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure, print tables, and return the rows."""
+def main(args: argparse.Namespace) -> list[Row]:
+    """Measure; the rows."""
     import embedgrad
+    from embedgrad.rendering import render
     from embedgrad.tasks import smollm2
+    from embedgrad.tree import build_tree
 
+    where = device(args.device)
     torch.set_num_threads(args.threads)
-    repeats = 5 if args.quick else args.repeats
-    model = embedgrad.load_model(smollm2.path(), weights="stored")
-    rows = []
-    for shape in args.shapes[:1] if args.quick else args.shapes:
-        soft, examples = _task(model, *(int(n) for n in shape.split("/")))
+    model = embedgrad.load_model(smollm2.path(), weights="stored", device="cpu")
+    rows: list[Row] = []
+    for shape in args.shapes or (SHAPES[:1] if args.quick else SHAPES):
+        case = Case.parse(shape)
+        soft, examples = task(model, case)
         tree = build_tree([render(model, soft, example) for example in examples])
-        found = [row for dtype in TYPES for row in _row_wise(model.config, tree, dtype, repeats)]
-        found += _attention(model.config, tree, shape, repeats)
-        rows += [{"question": "ops", "shape": shape, "threads": args.threads, **row} for row in found]
-        _print(shape, tree.num_tokens, found)
+        rows += _Bench(args, where, case, tree, model.config).rows()
+        print(f"{shape}: {tree.num_tokens} packed tokens done", flush=True)
     return rows
 
 
-def _print(shape: str, tokens: int, rows: list[dict[str, Any]]) -> None:
-    print(f"\nprompt/query/batch {shape}: {tokens} packed tokens")
-    for row in rows:
-        if "bytes" in row:
-            print(
-                f"{row['op']:<18} {row['type']:<9} {row['seconds'] * 1e6:8.0f} us "
-                f"{row['bytes'] / row['seconds'] / 1e9:6.1f} GB/s; copy {row['copy_seconds'] * 1e6:.0f} us, "
-                f"arithmetic {row['arithmetic_seconds'] * 1e6:.0f} us: {row['of_bound']:.0%} of the bound"
-            )
-        else:
-            print(
-                f"{row['op']:<26} {row['seconds'] * 1e6:9.0f} us, torch: masked {row['masked_seconds'] * 1e6:.0f} us, "
-                f"dense {row['dense_seconds'] * 1e6:.0f} us: {row['speed_up']:.2f} times as fast"
-            )
+def _backends(where: torch.device) -> list[ModuleType]:
+    """Ours that run on the device, but the reference."""
+    if where.type == "cuda":
+        from embedgrad.backends import triton
+
+        return [triton]
+    from embedgrad.backends import native
+
+    return [native]
 
 
-def _times(repeats: int, *contenders: Timed) -> list[float]:
-    """Median seconds of each; they take turns."""
-    found: list[list[float]] = [[] for _ in contenders]
-    for number in range(repeats + 1):
-        for times, run in zip(found, contenders, strict=True):
-            started = time.perf_counter()
-            run()
-            if number:
-                times.append(time.perf_counter() - started)
-    return [statistics.median(times) for times in found]
+class _Bench:
+    """One tree."""
+
+    def __init__(
+        self, args: argparse.Namespace, where: torch.device, case: Case, tree: TokenTree, config: ModelConfig
+    ) -> None:
+        self._args, self._where, self._case, self._tree, self._config = args, where, case, tree, config
+        self._repeats = 5 if args.quick else args.repeats
+        self._own = _backends(where)
+
+    def rows(self) -> list[Row]:
+        found = []
+        for name, dtype in TYPES.items():
+            for one in cases(self._config, self._tree, dtype, self._where, self._own):
+                found += list(self._row_wise(one, name, dtype))
+        types = TYPES if self._where.type == "cuda" else {"float32": torch.float32}
+        for name, dtype in types.items():
+            found += list(self._attention(name, dtype))
+        return found
+
+    def _row(self, op: str, dtype: str, name: str, values: list[float], version: str = "", **more: Any) -> Row:
+        import embedgrad
+
+        own = name in ("native", "triton", "reference")
+        case = {"op": op, "dtype": dtype, "shape": str(self._case), "tokens": self._tree.num_tokens,
+                "threads": self._args.threads, "device": self._args.device}  # fmt: skip
+        told = version or (f"embedgrad {embedgrad.__version__}" if own else f"torch {torch.__version__}")
+        return row("ops", name, told, values, case=case, **more)
+
+    def _row_wise(self, one: OpCase, dtype_name: str, dtype: torch.dtype) -> Iterator[Row]:
+        _check(one.name, {name: one.contenders[name] for name in one.checked}, one.truth(), one.tolerance)
+        source = torch.randn(one.numbers // 2, device=self._where).to(dtype)
+        target = torch.empty_like(source)
+        runs: list[Any] = [lambda: target.copy_(source), *one.contenders.values()]
+        if one.products is not None:
+            runs.append(one.products)
+        copy, *times = take_turns(runs, self._repeats, self._where)
+        bounds = {"copy": statistics.median(copy)}
+        if one.products is not None:
+            bounds = {"products": statistics.median(times.pop())}
+        elif self._where.type == "cpu":
+            bounds["arithmetic"] = OPERATIONS[one.name] * one.out * _multiply_add_seconds()
+        which = max(bounds, key=lambda name: bounds[name])
+        for name, values in zip(one.contenders, times, strict=True):
+            yield self._row(
+                one.name, dtype_name, name, values, one.versions.get(name, ""), bytes=dtype.itemsize * one.numbers,
+                bound=which, bound_seconds=bounds[which], of_bound=bounds[which] / statistics.median(values),
+                copy_seconds=statistics.median(copy),
+            )  # fmt: skip
+
+    def _attention(self, dtype_name: str, dtype: torch.dtype) -> Iterator[Row]:
+        given = Attention(self._config, self._tree, self._case, self._where, dtype, [*self._own, reference])
+        truths = given.truth()
+        tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+        for name, runs, truth, each in (
+            ("tree_attention", given.forward, truths[0], 4),
+            ("tree_attention_backward", given.backward, truths[1], 8),
+        ):
+            _check(name, {n: run for n, run in runs.items() if not n.startswith("torch")}, truth, tolerance)
+            times = take_turns(list(runs.values()), self._repeats, self._where)
+            for contender, values in zip(runs, times, strict=True):
+                yield self._row(
+                    name, dtype_name, contender, values, operations=each * given.pairs * self._config.head_dim
+                )
 
 
-def _check(name: str, found: Tensor, truth: Tensor, tolerance: float = 1e-5) -> None:
-    error = float((found.double() - truth).norm() / truth.norm())
-    if not error <= tolerance:
-        raise SystemExit(f"{name} is wrong by {error:.1e}: no figure.")
+def _check(name: str, runs: dict[str, Run], truth: list[Tensor], tolerance: float) -> None:
+    for contender, run in runs.items():
+        for found, true in zip(run(), truth, strict=True):
+            error = float((found.double() - true).norm() / true.norm())
+            if not error <= tolerance:
+                raise SystemExit(f"{contender}'s {name} is wrong by {error:.1e}: no figure.")
 
 
-# Multiplications and additions of a number that the kernels of csrc/cpu/ spend on each number that comes out, one for
-# each instruction: a fused multiply-add, a comparison, a division or a conversion counts as one. exp: 14.
-OPERATIONS = {
-    "rms_norm": 3,  # x² summed; x r w
-    "add_rms_norm": 4,
-    "rms_norm_backward": 6,  # w dy and w dy x summed, x² summed; dx − x b, w dy, + w dy r
-    "rope": 2,
-    "rope_backward": 2,
-    "swiglu": 18,  # 1 + exp(−g): 15; g u / that
-    "swiglu_backward": 25,
-    "softmax_loss": 19,  # largest; exp(z − top) with its limits, summed; scaled
-    "embed": 0,
-    "embed_backward": 1,
-    "prompt_step": 24,  # AdamW 11 with root and division; 3 sums in float64 at half the rate
-}
-
-
-def _multiply_adds() -> float:
+def _multiply_add_seconds() -> float:
     """Seconds that one multiply-add of one number takes, on all of torch's threads together, in registers."""
-    rounds = 200_000
     found = []
     for _ in range(5):
         started = time.perf_counter()
-        count = torch.ops.embedgrad.multiply_adds(rounds)
+        count = torch.ops.embedgrad.multiply_adds(200_000)
         found.append((time.perf_counter() - started) / count)
     return statistics.median(found)
 
 
-@dataclass
-class _Case:
-    """An operation: `run` it; `numbers` that it must move, and that come out; results and what they should be."""
-
-    run: Timed
-    numbers: float
-    out: int
-    checked: Callable[[], list[Tensor]]
-    truth: Callable[[], list[Tensor]]
+# ---- what is shown ---------------------------------------------------------------------------------------------------
 
 
-def _row_wise(config: ModelConfig, tree: TokenTree, dtype: torch.dtype, repeats: int) -> list[dict[str, Any]]:
-    cases = _cases(config, tree, dtype)
-    tolerance = 1e-5 if dtype == torch.float32 else 1e-2
-    rows = []
-    for name, case in cases.items():
-        for found, truth in zip(case.checked(), case.truth(), strict=True):
-            _check(name, found, truth, tolerance)
-        source = torch.randn(int(case.numbers) // 2).to(dtype)
-        target = torch.empty_like(source)
-        seconds, copy = _times(repeats, case.run, lambda target=target, source=source: target.copy_(source))  # type: ignore[misc]
-        arithmetic = OPERATIONS[name] * case.out * _multiply_adds()
-        rows.append({
-            "op": name, "type": str(dtype).removeprefix("torch."), "bytes": dtype.itemsize * case.numbers,
-            "seconds": seconds, "copy_seconds": copy, "arithmetic_seconds": arithmetic, "of_copy": copy / seconds,
-            "of_bound": max(copy, arithmetic) / seconds,
-        })  # fmt: skip
-    return rows
+def _named(rows: Sequence[Row]) -> dict[tuple[str, str, str], dict[str, Row]]:
+    """(operation, type, shape) → contender → row."""
+    found: dict[tuple[str, str, str], dict[str, Row]] = {}
+    for one in rows:
+        key = (str(one.case["op"]), str(one.case["dtype"]), str(one.case["shape"]))
+        found.setdefault(key, {})[one.contender] = one
+    return found
 
 
-def _cases(config: ModelConfig, tree: TokenTree, dtype: torch.dtype) -> dict[str, _Case]:
-    d, f, heads = config.hidden_size, config.intermediate_size, (config.num_heads, config.num_kv_heads, config.head_dim)
-    tokens, targets, eps = tree.num_tokens, len(tree.target_ids), config.rms_eps
-
-    def random(*shape: int) -> Tensor:
-        return torch.randn(*shape).to(dtype)
-
-    x, dy, w, into = random(tokens, d), random(tokens, d), random(d), random(tokens, d)
-    gate_up, da, qkv = random(tokens, 2 * f), random(tokens, f), random(tokens, (heads[0] + 2 * heads[1]) * heads[2])
-    angles = torch.rand(tokens, heads[2] // 2)
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    rotated = (heads[0] + heads[1]) * heads[2]
-    act, wide = torch.empty_like(da), torch.empty_like(gate_up)
-
-    def case(name: str, numbers: int, out: int, *inputs: Any, changed: int | None = None, **outputs: Tensor) -> _Case:
-        """changed: the input that is also an output."""
-
-        def call(backend: Any, convert: Callable[[Tensor], Tensor]) -> list[Tensor]:
-            given = [convert(i) if isinstance(i, Tensor) else i for i in inputs]
-            taken = {key: convert(value) for key, value in outputs.items()}
-            getattr(backend, name)(*given, **taken)
-            return [*taken.values(), *([] if changed is None else [given[changed]])]
-
-        return _Case(
-            lambda: getattr(native, name)(*inputs, **outputs), numbers, out,
-            lambda: call(native, Tensor.clone),
-            lambda: call(reference, lambda t: t.double() if t.is_floating_point() else t),
-        )  # fmt: skip
-
-    n, moved = x.numel(), 2 * tokens * rotated + 2 * cos.numel()
-    cases = {
-        "rms_norm": case("rms_norm", 2 * n, n, x, w, eps, out=into),
-        "add_rms_norm": case("add_rms_norm", 4 * n, n, x.clone(), dy, w, eps, out=into, changed=0),
-        "rms_norm_backward": case("rms_norm_backward", 4 * n, n, dy, x, w, eps, dx=into),
-        "rope": case("rope", moved, tokens * rotated, qkv.clone(), cos, sin, heads, changed=0),
-        "rope_backward": case(
-            "rope_backward", moved, tokens * rotated, qkv.clone(), None, cos, sin, heads, changed=0
-        ),
-        "swiglu": case("swiglu", 3 * tokens * f, tokens * f, gate_up, out=act),
-        "swiglu_backward": case("swiglu_backward", 5 * tokens * f, tokens * f, da, gate_up, out=wide),
-    }  # fmt: skip
-    prompt, table = torch.randn(len(tree.prompt_positions), d), random(config.vocab_size, d)
-    cases["embed"] = case("embed", 2 * n, n, prompt, table, tree.ids, tree.prompt_rows, out=into)
-    grad = torch.empty_like(prompt)
-    shown = tree.prompt_rows[tree.prompt_positions]
-    at_shown = dy[tree.prompt_positions].contiguous()
-    cases["embed_backward"] = case("embed_backward", 2 * at_shown.numel(), grad.numel(), at_shown, shown, grad=grad)
-    if dtype == torch.float32:
-        cases["softmax_loss"] = _softmax_loss(random(targets, config.vocab_size), tree.target_ids)
-        cases["prompt_step"] = _prompt_step(len(prompt), d)
-    return cases
+def _best(named: dict[str, Row]) -> Row:
+    """Ours: of the backend that a user gets."""
+    return named.get("native") or named.get("triton") or named["reference"]
 
 
-def _softmax_loss(z: Tensor, targets: Tensor) -> _Case:
-    count, weights, again = len(z), torch.ones(len(z)), z.clone()
-    nll, predicted = torch.empty(count), torch.empty(count, dtype=torch.int64)
-
-    def run() -> Tensor:
-        torch.ops.embedgrad.softmax_loss(again, targets, weights, nll, predicted)
-        return nll
-
-    def truth() -> list[Tensor]:
-        wide = z.double().requires_grad_()
-        loss = torch.nn.functional.cross_entropy(wide, targets, reduction="none")
-        loss.sum().backward()
-        assert wide.grad is not None
-        return [loss.detach(), wide.grad]
-
-    return _Case(run, 2 * z.numel(), z.numel(), lambda: [run().clone(), again.clone()], truth)
-
-
-def _prompt_step(k: int, d: int) -> _Case:
-    e0, g = torch.randn(k, d), torch.randn(k, d)
-    e, m, v = e0 + 0.1 * torch.randn(k, d), torch.zeros(k, d), torch.zeros(k, d)
-
-    def step(backend: Any, tensors: list[Tensor]) -> list[Tensor]:
-        backend.prompt_step(*tensors, step=1, lr=1e-3, region=CosineCone(0.95))
-        return [tensors[0], tensors[2], tensors[3]]
-
-    return _Case(
-        lambda: step(native, [e, e0, m, v, g]), 8 * k * d, k * d,
-        lambda: step(native, [t.clone() for t in (e, e0, m, v, g)]),
-        lambda: step(reference, [t.double() for t in (e, e0, m, v, g)]),
-    )  # fmt: skip
+def tables(rows: Sequence[Row]) -> dict[str, str]:
+    """`ops`: row-wise operations; `ops-attention`."""
+    row_wise: list[Sequence[object]] = []
+    attention: list[Sequence[object]] = []
+    for (op, dtype, shape), named in _named(rows).items():
+        ours = _best(named)
+        others = [r for r in named.values() if not r.version.startswith("embedgrad")]
+        if op.startswith("tree_attention"):
+            rate = ours.more["operations"] / ours.median / 1e9
+            fastest = min(r.median for r in others)
+            beside = ("reference", "torch, masked", "torch, dense")
+            cells = [seconds(named[n].median) if n in named else None for n in beside]
+            attention.append((op, shape, seconds(ours.median), f"{rate:.0f}", *cells, f"{fastest / ours.median:.2f}×"))
+            continue
+        rate = ours.more["bytes"] / ours.median / 1e9
+        cut = named.get("cut-cross-entropy")
+        row_wise.append((
+            op, dtype, shape, seconds(ours.median), f"{rate:.1f}",
+            f"{ours.more['of_bound']:.0%} of {ours.more['bound']}",
+            *(f"{named[n].median / ours.median:.2f}×" if n in named else None for n in ("reference", "torch")),
+            f"{cut.median / ours.median:.2f}×" if cut else None,
+        ))  # fmt: skip
+    heads = ("operation", "stored in", "prompt/query/batch", "time", "GB/s", "of its bound", "reference's time",
+             "torch's time", "cut-cross-entropy's")  # fmt: skip
+    names = ("operation", "prompt/query/batch", "time", "GFLOP/s", "reference", "torch, masked", "torch, dense",
+             "torch's best over ours")  # fmt: skip
+    return {"ops": table(heads, row_wise), "ops-attention": table(names, attention)}
 
 
-def _attention(config: ModelConfig, tree: TokenTree, shape: str, repeats: int) -> list[dict[str, Any]]:
-    h, g, d = config.num_heads, config.num_kv_heads, config.head_dim
-    tokens, scale = tree.num_tokens, d**-0.5
-    q, k, v, do = (torch.randn(tokens, n, d) for n in (h, g, g, h))
-    mask = tree.mask()
-    out, lse = torch.empty_like(q), torch.empty(tokens, h)
-    dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
+def pictures(rows: Sequence[Row]) -> dict[str, Any]:
+    """Share of the bound for every row-wise operation, float32."""
+    import matplotlib.pyplot as plt
 
-    def forward() -> None:
-        native.tree_attention(q, k, v, mask, scale=scale, out=out, lse=lse)
+    from bench import style
 
-    def backward() -> None:
-        native.tree_attention_backward(do, q, k, v, out, lse, mask, scale=scale, dq=dq, dk=dk, dv=dv)
-
-    forward()
-    backward()
-    masked = _sdpa(q, k, v, do, scale, mask=mask.visible())
-    truth = _sdpa(q.double(), k.double(), v.double(), do.double(), scale, mask=mask.visible())
-    _check("tree_attention", out, truth.forward().transpose(0, 1))
-    truth.backward()
-    for name, found, leaf in (("dq", dq, truth.q), ("dk", dk, truth.k), ("dv", dv, truth.v)):
-        assert leaf.grad is not None
-        _check(f"tree_attention_backward {name}", found, leaf.grad.transpose(0, 1))
-    prompt, query, batch = (int(n) for n in shape.split("/"))
-    length = prompt + query + TARGETS - 1
-    repeated = [torch.randn(batch * length, n, d) for n in (h, g, g, h)]
-    dense = _sdpa(repeated[0], repeated[1], repeated[2], repeated[3], scale, batch=batch)
-    rows = []
-    for name, ours, first, second in (
-        ("tree_attention", forward, masked.forward, dense.forward),
-        ("tree_attention_backward", backward, masked.backward, dense.backward),
-    ):
-        seconds, with_mask, without = _times(repeats, ours, first, second)
-        rows.append({
-            "op": name, "seconds": seconds, "masked_seconds": with_mask, "dense_seconds": without,
-            "speed_up": min(with_mask, without) / seconds,
-        })  # fmt: skip
-    return rows
-
-
-class _sdpa:
-    """torch's attention on packed heads [T, n, d]: with a mask [T, T], or as a causal batch of equal sequences."""
-
-    def __init__(
-        self, q: Tensor, k: Tensor, v: Tensor, do: Tensor, scale: float, *, mask: Tensor | None = None, batch: int = 1
-    ) -> None:
-        def heads(x: Tensor) -> Tensor:
-            split = x.unflatten(0, (batch, -1)).transpose(1, 2).contiguous()
-            return (split if batch > 1 else split[0]).requires_grad_()
-
-        self.q, self.k, self.v = heads(q), heads(k), heads(v)
-        self._do, self._mask, self._scale = heads(do).detach(), mask, scale
-        self._out = self._attend()
-
-    def _attend(self) -> Tensor:
-        q, k, v = (x if x.dim() == 4 else x[None] for x in (self.q, self.k, self.v))
-        out = torch.nn.functional.scaled_dot_product_attention(
-            q, k, v, self._mask, is_causal=self._mask is None, scale=self._scale, enable_gqa=True
-        )
-        return out if self.q.dim() == 4 else out[0]
-
-    def forward(self) -> Tensor:
-        with torch.no_grad():
-            return self._attend()
-
-    def backward(self) -> None:
-        """Of the attention computed when this was made."""
-        self.q.grad = self.k.grad = self.v.grad = None
-        self._out.backward(self._do, retain_graph=True)
+    float32 = {key: named for key, named in _named(rows).items() if key[1] == "float32"}
+    found = {key: named for key, named in float32.items() if "of_bound" in _best(named).more}
+    ops, shapes = (list(dict.fromkeys(key[i] for key in found)) for i in (0, 2))
+    figure, axes = plt.subplots(figsize=(8, 3.8))
+    width = 0.8 / max(1, len(shapes))
+    for place, shape in enumerate(shapes):
+        at = [i + (place - (len(shapes) - 1) / 2) * width for i in range(len(ops))]
+        values = [100 * _best(found[op, "float32", shape]).more["of_bound"] for op in ops]
+        axes.bar(at, values, width * 0.9, color=(style.OURS, style.OURS_TOO, style.OURS_THREE)[place % 3], label=shape)
+    axes.axhline(70, color=style.LIMIT, linestyle="--", label="70 %")
+    axes.set_xticks(range(len(ops)), ops, rotation=40, ha="right", fontsize=8)
+    axes.set_ylabel("% of the bound (bytes, arithmetic\\nor products, whichever binds)")
+    axes.grid(axis="x", visible=False)
+    axes.legend(fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
+    return {"ops": figure}

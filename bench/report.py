@@ -47,13 +47,17 @@ def rebuild(questions: Iterable[str]) -> None:
             _draw(importlib.import_module(f"bench.{name}"), found)
 
 
+def tables_of(question: str) -> dict[str, str]:
+    """The tables of a question's committed rows, by name."""
+    found = rows.newest(question)
+    return _tables(importlib.import_module(f"bench.{question}"), found) if found else {}
+
+
 def _documents(questions: Iterable[str]) -> list[tuple[Path, str]]:
     """The documents and what they should say."""
     tables: dict[str, str] = {}
     for name in questions:
-        found = rows.newest(name)
-        if found:
-            tables |= _tables(importlib.import_module(f"bench.{name}"), found)
+        tables |= tables_of(name)
     return [(path, filled(path.read_text(), tables)) for path in DOCUMENTS if path.exists()]
 
 

@@ -54,11 +54,14 @@ def test_activations_and_kept_keys_take_what_is_predicted(config: Any, prompt: A
         assert 4 * workspace_size(schedule, heads, groups, dim, options) <= bound
 
 
-def test_the_bench_prints_its_table(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_benchs_rows_and_table() -> None:
     parser = argparse.ArgumentParser()
     bench.add_arguments(parser)
-    rows = bench.main(argparse.Namespace(**vars(parser.parse_args([])), quick=False))
-    assert "Qwen2.5-Math-7B" in capsys.readouterr().out
+    found = bench.main(argparse.Namespace(**vars(parser.parse_args([])), quick=False))
+    table = bench.tables(found)["memory"]
+    assert table.count("\n") == 4
+    assert "7B `layer`" in table
+    rows = [{**one.case, **one.more, "total": one.median} for one in found]
     assert len(rows) == 2 * 3 * len(POLICIES)
     by = {(r["model"], r["weight_type"], r["policy"]): r for r in rows}
     big = by["Qwen2.5-Math-7B", "bf16", "all"]
