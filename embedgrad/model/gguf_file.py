@@ -196,7 +196,23 @@ class _Reader:
             raise _Malformed(f"arrays nested deeper than {_DEEPEST_ARRAY}")
         if count * 8 > self.left():  # a string or an array takes at least its own length field
             raise _Malformed(f"{count} items announced at byte {self.at}, {self.left()} bytes left")
+        if kind == _STRING:
+            return self._strings(count)
         return [self.value(kind, depth) for _ in range(count)]
+
+    def _strings(self, count: int) -> list[str]:
+        """A vocabulary has a hundred thousand of them: `string` in one loop takes a quarter of the time."""
+        data, at, end, length = self.data, self.at, len(self.data), struct.Struct("<Q").unpack_from
+        found = []
+        for _ in range(count):
+            (size,) = length(data, at)
+            at += 8
+            if size > end - at:
+                raise _Malformed(f"{size} bytes announced at byte {at}, {end - at} left")
+            found.append(str(data[at : at + size], "utf-8"))
+            at += size
+        self.at = at
+        return found
 
 
 def _parse(data: memoryview) -> tuple[dict[str, Any], dict[str, _Entry]]:
