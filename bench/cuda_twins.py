@@ -54,5 +54,5 @@ def _compiled(source: Path, arch: str, version: str) -> list[Row]:
 
 def _plain(mangled: str) -> str:
     """The last part of a mangled name that ends in "kernel"."""
-    names = re.findall(r"\d+([a-z]\w*?_kernel)", mangled)
+    names = re.findall(r"\d([a-z_]+)_kernel", mangled)
     return names[-1] if names else mangled

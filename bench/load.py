@@ -132,6 +132,8 @@ def _measure(name: str, point: str, path: Path) -> dict[str, Any]:
     ours = name in OURS
     if ours:
         import embedgrad
+        import embedgrad.gradient
+        import embedgrad.model.model  # what `load_model` imports when it is first asked for
 
         version = f"embedgrad {embedgrad.__version__}"
     else:

@@ -187,6 +187,7 @@ def declared(core: ctypes.CDLL) -> ctypes.CDLL:
         "embedgrad_decoder_advance": (None, [c_void_p, c_void_p, c_void_p, c_void_p, c_int32]),
         "embedgrad_linear": (None, [c_void_p, c_void_p, c_int64, c_void_p, c_int32]),
         "embedgrad_widen": (None, [c_void_p, c_int64, c_int64, c_void_p, c_int32]),
+        "embedgrad_repack": (None, [c_int32, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p]),
         "embedgrad_sample_cpu": (c_int32, [c_void_p, c_void_p]),
         "embedgrad_advance_cpu": (None, [c_void_p]),
         "embedgrad_random_bits": (c_uint64, [c_uint64, c_uint64, ctypes.c_uint32]),

@@ -14,17 +14,12 @@ from torch import Tensor
 from embedgrad.errors import ModelError
 from embedgrad.kernels.packing import (
     PackedWeight,
-    from_q4_0,
-    from_q4_1,
-    from_q8_0,
     quantize_int4,
     quantize_int8,
 )
 from embedgrad.model.frozen import FrozenMatrix, Widening
 from embedgrad.model.gguf_blocks import BlockWeight
 
-# Brought into our own layout, which the Triton kernels know: groups of 32 with one scale each.
-REPACKED: dict[str, Callable[[Tensor], PackedWeight]] = {"Q8_0": from_q8_0, "Q4_0": from_q4_0, "Q4_1": from_q4_1}
 QUANTISERS: dict[str, Callable[[Tensor], tuple[PackedWeight, float]]] = {"int8": quantize_int8, "int4": quantize_int4}
 
 

@@ -17,7 +17,6 @@ from embedgrad.model.frozen import FrozenMatrix, Widening, product_type, tensors
 from embedgrad.model.gguf_blocks import GGUF_BLOCKS, BlockWeight
 from embedgrad.model.packed import (
     QUANTISERS,
-    REPACKED,
     PackedMatrix,
     PackedTable,
     Products,
@@ -25,6 +24,7 @@ from embedgrad.model.packed import (
     is_packed,
     quantised,
 )
+from embedgrad.model.repacking import REPACKED, repacked
 from embedgrad.model.streaming import placed
 
 
@@ -169,7 +169,7 @@ class _Reader:
         """The matrix as the file has it."""
         raw = self.tensors.raw(name)
         if raw is not None and raw[0] in REPACKED:
-            return REPACKED[raw[0]](raw[1]).to(self.place)
+            return repacked(*raw).to(self.place)
         if raw is not None and raw[0] in GGUF_BLOCKS and self.device.type == "cpu":
             rows, columns = self.tensors.shapes()[name]
             return BlockWeight(*raw, (rows, columns))

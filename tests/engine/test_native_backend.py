@@ -250,7 +250,11 @@ def test_opcheck(op: str) -> None:
         "swiglu": (x, torch.empty(5, 4)),
         "softmax_loss": (x, torch.arange(5), torch.ones(5), torch.empty(5), torch.empty(5, dtype=torch.int64)),
         "tree_attention": (
-            *heads, *native._schedule(mask, 2), 0.5, torch.empty(5, 2, 4), torch.empty(5, 2),
+            *heads,
+            *native._schedule(mask, 2),
+            0.5,
+            torch.empty(5, 2, 4),
+            torch.empty(5, 2),
             torch.empty(native.tree_attention_bytes(5, 5, (2, 1, 4)), dtype=torch.uint8),
         ),
     }
