@@ -92,21 +92,28 @@ def _check(name: str, found: Tensor, truth: Tensor, tolerance: float = 1e-5) -> 
         raise SystemExit(f"{name} is wrong by {error:.1e}: no figure.")
 
 
-# Multiplications and additions of a number that the kernels of csrc/cpu/ spend on each number that comes out, one for
-# each instruction: a fused multiply-add, a comparison, a division or a conversion counts as one. exp: 14.
+# Instructions of arithmetic that the kernels of csrc/cpu/ spend on each number that comes out: a fused multiply-add, a
+# comparison, a division, a root or a shift counts as one (exp: 12). Behind them how many numbers are loaded and stored
+# for it: in bfloat16 a load takes 2 more (extend, shift), a store 9 (round to even, keep NaN, pack).
 OPERATIONS = {
-    "rms_norm": 3,  # x² summed; x r w
-    "add_rms_norm": 4,
-    "rms_norm_backward": 6,  # w dy and w dy x summed, x² summed; dx − x b, w dy, + w dy r
-    "rope": 2,
-    "rope_backward": 2,
-    "swiglu": 18,  # 1 + exp(−g): 15; g u / that
-    "swiglu_backward": 25,
-    "softmax_loss": 19,  # largest; exp(z − top) with its limits, summed; scaled
-    "embed": 0,
-    "embed_backward": 1,
-    "prompt_step": 24,  # AdamW 11 with root and division; 3 sums in float64 at half the rate
+    "rms_norm": (3, 2.25, 1),  # x² summed; x r w (four rows share a load of w)
+    "add_rms_norm": (4, 4.25, 2),
+    "rms_norm_backward": (6, 5.5, 1),  # w dy, w dy x summed, x² summed; dx − x b, w dy, + w dy r
+    "rope": (2, 1, 1),
+    "rope_backward": (2, 1, 1),
+    "swiglu": (19, 2, 1),  # 1 + exp(−g) and its limits: 17; g u / that
+    "swiglu_backward": (26, 3, 2),
+    "softmax_loss": (18, 0, 0),  # largest; z − top, exp and its limit, sum; scaled
+    "embed": (0, 0, 0),
+    "embed_backward": (1, 1, 0),
+    "prompt_step": (24, 0, 0),  # AdamW 10; 3 sums in float64 at half the rate and their conversions
 }
+NARROW_LOAD, NARROW_STORE = 2, 9
+
+
+def _operations(name: str, dtype: torch.dtype) -> float:
+    operations, loads, stores = OPERATIONS[name]
+    return operations + (NARROW_LOAD * loads + NARROW_STORE * stores if dtype == torch.bfloat16 else 0)
 
 
 def _multiply_adds() -> float:
@@ -141,10 +148,11 @@ def _row_wise(config: ModelConfig, tree: TokenTree, dtype: torch.dtype, repeats:
         source = torch.randn(int(case.numbers) // 2).to(dtype)
         target = torch.empty_like(source)
         seconds, copy = _times(repeats, case.run, lambda target=target, source=source: target.copy_(source))  # type: ignore[misc]
-        arithmetic = OPERATIONS[name] * case.out * _multiply_adds()
+        arithmetic = _operations(name, dtype) * case.out * _multiply_adds()
         rows.append({
             "op": name, "type": str(dtype).removeprefix("torch."), "bytes": dtype.itemsize * case.numbers,
-            "seconds": seconds, "copy_seconds": copy, "arithmetic_seconds": arithmetic, "of_copy": copy / seconds,
+            "operations": _operations(name, dtype), "seconds": seconds, "copy_seconds": copy,
+            "arithmetic_seconds": arithmetic, "of_copy": copy / seconds,
             "of_bound": max(copy, arithmetic) / seconds,
         })  # fmt: skip
     return rows
@@ -164,8 +172,10 @@ def _cases(config: ModelConfig, tree: TokenTree, dtype: torch.dtype) -> dict[str
     rotated = (heads[0] + heads[1]) * heads[2]
     act, wide = torch.empty_like(da), torch.empty_like(gate_up)
 
-    def case(name: str, numbers: int, out: int, *inputs: Any, changed: int | None = None, **outputs: Tensor) -> _Case:
-        """changed: the input that is also an output."""
+    def case(
+        name: str, numbers: int, count: int, /, *inputs: Any, changed: int | None = None, **outputs: Tensor
+    ) -> _Case:
+        """count: numbers that come out; changed: the input that is also an output."""
 
         def call(backend: Any, convert: Callable[[Tensor], Tensor]) -> list[Tensor]:
             given = [convert(i) if isinstance(i, Tensor) else i for i in inputs]
@@ -174,7 +184,7 @@ def _cases(config: ModelConfig, tree: TokenTree, dtype: torch.dtype) -> dict[str
             return [*taken.values(), *([] if changed is None else [given[changed]])]
 
         return _Case(
-            lambda: getattr(native, name)(*inputs, **outputs), numbers, out,
+            lambda: getattr(native, name)(*inputs, **outputs), numbers, count,
             lambda: call(native, Tensor.clone),
             lambda: call(reference, lambda t: t.double() if t.is_floating_point() else t),
         )  # fmt: skip

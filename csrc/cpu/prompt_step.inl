@@ -51,6 +51,7 @@ static inline Vec root(Vec x) {
 static void adamw_row(
     const AdamW& s, float* e, const float* anchor, float* m, float* v, const float* g, int64_t d, Lengths& lengths) {
     Sum ee, ea, aa;
+    const float inverse = 1.0f / s.correction;
     for (int64_t i = 0; i < d; i += VL) {
         const int64_t count = d - i;
         const Vec gradient = load(g + i, count), old_m = load(m + i, count);
@@ -58,7 +59,7 @@ static void adamw_row(
         const Vec new_v = load(v + i, count) * s.beta2 + s.rest2 * gradient * gradient;
         store(m + i, new_m, count);
         store(v + i, new_v, count);
-        const Vec by = root(new_v) / s.correction + s.eps;
+        const Vec by = root(new_v) * inverse + s.eps;
         // places behind the row's end must stay 0 in the sums, also where eps is 0
         const Vec stepped = load(e + i, count) * s.decay - s.rate * new_m / by;
         store(e + i, stepped, count);
