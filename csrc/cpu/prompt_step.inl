@@ -60,9 +60,8 @@ static void adamw_row(
         store(m + i, new_m, count);
         store(v + i, new_v, count);
         const Vec by = root(new_v) * inverse + s.eps;
-        // places behind the row's end must stay 0 in the sums, also where eps is 0
-        const Vec stepped = load(e + i, count) * s.decay - s.rate * new_m / by;
-        store(e + i, stepped, count);
+        store(e + i, load(e + i, count) * s.decay - s.rate * new_m / by, count);
+        // read again, for places behind the row's end must be 0 in the sums, also where eps is 0
         const Pair row = widened(load(e + i, count)), to = widened(load(anchor + i, count));
         ee.add(row, row), ea.add(row, to), aa.add(to, to);
     }
@@ -102,7 +101,8 @@ EMBEDGRAD_INLINE void across_at(const Across& across, Pair e, Pair anchor, Pair&
 }
 
 // Along û and across it, summed: Σ v·û and Σ v² of the vector as `across` describes it.
-static void across_sums(const float* e, const float* anchor, int64_t d, const Across& across, double& along, double& squared) {
+static void across_sums(
+    const float* e, const float* anchor, int64_t d, const Across& across, double& along, double& squared) {
     Sum vu, vv;
     for (int64_t i = 0; i < d; i += VL) {
         Pair v, unit;

@@ -147,7 +147,8 @@ static void rope_row(T* x, const T* cos, const T* sin, const HeadNorms<T>& norms
 
 template <typename T>
 static void rope_rows(
-    Rows<T> x, const T* cos, const T* sin, const HeadNorms<T>& norms, int64_t begin, int64_t end, int64_t heads, int64_t half) {
+    Rows<T> x, const T* cos, const T* sin, const HeadNorms<T>& norms, int64_t begin, int64_t end, int64_t heads,
+    int64_t half) {
     for (int64_t t = begin; t < end; ++t) rope_row<T>(x.at(t), cos + t * half, sin + t * half, norms, heads, half);
 }
 

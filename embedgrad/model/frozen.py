@@ -208,4 +208,3 @@ class FrozenMatrix:
 
 def _rows(part: Any, start: int, stop: int) -> Any:
     return part[start:stop] if isinstance(part, Tensor) else part.rows(start, stop)
-

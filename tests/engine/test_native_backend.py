@@ -242,8 +242,9 @@ def test_the_engine_agrees_with_the_reference(config: Any, prompt: Any, batch: l
 
 
 OPS = (
-    "rms_norm", "add_rms_norm", "rms_norm_backward", "rope", "rope_backward", "swiglu", "swiglu_backward", "softmax_loss",
-    "embed", "embed_backward", "prompt_step", "tree_schedule", "tree_attention", "tree_attention_backward",
+    "rms_norm", "add_rms_norm", "rms_norm_backward", "rope", "rope_backward", "swiglu", "swiglu_backward",
+    "softmax_loss", "embed", "embed_backward", "prompt_step", "tree_schedule", "tree_attention",
+    "tree_attention_backward",
 )  # fmt: skip
 
 
@@ -267,13 +268,14 @@ def test_opcheck(op: str) -> None:
         "embed": (torch.randn(2, 8), torch.randn(3, 8), torch.tensor([2, 0, 0, 0, 1]), shown, torch.empty(5, 8)),
         "embed_backward": (x, shown, torch.empty(2, 8)),
         "prompt_step": (
-            *(torch.rand(5, 8) for _ in range(5)), [0.1, 0.999, 0.001, 1.0, 0.1, 0.03, 1e-8], 1, 0.95, None, 2.0, 0.0, True,
-            torch.empty(5, dtype=torch.float64), torch.empty(5, dtype=torch.float64), torch.empty(5, dtype=torch.bool),
+            *(torch.rand(5, 8) for _ in range(5)), [0.1, 0.999, 0.001, 1.0, 0.1, 0.03, 1e-8], 1, 0.95, None, 2.0, 0.0,
+            True, *(torch.empty(5, dtype=torch.float64) for _ in range(2)), torch.empty(5, dtype=torch.bool),
         ),
         "tree_schedule": (*schedule[:4], *schedule[6:]),
         "tree_attention": (*heads, *schedule, 0.5, out, lse, memory[0]),
         "tree_attention_backward": (
-            torch.randn(5, 2, 4), *heads, out.zero_(), lse, *schedule, 0.5, *(torch.empty_like(t) for t in heads), memory[1],
+            torch.randn(5, 2, 4), *heads, out.zero_(), lse, *schedule, 0.5, *(torch.empty_like(t) for t in heads),
+            memory[1],
         ),
     }  # fmt: skip
     torch.library.opcheck(getattr(torch.ops.embedgrad, op), arguments[op])

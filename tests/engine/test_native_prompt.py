@@ -71,9 +71,7 @@ def test_rows_that_are_not_there_are_refused() -> None:
 @example(0, 5, 50, MeanCosine(0.95), 0.3, 1, "plain")
 @example(0, 5, 50, CosineCone(-0.5, 0.9, 1.1), 2.0, 1, "plain")
 @example(0, 5, 1, CosineCone(-0.5), 2.0, 1, "plain")
-def test_prompt_step(
-    seed: int, k: int, d: int, region: TrustRegion, spread: float, step: int, name: str
-) -> None:
+def test_prompt_step(seed: int, k: int, d: int, region: TrustRegion, spread: float, step: int, name: str) -> None:
     tensors = state(seed, k, d, spread)
     e, m, v = (guarded_copy(tensors[i]) for i in (0, 2, 3))
     pull = region.penalty_gradient(tensors[0], tensors[1])  # joins the gradient before the step
