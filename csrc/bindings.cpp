@@ -46,8 +46,8 @@ constexpr at::ScalarType type_of = std::is_same_v<T, Bf16> ? at::kBFloat16 : at:
 // run(T{}) for the type that the numbers of x are stored in.
 template <typename Run>
 void with_type_of(const Tensor& x, const char* name, const Run& run) {
-    TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16, name, " must hold float32 or bfloat16, not ",
-                x.scalar_type());
+    TORCH_CHECK(x.scalar_type() == at::kFloat || x.scalar_type() == at::kBFloat16, name,
+                " must hold float32 or bfloat16, not ", x.scalar_type());
     if (x.scalar_type() == at::kFloat)
         run(float{});
     else
@@ -112,7 +112,8 @@ void rms_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& weight, 
         using T = decltype(type);
         const int64_t n = x.size(0), d = x.size(1);
         embedgrad::rms_norm_backward<T>(pool, rows<T>(dy, "dy", n, d), rows<T>(x, "x", n, d),
-                                        vector<T>(weight, "weight", d), static_cast<float>(eps), rows<T>(dx, "dx", n, d), n, d);
+                                        vector<T>(weight, "weight", d), static_cast<float>(eps), rows<T>(dx, "dx", n, d), n,
+                                        d);
     });
 }
 

@@ -13,6 +13,7 @@ namespace embedgrad {
 namespace {
 constexpr int64_t kGrain = 1 << 14;  // numbers that are worth a thread
 constexpr int64_t kColumns = 64;     // columns of a row that one thread adds: whole cache lines
+constexpr int64_t kAdded = 1 << 17;  // additions that are worth a thread
 }  // namespace
 
 template <typename Table, typename Out>
@@ -28,7 +29,7 @@ template <typename T>
 void embed_backward(
     const Pool& pool, Rows<T> dx, const int64_t* prompt_rows, Rows<float> grad, int64_t count, int64_t k, int64_t d) {
     const int64_t pieces = (d + kColumns - 1) / kColumns;
-    const int64_t grain = std::max<int64_t>(1, kGrain / (kColumns * std::max<int64_t>(1, count + k)));
+    const int64_t grain = std::max<int64_t>(1, kAdded / (kColumns * std::max<int64_t>(1, count + k)));
     pool.run(pieces, grain, [&](int64_t begin, int64_t end) {
         const int64_t last = std::min(d, end * kColumns);
         EMBEDGRAD_DISPATCH(add_columns, dx, prompt_rows, grad, count, k, begin * kColumns, last)

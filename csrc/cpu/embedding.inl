@@ -1,5 +1,10 @@
 // Rows and columns of embeddings for one instruction set; see embedding.h.
 
+template <typename T>
+static inline void copy_row(const T* from, T* to, int64_t d) {
+    std::memcpy(to, from, d * sizeof(T));
+}
+
 template <typename From, typename To>
 static inline void copy_row(const From* from, To* to, int64_t d) {
     int64_t i = 0;
@@ -12,6 +17,9 @@ static void embed_rows(
     Rows<float> rows, Rows<Table> table, const int64_t* ids, const int64_t* prompt_rows, Rows<Out> out, int64_t begin,
     int64_t end, int64_t d) {
     for (int64_t i = begin; i < end; ++i) {
+        if (table.data && i + 2 < end && prompt_rows[i + 2] < 0)  // rows of a large table wait for memory
+            for (int64_t c = 0; c < d; c += 64 / static_cast<int64_t>(sizeof(Table)))
+                __builtin_prefetch(table.at(ids[i + 2]) + c);
         if (prompt_rows[i] >= 0)
             copy_row(rows.at(prompt_rows[i]), out.at(i), d);
         else if (table.data)

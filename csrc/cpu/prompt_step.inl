@@ -51,6 +51,7 @@ static inline Vec root(Vec x) {
 static void adamw_row(
     const AdamW& s, float* e, const float* anchor, float* m, float* v, const float* g, int64_t d, Lengths& lengths) {
     Sum ee, ea, aa;
+    const float inverse = 1.0f / s.correction;
     for (int64_t i = 0; i < d; i += VL) {
         const int64_t count = d - i;
         const Vec gradient = load(g + i, count), old_m = load(m + i, count);
@@ -58,10 +59,9 @@ static void adamw_row(
         const Vec new_v = load(v + i, count) * s.beta2 + s.rest2 * gradient * gradient;
         store(m + i, new_m, count);
         store(v + i, new_v, count);
-        const Vec by = root(new_v) / s.correction + s.eps;
-        // places behind the row's end must stay 0 in the sums, also where eps is 0
-        const Vec stepped = load(e + i, count) * s.decay - s.rate * new_m / by;
-        store(e + i, stepped, count);
+        const Vec by = root(new_v) * inverse + s.eps;
+        store(e + i, load(e + i, count) * s.decay - s.rate * new_m / by, count);
+        // read again, for places behind the row's end must be 0 in the sums, also where eps is 0
         const Pair row = widened(load(e + i, count)), to = widened(load(anchor + i, count));
         ee.add(row, row), ea.add(row, to), aa.add(to, to);
     }
@@ -101,7 +101,8 @@ EMBEDGRAD_INLINE void across_at(const Across& across, Pair e, Pair anchor, Pair&
 }
 
 // Along û and across it, summed: Σ v·û and Σ v² of the vector as `across` describes it.
-static void across_sums(const float* e, const float* anchor, int64_t d, const Across& across, double& along, double& squared) {
+static void across_sums(
+    const float* e, const float* anchor, int64_t d, const Across& across, double& along, double& squared) {
     Sum vu, vv;
     for (int64_t i = 0; i < d; i += VL) {
         Pair v, unit;

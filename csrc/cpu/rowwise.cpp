@@ -69,7 +69,8 @@ void swiglu_backward(const Pool& pool, Rows<T> da, Rows<T> gate_up, Rows<T> out,
     template void rms_norm(const Pool&, Rows<T>, Rows<T>, const T*, float, Rows<T>, int64_t, int64_t);                  \
     template void rms_norm_backward(const Pool&, Rows<T>, Rows<T>, const T*, float, Rows<T>, int64_t, int64_t);         \
     template void rope(const Pool&, Rows<T>, const T*, const T*, HeadNorms<T>, int64_t, int64_t, int64_t);              \
-    template void rope_backward(const Pool&, Rows<T>, Rows<T>, const T*, const T*, HeadNorms<T>, int64_t, int64_t, int64_t); \
+    template void rope_backward(                                                                                        \
+        const Pool&, Rows<T>, Rows<T>, const T*, const T*, HeadNorms<T>, int64_t, int64_t, int64_t);                    \
     template void swiglu(const Pool&, Rows<T>, Rows<T>, int64_t, int64_t);                                              \
     template void swiglu_backward(const Pool&, Rows<T>, Rows<T>, Rows<T>, int64_t, int64_t);
 EMBEDGRAD_OF(float)

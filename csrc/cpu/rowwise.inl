@@ -1,22 +1,6 @@
 // Rows [begin, end) of each row-wise op; see rowwise.h. Each op has an `_at` for one vector of a row, of which the last
 // may hold fewer than VL numbers. Rows are taken in fours where their sums would otherwise wait for each other.
 
-// Σ a·b of R rows each.
-template <int R, typename A, typename B>
-EMBEDGRAD_INLINE void dots(const A* const (&a)[R], const B* const (&b)[R], int64_t n, float (&result)[R]) {
-    Vec sums[R][2] = {};
-    int64_t i = 0;
-    for (; i + 2 * VL <= n; i += 2 * VL)
-#pragma GCC unroll 4
-        for (int r = 0; r < R; ++r) {
-            sums[r][0] += load(a[r] + i) * load(b[r] + i);
-            sums[r][1] += load(a[r] + i + VL) * load(b[r] + i + VL);
-        }
-    for (; i < n; i += VL)
-        for (int r = 0; r < R; ++r) sums[r][0] += load(a[r] + i, n - i) * load(b[r] + i, n - i);
-    for (int r = 0; r < R; ++r) result[r] = sum(sums[r][0] + sums[r][1]);
-}
-
 static inline float inverse_rms(float squares, float eps, int64_t d) {
     return 1.0f / std::sqrt(squares / static_cast<float>(d) + eps);
 }
@@ -28,84 +12,100 @@ EMBEDGRAD_INLINE void add_at(T* x, const T* added, int64_t count) {
 
 template <int R, typename T>
 EMBEDGRAD_INLINE void scaled_at(
-    const T* const (&x)[R], const float (&by)[R], const T* w, T* const (&out)[R], int64_t i, int64_t count) {
-    const Vec weight = load(w + i, count);
+    const T* x, int64_t x_row, const float (&by)[R], const T* w, T* out, int64_t out_row, int64_t count) {
+    const Vec weight = load(w, count);
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) store(out[r] + i, load(x[r] + i, count) * by[r] * weight, count);
+    for (int r = 0; r < R; ++r) store(out + r * out_row, load(x + r * x_row, count) * by[r] * weight, count);
 }
 
+// R rows from x on; `added` null where nothing is.
 template <int R, typename T>
-static void rms_norm_block(T* const (&x)[R], const T* const (&added)[R], const T* w, float eps, T* const (&out)[R], int64_t d) {
-    const T* from[R];
-    float by[R];
-    for (int r = 0; r < R; ++r) from[r] = x[r];
-    if (added[0])
+static void rms_norm_block(
+    T* x, int64_t x_row, const T* added, int64_t added_row, const T* w, float eps, T* out, int64_t out_row, int64_t d) {
+    if (added)
         for (int r = 0; r < R; ++r) {
             int64_t i = 0;
-            for (; i + VL <= d; i += VL) add_at(x[r] + i, added[r] + i, VL);
-            if (i < d) add_at(x[r] + i, added[r] + i, d - i);
+            for (; i + VL <= d; i += VL) add_at(x + r * x_row + i, added + r * added_row + i, VL);
+            if (i < d) add_at(x + r * x_row + i, added + r * added_row + i, d - i);
         }
-    dots<R, T, T>(from, from, d, by);
-    for (int r = 0; r < R; ++r) by[r] = inverse_rms(by[r], eps, d);
+    Vec squares[R][2] = {};
     int64_t i = 0;
-    for (; i + VL <= d; i += VL) scaled_at<R>(from, by, w, out, i, VL);
-    if (i < d) scaled_at<R>(from, by, w, out, i, d - i);
+    for (; i + 2 * VL <= d; i += 2 * VL)
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+            const Vec first = load(x + r * x_row + i), second = load(x + r * x_row + i + VL);
+            squares[r][0] += first * first;
+            squares[r][1] += second * second;
+        }
+    for (; i < d; i += VL)
+#pragma GCC unroll 4
+        for (int r = 0; r < R; ++r) {
+            const Vec last = load(x + r * x_row + i, d - i);
+            squares[r][0] += last * last;
+        }
+    float by[R];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) by[r] = inverse_rms(sum(squares[r][0] + squares[r][1]), eps, d);
+    for (i = 0; i + VL <= d; i += VL) scaled_at<R>(x + i, x_row, by, w + i, out + i, out_row, VL);
+    if (i < d) scaled_at<R>(x + i, x_row, by, w + i, out + i, out_row, d - i);
+}
+
+static inline void rms_norm_row(float* x, const float* residual, const float* w, float eps, float* out, int64_t d) {
+    rms_norm_block<1>(x, 0, residual, 0, w, eps, out, 0, d);
 }
 
 template <typename T>
 static void rms_norm_rows(
     Rows<T> x, Rows<T> residual, const T* w, float eps, Rows<T> out, int64_t begin, int64_t end, int64_t d) {
-    const auto added = [&](int64_t t) -> const T* { return residual.data ? residual.at(t) : nullptr; };
     int64_t t = begin;
-    for (; t + 4 <= end; t += 4)
-        rms_norm_block<4, T>(
-            {x.at(t), x.at(t + 1), x.at(t + 2), x.at(t + 3)}, {added(t), added(t + 1), added(t + 2), added(t + 3)}, w, eps,
-            {out.at(t), out.at(t + 1), out.at(t + 2), out.at(t + 3)}, d);
-    for (; t < end; ++t) rms_norm_block<1, T>({x.at(t)}, {added(t)}, w, eps, {out.at(t)}, d);
-}
-
-static inline void rms_norm_row(float* x, const float* residual, const float* w, float eps, float* out, int64_t d) {
-    rms_norm_block<1, float>({x}, {residual}, w, eps, {out}, d);
+    for (; t < end; t += t + 4 <= end ? 4 : 1) {
+        const T* added = residual.data ? residual.at(t) : nullptr;
+        if (t + 4 <= end)
+            rms_norm_block<4>(x.at(t), x.row, added, residual.row, w, eps, out.at(t), out.row, d);
+        else
+            rms_norm_block<1>(x.at(t), x.row, added, residual.row, w, eps, out.at(t), out.row, d);
+    }
 }
 
 template <int R, typename T>
 EMBEDGRAD_INLINE void norm_sums_at(
-    const T* const (&dy)[R], const T* const (&x)[R], const T* w, int64_t i, int64_t count, Vec (&along)[R], Vec (&squares)[R]) {
-    const Vec weight = load(w + i, count);
+    const T* dy, int64_t dy_row, const T* x, int64_t x_row, const T* w, int64_t count, Vec (&along)[R], Vec (&squares)[R]) {
+    const Vec weight = load(w, count);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-        const Vec at = load(x[r] + i, count);
-        along[r] += load(dy[r] + i, count) * weight * at;
+        const Vec at = load(x + r * x_row, count);
+        along[r] += load(dy + r * dy_row, count) * weight * at;
         squares[r] += at * at;
     }
 }
 
 template <int R, typename T>
 EMBEDGRAD_INLINE void norm_gradient_at(
-    const T* const (&dy)[R], const T* const (&x)[R], const T* w, const float (&by)[R], const float (&back)[R],
-    T* const (&dx)[R], int64_t i, int64_t count) {
-    const Vec weight = load(w + i, count);
+    const T* dy, int64_t dy_row, const T* x, int64_t x_row, const T* w, const float (&by)[R], const float (&back)[R], T* dx,
+    int64_t dx_row, int64_t count) {
+    const Vec weight = load(w, count);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
-        const Vec before = load(dx[r] + i, count) - load(x[r] + i, count) * back[r];
-        store(dx[r] + i, before + load(dy[r] + i, count) * weight * by[r], count);
+        const Vec before = load(dx + r * dx_row, count) - load(x + r * x_row, count) * back[r];
+        store(dx + r * dx_row, before + load(dy + r * dy_row, count) * weight * by[r], count);
     }
 }
 
 template <int R, typename T>
 static void rms_norm_backward_block(
-    const T* const (&dy)[R], const T* const (&x)[R], const T* w, float eps, T* const (&dx)[R], int64_t d) {
+    const T* dy, int64_t dy_row, const T* x, int64_t x_row, const T* w, float eps, T* dx, int64_t dx_row, int64_t d) {
     Vec along[R] = {}, squares[R] = {};
     float by[R], back[R];
     int64_t i = 0;
-    for (; i + VL <= d; i += VL) norm_sums_at<R>(dy, x, w, i, VL, along, squares);
-    if (i < d) norm_sums_at<R>(dy, x, w, i, d - i, along, squares);
+    for (; i + VL <= d; i += VL) norm_sums_at<R>(dy + i, dy_row, x + i, x_row, w + i, VL, along, squares);
+    if (i < d) norm_sums_at<R>(dy + i, dy_row, x + i, x_row, w + i, d - i, along, squares);
+#pragma GCC unroll 4
     for (int r = 0; r < R; ++r) {
         by[r] = inverse_rms(sum(squares[r]), eps, d);
         back[r] = sum(along[r]) / static_cast<float>(d) * by[r] * by[r] * by[r];
     }
-    for (i = 0; i + VL <= d; i += VL) norm_gradient_at<R>(dy, x, w, by, back, dx, i, VL);
-    if (i < d) norm_gradient_at<R>(dy, x, w, by, back, dx, i, d - i);
+    for (i = 0; i + VL <= d; i += VL) norm_gradient_at<R>(dy + i, dy_row, x + i, x_row, w + i, by, back, dx + i, dx_row, VL);
+    if (i < d) norm_gradient_at<R>(dy + i, dy_row, x + i, x_row, w + i, by, back, dx + i, dx_row, d - i);
 }
 
 template <typename T>
@@ -113,10 +113,8 @@ static void rms_norm_backward_rows(
     Rows<T> dy, Rows<T> x, const T* w, float eps, Rows<T> dx, int64_t begin, int64_t end, int64_t d) {
     int64_t t = begin;
     for (; t + 4 <= end; t += 4)
-        rms_norm_backward_block<4, T>(
-            {dy.at(t), dy.at(t + 1), dy.at(t + 2), dy.at(t + 3)}, {x.at(t), x.at(t + 1), x.at(t + 2), x.at(t + 3)}, w, eps,
-            {dx.at(t), dx.at(t + 1), dx.at(t + 2), dx.at(t + 3)}, d);
-    for (; t < end; ++t) rms_norm_backward_block<1, T>({dy.at(t)}, {x.at(t)}, w, eps, {dx.at(t)}, d);
+        rms_norm_backward_block<4>(dy.at(t), dy.row, x.at(t), x.row, w, eps, dx.at(t), dx.row, d);
+    for (; t < end; ++t) rms_norm_backward_block<1>(dy.at(t), dy.row, x.at(t), x.row, w, eps, dx.at(t), dx.row, d);
 }
 
 // One vector of the angles for all heads of a row: cos and sin stay in registers.
@@ -142,14 +140,15 @@ static void rope_row(T* x, const T* cos, const T* sin, const HeadNorms<T>& norms
     for (int64_t h = 0; h < heads; ++h) {
         const T* weight = h < norms.q_heads ? norms.q : norms.k;
         T* head = x + h * 2 * half;
-        if (weight) rms_norm_block<1, T>({head}, {nullptr}, weight, norms.eps, {head}, 2 * half);
+        if (weight) rms_norm_block<1, T>(head, 0, nullptr, 0, weight, norms.eps, head, 0, 2 * half);
     }
     rotate(x, cos, sin, heads, half, 1.0f);
 }
 
 template <typename T>
 static void rope_rows(
-    Rows<T> x, const T* cos, const T* sin, const HeadNorms<T>& norms, int64_t begin, int64_t end, int64_t heads, int64_t half) {
+    Rows<T> x, const T* cos, const T* sin, const HeadNorms<T>& norms, int64_t begin, int64_t end, int64_t heads,
+    int64_t half) {
     for (int64_t t = begin; t < end; ++t) rope_row<T>(x.at(t), cos + t * half, sin + t * half, norms, heads, half);
 }
 
@@ -162,10 +161,9 @@ EMBEDGRAD_INLINE void head_gradient_at(T* dx, const T* x, const T* w, float by, 
 template <typename T>
 static void head_norm_backward(T* dx, const T* x, const T* w, float eps, int64_t size) {
     Vec along[1] = {}, squares[1] = {};
-    const T *const gradient[1] = {dx}, *const from[1] = {x};
     int64_t i = 0;
-    for (; i + VL <= size; i += VL) norm_sums_at<1>(gradient, from, w, i, VL, along, squares);
-    if (i < size) norm_sums_at<1>(gradient, from, w, i, size - i, along, squares);
+    for (; i + VL <= size; i += VL) norm_sums_at<1, T>(dx + i, 0, x + i, 0, w + i, VL, along, squares);
+    if (i < size) norm_sums_at<1, T>(dx + i, 0, x + i, 0, w + i, size - i, along, squares);
     const float by = inverse_rms(sum(squares[0]), eps, size);
     const float back = sum(along[0]) / static_cast<float>(size) * by * by * by;
     for (i = 0; i + VL <= size; i += VL) head_gradient_at(dx + i, x + i, w + i, by, back, VL);
@@ -200,10 +198,19 @@ EMBEDGRAD_INLINE void one_plus_exp_minus(const Vec (&x)[N], Vec (&result)[N]) {
     for (int k = 0; k < N; ++k) result[k] = x[k] < low ? infinite : result[k] + 1.0f;
 }
 
+// Asks for what will be read some iterations from now: the arithmetic of a few vectors is longer than the window in which
+// the processor looks for loads.
+template <int N, typename T>
+EMBEDGRAD_INLINE void ahead(const T* p) {
+    constexpr int64_t bytes = N * VL * sizeof(T), distance = 1024;
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(reinterpret_cast<const char*>(p) + distance + at);
+}
+
 // N vectors of which the last holds `count` numbers, the others VL.
 template <int N, typename T>
 EMBEDGRAD_INLINE void swiglu_at(const T* gate, const T* up, T* out, int64_t count) {
     Vec g[N], below[N];
+    ahead<N>(gate), ahead<N>(up);
 #pragma GCC unroll 4
     for (int k = 0; k < N; ++k) g[k] = load(gate + k * VL, count);
     one_plus_exp_minus<N>(g, below);
@@ -228,6 +235,7 @@ static void swiglu_rows(Rows<T> gate_up, Rows<T> out, int64_t begin, int64_t end
 template <int N, typename T>
 EMBEDGRAD_INLINE void swiglu_backward_at(const T* da, const T* gate, const T* up, T* d_gate, T* d_up, int64_t count) {
     Vec g[N], s[N], d[N], u[N];
+    ahead<N>(da), ahead<N>(gate), ahead<N>(up);
 #pragma GCC unroll 4
     for (int k = 0; k < N; ++k) g[k] = load(gate + k * VL, count);
     one_plus_exp_minus<N>(g, s);
@@ -284,7 +292,7 @@ EMBEDGRAD_INLINE void mass_at(float* z, float top, Vec& part, int64_t count) {
     Vec x[N], e[N];
 #pragma GCC unroll 4
     for (int k = 0; k < N; ++k) x[k] = load(z + k * VL, count, -std::numeric_limits<float>::infinity()) - top;
-    exp_all<N>(x, e);
+    exp_below<N>(x, e);
 #pragma GCC unroll 4
     for (int k = 0; k < N; ++k) {
         part += e[k];

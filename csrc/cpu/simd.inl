@@ -94,23 +94,22 @@ EMBEDGRAD_INLINE void exp_inside(const Vec (&x)[N], Vec (&result)[N]) {
     for (int k = 0; k < N; ++k) result[k] = bits_as<Vec>(bits_as<UVec>(result[k]) + (bits_as<UVec>(n[k]) << 23));
 }
 
-// exp of N vectors of any numbers: as above, 0 below −87.3, where the result would be subnormal, 2.4e38 above 88.37.
+// exp of N vectors of numbers of at most 88.37: as above, 0 below −87.3, where the result would be subnormal.
 template <int N>
-EMBEDGRAD_INLINE void exp_all(const Vec (&x)[N], Vec (&result)[N]) {
-    const Vec high = all(88.3762626647950f), low = all(-87.3365447f), zero = {};
+EMBEDGRAD_INLINE void exp_below(const Vec (&x)[N], Vec (&result)[N]) {
+    const Vec low = all(-87.3365447f), zero = {};
     Vec y[N];
 #pragma GCC unroll 4
-    for (int k = 0; k < N; ++k) y[k] = high < x[k] ? high : x[k];
-#pragma GCC unroll 4
-    for (int k = 0; k < N; ++k) y[k] = low > y[k] ? low : y[k];  // NaN stays: it is neither above nor below
+    for (int k = 0; k < N; ++k) y[k] = low > x[k] ? low : x[k];  // NaN stays: it is not below
     exp_inside<N>(y, result);
 #pragma GCC unroll 4
     for (int k = 0; k < N; ++k) result[k] = x[k] < low ? zero : result[k];
 }
 
+// exp of any numbers: 2.4e38 above 88.37.
 static inline Vec exp(Vec x) {
-    const Vec one[1] = {x};
+    const Vec high = all(88.3762626647950f), one[1] = {high < x ? high : x};
     Vec result[1];
-    exp_all<1>(one, result);
+    exp_below<1>(one, result);
     return result[0];
 }

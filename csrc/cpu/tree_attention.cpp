@@ -84,7 +84,8 @@ void share(const Plan& plan, int64_t threads, int64_t* range) {
     range[next++] = 0;
     for (int64_t item = 0; item < plan.items(); ++item) {
         const double cost = Block(plan, item).cost(), middle = sum + cost / 2;
-        while (next < threads && middle > total * static_cast<double>(next) / static_cast<double>(threads)) range[next++] = item;
+        while (next < threads && middle > total * static_cast<double>(next) / static_cast<double>(threads))
+            range[next++] = item;
         sum += cost;
     }
     while (next <= threads) range[next++] = plan.items();

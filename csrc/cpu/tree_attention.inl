@@ -101,7 +101,7 @@ EMBEDGRAD_INLINE void exponentials(float* row, int64_t width, float top, Vec& ma
         Vec x[kTogether], p[kTogether];
 #pragma GCC unroll 4
         for (int k = 0; k < kTogether; ++k) x[k] = load(row + j + k * VL) - top;
-        exp_all<kTogether>(x, p);
+        exp_below<kTogether>(x, p);
 #pragma GCC unroll 4
         for (int k = 0; k < kTogether; ++k) {
             store(row + j + k * VL, p[k]);

@@ -200,7 +200,8 @@ class Decoder:
             self.ops.rms_norm(x, layer.attention_norm, eps, out=normed)
             layer.kv.forward(normed, out=saved.kv)
             if not only_keys:
-                layer.q.forward(*self._at(rows, normed), out=saved.q)
+                (at_rows,) = self._at(rows, normed)
+                layer.q.forward(at_rows, out=saved.q)
         if raw is not None and q_raw is not None:
             saved.qk_raw, saved.q_raw = raw.copy_(saved.kv[:, : g * size]), q_raw.copy_(saved.q)
         self.ops.rope(saved.kv, step.cos, step.sin, (0, g, size), **norms)

@@ -7,19 +7,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from embedgrad.kernels import launch
 from embedgrad.kernels.tree_attention_backward import workspace_size
 from embedgrad.kernels.tree_schedule import TreeSchedule
 from hypothesis import HealthCheck, given, settings
+from torch.profiler import ProfilerActivity, profile
 
 from bench import memory as bench
 from embedgrad.example import Example
 from embedgrad.gradient import _Omit, _size, _step, loss_and_grad
 from embedgrad.memory import POLICIES, _workspace, activation_bytes, device_bytes, weight_bytes
 from embedgrad.model.model import load_model
+from embedgrad.prompt import SoftPrompt
 from embedgrad.rendering import render
 from embedgrad.tree import build_tree
-from tests.engine.drawn import batches, configs, make_prompt, pair, prompts
+from tests.engine.drawn import TEMPLATES, batches, configs, make_prompt, pair, prompts
 from tests.model.tiny import write_folder
 
 
@@ -52,6 +55,27 @@ def test_activations_and_kept_keys_take_what_is_predicted(config: Any, prompt: A
     for mask in masks:
         schedule = TreeSchedule(mask.key_begin, mask.key_end, mask.query_index, mask.kept)
         assert 4 * workspace_size(schedule, heads, groups, dim, options) <= bound
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_second_step_allocates_nothing_large(tmp_path: Path, policy: str, dtype: torch.dtype) -> None:
+    """Activations, logits and what attention needs come from the arena; the rest is a few numbers for each token."""
+    write_folder(tmp_path, "qwen3", num_hidden_layers=3)
+    model = load_model(tmp_path, dtype=dtype)
+    if model.backend != "native":
+        pytest.skip("csrc/ is not built")
+    prompt = SoftPrompt.from_ids(model, list(range(10, 70)), template=TEMPLATES["system"])
+    batch = [Example(list(range(20 + i, 60 + i)), [7, 8 + i]) for i in range(8)]
+    loss_and_grad(model, prompt, batch, policy=policy)
+    tokens = build_tree([render(model, prompt, example) for example in batch]).num_tokens
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        loss_and_grad(model, prompt, batch, policy=policy)
+    assert model.arena.overflow == 0
+    events = profiled.profiler.kineto_results.events()  # type: ignore[union-attr]
+    largest = max(event.nbytes() for event in events if event.name() == "[memory]")
+    narrowest = tokens * model.config.hidden_size * dtype.itemsize  # of all that has a row for each token
+    assert 0 < largest < narrowest / 2
 
 
 def test_the_benchs_rows_and_table() -> None:

@@ -241,24 +241,79 @@ def test_the_engine_agrees_with_the_reference(config: Any, prompt: Any, batch: l
     assert relative_error(grad, expected) <= 2e-5  # what either may be off by against transformers
 
 
-@pytest.mark.parametrize("op", ["rms_norm", "swiglu", "softmax_loss", "tree_attention"])
+OPS = (
+    "rms_norm", "add_rms_norm", "rms_norm_backward", "rope", "rope_backward", "swiglu", "swiglu_backward",
+    "softmax_loss", "embed", "embed_backward", "prompt_step", "tree_schedule", "tree_attention",
+    "tree_attention_backward",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("op", OPS)
 def test_opcheck(op: str) -> None:
     x, mask = torch.randn(5, 8), _mask(Tree("trunk", ((-1, 5),), (), 1, None))
     heads = [torch.randn(5, 2, 4), torch.randn(5, 1, 4), torch.randn(5, 1, 4)]
+    schedule, tables = native._schedule(mask, 2), (torch.randn(5, 2), torch.randn(5, 2))
+    shown, out, lse = torch.tensor([-1, 0, 1, 0, -1]), torch.empty(5, 2, 4), torch.zeros(5, 2)
+    memory = [torch.empty(f(5, 5, (2, 1, 4)), dtype=torch.uint8) for f in (
+        native.tree_attention_bytes, native.tree_attention_backward_bytes)]  # fmt: skip
     arguments: dict[str, tuple[Any, ...]] = {
         "rms_norm": (x, torch.ones(8), 1e-6, torch.empty(5, 8)),
+        "add_rms_norm": (x, torch.randn(5, 8), torch.ones(8), 1e-6, torch.empty(5, 8)),
+        "rms_norm_backward": (torch.randn(5, 8), x, torch.ones(8), 1e-6, torch.zeros(5, 8)),
+        "rope": (x, *tables, 1, 1, 4, torch.ones(4), None, 1e-6),
+        "rope_backward": (x, torch.randn(5, 8), *tables, 1, 1, 4, torch.ones(4), None, 1e-6),
         "swiglu": (x, torch.empty(5, 4)),
+        "swiglu_backward": (torch.randn(5, 4), x, torch.empty(5, 8)),
         "softmax_loss": (x, torch.arange(5), torch.ones(5), torch.empty(5), torch.empty(5, dtype=torch.int64)),
-        "tree_attention": (
-            *heads,
-            *native._schedule(mask, 2),
-            0.5,
-            torch.empty(5, 2, 4),
-            torch.empty(5, 2),
-            torch.empty(native.tree_attention_bytes(5, 5, (2, 1, 4)), dtype=torch.uint8),
+        "embed": (torch.randn(2, 8), torch.randn(3, 8), torch.tensor([2, 0, 0, 0, 1]), shown, torch.empty(5, 8)),
+        "embed_backward": (x, shown, torch.empty(2, 8)),
+        "prompt_step": (
+            *(torch.rand(5, 8) for _ in range(5)), [0.1, 0.999, 0.001, 1.0, 0.1, 0.03, 1e-8], 1, 0.95, None, 2.0, 0.0,
+            True, *(torch.empty(5, dtype=torch.float64) for _ in range(2)), torch.empty(5, dtype=torch.bool),
         ),
-    }
+        "tree_schedule": (*schedule[:4], *schedule[6:]),
+        "tree_attention": (*heads, *schedule, 0.5, out, lse, memory[0]),
+        "tree_attention_backward": (
+            torch.randn(5, 2, 4), *heads, out.zero_(), lse, *schedule, 0.5, *(torch.empty_like(t) for t in heads),
+            memory[1],
+        ),
+    }  # fmt: skip
     torch.library.opcheck(getattr(torch.ops.embedgrad, op), arguments[op])
+
+
+def test_row_wise_ops_give_the_same_bits_on_any_number_of_threads() -> None:
+    before, results = torch.get_num_threads(), []
+    x, dy, w, angle = normal(0, (701, 96)), normal(1, (701, 96)), normal(2, (96,)), normal(3, (701, 8))
+    gate_up, z = normal(4, (701, 154)), normal(5, (9, 20011))
+    nll, predicted = torch.empty(9), torch.empty(9, dtype=torch.int64)
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            logits = z.clone()
+            torch.ops.embedgrad.softmax_loss(logits, torch.arange(9), torch.ones(9), nll, predicted)
+            results.append([
+                native.rms_norm(x, w, 1e-6, out=torch.empty_like(x)),
+                native.add_rms_norm(x.clone(), dy, w, 1e-6, out=torch.empty_like(x)),
+                native.rms_norm_backward(dy, x, w, 1e-6, dx=torch.zeros_like(x)),
+                native.rope(x.clone(), angle.cos(), angle.sin(), (4, 1, 16)),
+                native.rope_backward(x.clone(), None, angle.cos(), angle.sin(), (4, 1, 16)),
+                native.swiglu(gate_up, out=torch.empty(701, 77)),
+                native.swiglu_backward(gate_up[:, :77].contiguous(), gate_up, out=torch.empty(701, 154)),
+                logits, nll.clone(), predicted.clone(),
+            ])  # fmt: skip
+    finally:
+        torch.set_num_threads(before)
+    for found in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found, results[0], strict=True))
+
+
+def test_memory_that_is_too_small_is_refused() -> None:
+    mask = _mask(Tree("trunk", ((-1, 5),), (), 1, None))
+    q, lse = torch.randn(5, 1, 4), torch.empty(5, 1)
+    with pytest.raises(RuntimeError, match=r"workspace must have \d+ bytes, not 64"):
+        native.tree_attention(
+            q, q, q, mask, scale=1.0, out=torch.empty_like(q), lse=lse, workspace=torch.empty(64, dtype=torch.uint8)
+        )
 
 
 def test_wrong_tensors_are_refused_with_their_shape() -> None:
