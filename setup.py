@@ -101,7 +101,8 @@ def extension() -> dict[str, Any]:
                 for old in here.glob("_native*.so"):
                     old.unlink()
             super().run()
-            build_cuda(here if self.inplace else Path(self.build_lib) / "embedgrad")
+            if cxx() is not None:  # nvcc needs it, too
+                build_cuda(here if self.inplace else Path(self.build_lib) / "embedgrad")
 
         def build_extensions(self) -> None:
             if cxx() is None:

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -48,7 +49,7 @@ def examine() -> dict[str, Any]:
             _library("csrc", native_core.library),
             _library("csrc/cuda", cuda_core.library),
             *(
-                _library("csrc/cuda", lambda device=device: cuda_core.library_for(torch.device(device)), device)
+                _library("csrc/cuda", partial(cuda_core.library_for, torch.device(device)), device)
                 for device in devices[1:]
             ),
         ],
