@@ -6,11 +6,14 @@ import importlib.metadata
 import json
 import os
 import platform
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from embedgrad import backends
+from embedgrad.backends import cuda_core, native_core
 from embedgrad.errors import EmbedGradError
 from embedgrad.machine import available_memory
 from embedgrad.self_check import TOLERANCE, check_gradient
@@ -42,9 +45,27 @@ def examine() -> dict[str, Any]:
             "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
         },
         "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "libraries": [
+            _library("csrc", native_core.library),
+            _library("csrc/cuda", cuda_core.library),
+            *(
+                _library("csrc/cuda", partial(cuda_core.library_for, torch.device(device)), device)
+                for device in devices[1:]
+            ),
+        ],
         "backends": [_backend(name, device) for name in backends.NAMES for device in devices],
         "checks": [check for name in backends.NAMES for device in devices for check in _checks(name, device)],
     }
+
+
+def _library(name: str, load: Callable[[], Any], device: str | None = None) -> dict[str, Any]:
+    """A compiled library: is it there, and on `device` does it run?"""
+    told = {"name": name} if device is None else {"name": name, "device": device}
+    try:
+        load()
+    except ImportError as error:
+        return {**told, "available": False, "why_not": str(error)}
+    return {**told, "available": True}
 
 
 def _backend(name: str, device: str) -> dict[str, Any]:
@@ -106,6 +127,10 @@ def _print(report: dict[str, Any]) -> None:
         told = "none" if gpu is None else f"{gpu['name']}, {gpu['memory'] / 2**30:.0f} GiB, sm {gpu['capability']}"
         print(f"gpu        {told}")
     print("versions   " + ", ".join(f"{name} {version or '-'}" for name, version in report["versions"].items()))
+    for library in report["libraries"]:
+        place = f" on {library['device']}" if "device" in library else ""
+        told = "runs" if place else "built, and can be loaded"
+        print(f"library    {library['name']}{place}: {told if library['available'] else library['why_not']}")
     for backend in report["backends"]:
         told = "available" if backend["available"] else f"not available: {backend['why_not']}"
         print(f"backend    {backend['name']} on {backend['device']}: {told}")

@@ -12,10 +12,9 @@ from embedgrad.entropy import loop_period, trajectory_entropy
 from embedgrad.errors import ConfigError, ContextError, DataError
 from embedgrad.forced_choice import ForcedChoice
 from embedgrad.interrupts import StopRequest, interruptible
+from embedgrad.loops import loop_for
 from embedgrad.model.decoding import KeyValueCache
 from embedgrad.model.model import Model
-from embedgrad.native_loop import NativeLoop
-from embedgrad.plain_loop import PlainLoop
 from embedgrad.prefill import own_contexts, shared_context
 from embedgrad.prompt import SoftPrompt
 from embedgrad.rendering import Rendered, answer_tokens, end_token, render_query
@@ -176,14 +175,14 @@ class _Writer:
         self._slots = Slots(
             size, model.config.vocab_size, sampling, limits, _choice(model, prompt, sampling.choices, end)
         )
-        native = model.native_decoder
-        self._loop = PlainLoop(model, self._slots) if native is None else NativeLoop(native, self._slots)
         # A stop text can begin in the middle of a token and can span several; this many tokens of the end hold it.
         self._tail = max((len(text.encode()) for text in sampling.stop), default=0) + 1
         self._seen = [0] * size  # tokens that each slot had after the step before
 
     def write(self, interrupt: StopRequest) -> None:
         """Answer all queries. Raises KeyboardInterrupt where `interrupt` asks for it."""
+        each_token = bool(self._sampling.stop) or self.on_token is not None
+        self._loop = loop_for(self._model, self._slots, each_token=each_token)
         while len(self.answers) < len(self._rendered):
             self._enter()
             waiting = self._next < len(self._rendered)

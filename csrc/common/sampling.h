@@ -58,7 +58,7 @@ struct SamplingBatch {
     const int32_t* nodes;     // [rows] forced choice: the row's node in the tree of continuations, -1: free; or null
     const int32_t* children;  // [nodes + 1] where the node's tokens begin in `child_tokens`
     const int32_t* child_tokens;  // tokens that may follow, ascending by id within a node
-    const int32_t* reasons;   // [rows] rows that are not 0 have ended and are left alone; or null
+    const int32_t* reasons;   // [rows] rows that are not 0 have ended and are left alone, out included; or null
     int32_t* tokens;          // [rows] out; -1 where the status is not kSampled
     int32_t* status;          // [rows] out
 };

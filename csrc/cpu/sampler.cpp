@@ -105,9 +105,9 @@ int32_t choose(Row& row, const SamplingParams& params, const SamplingBatch& batc
 void sample_rows(const SamplingParams& params, const SamplingBatch& batch, int32_t begin, int32_t end) {
     thread_local Row row;
     for (int32_t r = begin; r < end; ++r) {
+        if (batch.reasons && batch.reasons[r] != 0) continue;
         batch.tokens[r] = -1;
         batch.status[r] = kSampled;
-        if (batch.reasons && batch.reasons[r] != 0) continue;
         const Candidates candidates(params, batch, r);
         if (candidates.size == 0) {
             batch.status[r] = kNoCandidate;

@@ -15,6 +15,16 @@ struct SharedArray {
     __device__ T& operator[](int i) { return data[i]; }
 };
 
+// Why a kernel cannot run on the current device; null: it can.
+template <class Kernel>
+const char* problem_of(Kernel* kernel) {
+    cudaFuncAttributes ignored;
+    const cudaError_t error = cudaFuncGetAttributes(&ignored, kernel);
+    if (error == cudaSuccess) return nullptr;
+    cudaGetLastError();  // it is told; the next launch is not to fail of it
+    return cudaGetErrorString(error);
+}
+
 inline bool launched() { return cudaGetLastError() == cudaSuccess; }
 
 }  // namespace embedgrad

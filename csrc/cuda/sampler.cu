@@ -124,11 +124,10 @@ __device__ int32_t choose(
 __global__ void __launch_bounds__(1024) sample_kernel(SamplingParams params, SamplingBatch batch) {
     __shared__ Shared shared;
     const int32_t r = blockIdx.x;
+    if (batch.reasons && batch.reasons[r] != 0) return;  // the whole block; what the row's last token was stays
     Row row{Candidates(params, batch, r), 0, params.temperature};
     int32_t token = -1, status = kSampled;
-    if (batch.reasons && batch.reasons[r] != 0) {
-        // An ended row: nothing to choose, and nothing wrong.
-    } else if (row.candidates.size == 0) {
+    if (row.candidates.size == 0) {
         status = kNoCandidate;
     } else {
         Mass best = 0;  // the highest key, and of equal ones the lowest place

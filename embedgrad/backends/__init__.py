@@ -56,7 +56,7 @@ def _native(device: torch.device, dtype: torch.dtype) -> ModuleType:
         return importlib.import_module("embedgrad.backends.native")
     except ImportError as error:
         raise BackendError(
-            f"The native backend cannot be loaded: {error}; install with a C++17 compiler and --no-build-isolation."
+            f"The native backend cannot be loaded: {error}; install embedgrad again where there is a C++17 compiler."
         ) from None
 
 

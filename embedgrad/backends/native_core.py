@@ -7,6 +7,7 @@ explained. A struct holds addresses; whoever fills one keeps the arrays behind t
 from __future__ import annotations
 
 import ctypes
+import re
 from ctypes import c_double, c_float, c_int32, c_int64, c_uint64, c_void_p
 from functools import lru_cache
 from pathlib import Path
@@ -159,22 +160,37 @@ class Loop(ctypes.Structure):
 
 
 def library_path() -> Path:
-    """Where the compiled library lies. Raises ImportError where csrc/ was not built."""
-    libraries = list(Path(__file__).parents[1].glob("_native*.so"))
-    if not libraries:
-        raise ImportError("csrc/ was not built: there is no embedgrad/_native library")
-    return libraries[0]
+    """Where the compiled library lies. Raises ImportError where csrc/ was not built, or for another torch.
+
+    Its name says which torch it was compiled against: C++ has no stable interface there, and a library that is loaded
+    into another minor version may crash instead of failing.
+    """
+    import torch
+
+    folder = Path(__file__).parents[1]
+    version = _minor(torch.__version__)
+    library = folder / f"_native.torch{version}.so"
+    if library.is_file():
+        return library
+    others = sorted(path.name.removeprefix("_native.torch").removesuffix(".so") for path in folder.glob("_native.*.so"))
+    if others:
+        raise ImportError(f"csrc/ was built for torch {', '.join(others)}, and this is torch {torch.__version__}")
+    raise ImportError("csrc/ was not built: there is no embedgrad/_native library")
+
+
+def _minor(version: str) -> str:
+    """The first two numbers of a version, as setup.py writes them into the library's name."""
+    return ".".join(re.findall(r"\d+", version)[:2])
 
 
 @lru_cache(maxsize=1)
 def library() -> ctypes.CDLL:
-    """The compiled library's C functions. Raises ImportError where it was not built, or for another torch."""
-    import torch  # noqa: F401 (the library links against its shared objects)
-
+    """The compiled library's C functions. Raises ImportError as `library_path` does, or where it cannot be loaded."""
+    path = library_path()  # imports torch, to whose shared objects the library is linked
     try:
-        core = ctypes.CDLL(str(library_path()))
+        core = ctypes.CDLL(str(path))
     except OSError as error:
-        raise ImportError(f"csrc/ was built for another torch: {error}") from error
+        raise ImportError(f"csrc/ cannot be loaded with this torch: {error}") from error
     return declared(core)
 
 

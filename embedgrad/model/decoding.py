@@ -47,7 +47,7 @@ class KeyValueCache:
         """Take the sequences of `other`, which has the same trunk, behind this one's own."""
         missing = other.own.shape[3] - self.own.shape[3]
         if missing > 0:
-            self._grow(missing)
+            self.grow(missing)
         grown = torch.empty_like(self.own[:, :, :1]).expand(-1, -1, other.batch, -1, -1, -1).contiguous()
         grown[:, :, :, : other.own.shape[3]] = other.own
         self.own = torch.cat([self.own, grown], dim=2)
@@ -61,7 +61,7 @@ class KeyValueCache:
             return self.logits(self.advance(ids))
         self._longest += 1
         if self._longest > self.own.shape[3]:
-            self._grow()
+            self.grow()
         every = torch.arange(self.batch)
         logits = native.advance(self.trunk, self.own, every, self.trunk.shape[2] + self.lengths, ids, every)
         self.lengths += 1
@@ -78,7 +78,7 @@ class KeyValueCache:
         self.lengths += 1
         self._longest += 1  # at least the largest of `lengths`, known without asking the device
         if self._longest > self.own.shape[3]:
-            self._grow()
+            self.grow()
         first_seen = self._first_seen()
 
         def new(columns: int) -> Tensor:
@@ -131,7 +131,8 @@ class KeyValueCache:
             for window in set(self.model.config.windows)
         }
 
-    def _grow(self, places: int = GROWTH) -> None:
+    def grow(self, places: int = GROWTH) -> None:
+        """Room for `places` more tokens of each sequence; `own` moves."""
         old, shape = self.own, list(self.own.shape)
         shape[3] += places
         self.own = torch.empty(shape, dtype=old.dtype, device=old.device)

@@ -24,7 +24,7 @@ from embedgrad.sampling import Sampling
 CSRC = Path(__file__).parents[2] / "csrc"
 CPU = ("cpu/sampler.cpp", "cpu/entropy.cpp")
 EMULATION = "cuda/emulation/emulation.cpp"
-KERNELS = ("cuda/sampler.cu", "cuda/entropy.cu", "cuda/advance.cu")
+KERNELS = ("cuda/sampler.cu", "cuda/entropy.cu", "cuda/advance.cu", "cuda/problem.cu")
 STATUS = ("sampled", "NaN", "+inf", "all -inf", "no candidate")
 P = ctypes.c_void_p
 
@@ -141,7 +141,7 @@ class Core:
         fault = self.emulation_error()
         assert not fault, fault
         assert error == 0
-        return tokens.tolist(), [STATUS[n] for n in status]
+        return tokens.tolist(), ["left alone" if n == -7 else STATUS[n] for n in status]
 
     def advance(self, device: str, batch: AdvanceBatch) -> None:
         if device == "cpu":

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from embedgrad.backends.native_core import SamplingBatch, SamplingParams
 from embedgrad.errors import ConfigError
 from embedgrad.forced_choice import ForcedChoice
-from embedgrad.sampler import Penalties, choose_token, weights
+from embedgrad.sampler import MAX_VOCABULARY, Penalties, choose_token, weights
 from embedgrad.sampling import Sampling
 from tests.csrc.core import Call, Core
 
@@ -24,8 +24,8 @@ def reference(call: Call) -> tuple[list[int], list[str]]:
     tokens, status = [], []
     for row, logits in enumerate(call.logits):
         if call.reasons is not None and call.reasons[row]:
-            tokens.append(-1)
-            status.append("sampled")
+            tokens.append(-7)
+            status.append("left alone")
             continue
         try:
             tokens.append(choose_token(np.ascontiguousarray(logits), call.sampling, **call.row_options(row)))
@@ -143,6 +143,29 @@ def test_same_token_in_large_vocabularies(core: Core, vocabulary: int) -> None:
             assert core.sample(device, call) == expected, (device, sampling)
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_extreme_rows_of_the_largest_vocabulary(core: Core, temperature: float) -> None:
+    """Token, status and entropy of rows that a real model should not give, but may."""
+    v = MAX_VOCABULARY
+    rows = np.zeros((6, v), np.float32)  # all equal
+    rows[1:3] = -np.inf  # one finite value in the last place; none
+    rows[1, -1] = -3e38
+    rows[3, v // 2] = np.nan
+    rows[4, v - 1] = np.inf
+    rows[5, ::2], rows[5, 1::2] = -3e38, 3e38
+    call = Call(rows, Sampling(temperature=temperature, seed=8))
+    expected = reference(call)
+    assert expected[1] == ["sampled", "sampled", "all -inf", "NaN", "+inf", "sampled"]
+    assert expected[0][1] == v - 1
+    for device in DEVICES:
+        assert core.sample(device, call) == expected, device
+        entropy, log_p = core.token_entropy(device, rows, np.array(expected[0], np.int32))
+        np.testing.assert_allclose(entropy[[0, 1, 5]], [1, 0, np.log(v / 2) / np.log(v)], atol=1e-6, err_msg=device)
+        np.testing.assert_allclose(log_p[[0, 1, 5]], [-np.log(v), 0, -np.log(v / 2)], atol=1e-5, err_msg=device)
+        assert np.isnan(entropy[2:5]).all()
+        assert np.isnan(log_p[2:5]).all()
+
+
 @pytest.mark.parametrize("device", DEVICES)
 def test_a_rows_token_does_not_depend_on_its_neighbours(core: Core, device: str) -> None:
     random = np.random.default_rng(0)
@@ -156,11 +179,13 @@ def test_a_rows_token_does_not_depend_on_its_neighbours(core: Core, device: str)
 
 @pytest.mark.parametrize("device", DEVICES)
 def test_ended_rows_are_left_alone(core: Core, device: str) -> None:
+    """Whoever looks some steps later still finds why a row has failed."""
     logits = np.full((3, 9), np.nan, np.float32)
     logits[1] = 0
     tokens, status = core.sample(device, Call(logits, Sampling(temperature=1), reasons=[1, 0, 4]))
-    assert [t >= 0 for t in tokens] == [False, True, False]
-    assert status == ["sampled"] * 3
+    assert [tokens[0], tokens[2]] == [-7, -7]
+    assert 0 <= tokens[1] < 9
+    assert status == ["left alone", "sampled", "left alone"]
 
 
 @pytest.mark.parametrize("device", DEVICES)

@@ -11,6 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from embedgrad import generation
+from embedgrad.backends import cuda_core
+from embedgrad.device_loop import DeviceLoop
 from embedgrad.example import Example
 from embedgrad.generation import generate
 from embedgrad.gradient import _launch, _Omit, _size, _step, loss_and_grad
@@ -18,6 +21,7 @@ from embedgrad.memory import activation_bytes
 from embedgrad.model.decoding import KeyValueCache
 from embedgrad.model.model import Model, load_model
 from embedgrad.model.streaming import StreamedLayers, _packed_size
+from embedgrad.plain_loop import PlainLoop
 from embedgrad.prefix_cache import keys_and_values
 from embedgrad.prompt import SoftPrompt
 from embedgrad.rendering import render
@@ -136,3 +140,57 @@ def test_streamed_blocks_give_the_same_bits(tmp_path: Path, weights: str) -> Non
     asked, sampling = [[50, 51], [52]], Sampling(max_new_tokens=8)
     assert generate(streamed, p, asked, sampling) == generate(whole, p, asked, sampling)
     assert streamed.weights_hash() == whole.weights_hash()
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(max_new_tokens=90),  # the cache grows
+        Sampling(max_new_tokens=20, temperature=1.0, top_k=40, top_p=0.95, min_p=0.01, seed=3),
+        Sampling(max_new_tokens=20, repetition_penalty=1.3, presence_penalty=0.1, logit_bias={50: -float("inf")}),
+        Sampling(max_new_tokens=20, temperature=1.0, choices=("a movie", "a film", "no")),
+        Sampling(max_new_tokens=20, stop=("e", "a")),
+    ],
+)
+def test_the_device_loop_writes_what_the_plain_loop_writes(
+    tmp_path: Path, sampling: Sampling, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32, where a batch of another size rounds too little to change a token."""
+    model, _ = on_gpu(tmp_path, "qwen3", dtype=torch.float32)
+    library_or_skip(model)
+    p, asked = moved(model), [[50 + i, *range(60, 60 + i % 5)] for i in range(7)]
+    ours = generate(model, p, asked, sampling, batch_size=3)
+    assert ours == generate(model, p, asked, sampling, batch_size=3)
+    monkeypatch.setattr(generation, "loop_for", lambda model, slots, each_token: PlainLoop(model, slots))
+    theirs = generate(model, p, asked, sampling, batch_size=3)
+    assert ours == theirs
+    for one, other in zip(ours, theirs, strict=True):
+        assert one.entropies == pytest.approx(other.entropies, abs=1e-4)
+        assert one.log_probabilities == pytest.approx(other.log_probabilities, abs=1e-3)
+
+
+def test_a_step_of_the_device_loop_is_a_graph_that_never_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = on_gpu(tmp_path, "llama")
+    library_or_skip(model)
+    step, replays = DeviceLoop._step, []
+
+    def watched(self: DeviceLoop) -> None:
+        if self._graph is None:
+            step(self)  # compiles, or is captured
+            return
+        with no_waiting():
+            step(self)
+        replays.append(1)
+
+    monkeypatch.setattr(DeviceLoop, "_step", watched)
+    never = {token: -float("inf") for token in model.tokenizer.eos_ids}
+    answer = generate(model, moved(model), [[50]], Sampling(max_new_tokens=30, logit_bias=never))[0]
+    assert len(answer.ids) == 30
+    assert len(replays) >= 25
+
+
+def library_or_skip(model: Model) -> None:
+    try:
+        cuda_core.library_for(model.device)
+    except ImportError as error:
+        pytest.skip(str(error))

@@ -358,6 +358,11 @@ struct SharedArray {
     }
 };
 
+template <class Kernel>
+const char* problem_of(Kernel*) {
+    return nullptr;
+}
+
 inline bool launched() { return !emulation::machine().failed; }
 
 }  // namespace embedgrad
