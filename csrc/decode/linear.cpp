@@ -36,7 +36,11 @@ Activations::Activations(int64_t rows, int64_t columns)
       half_units_(up(half_groups_, 2) / 2),
       sums_row_(up(2 * half_groups_, 16)),
       x_(rows * columns),
-      sums_(rows * sums_row_) {
+      sums_(rows * sums_row_),
+      scales_(rows * sums_row_),
+      squares_(rows * sums_row_),
+      bytes_(rows * bytes_row()),
+      neighbours_(rows * bytes_row()) {
     const int64_t tiles = up(rows, kTogether) * kUnitBytes;
     memory_.resize(tiles * (half_groups_ + 2 * half_units_) + kLine);
     plain_ = memory_.data() + (kLine - reinterpret_cast<uintptr_t>(memory_.data()) % kLine) % kLine;
@@ -57,16 +61,31 @@ void Activations::quantise(int64_t b, int32_t orders, int64_t begin, int64_t end
             std::fill(scales, scales + 8, scale);
             std::memcpy(unit + kUnit + place % 2 * sizeof scales, scales, sizeof scales);
         };
+        if (orders & (kBytes | kNeighbours)) scales_[b * sums_row_ + g] = scale;
+        if (orders & kBytes) std::memcpy(bytes_.data() + b * bytes_row() + from, bytes, kGroup);
+        if (orders & kNeighbours) {
+            int16_t* to = neighbours_.data() + b * bytes_row() + from;
+            int32_t squares = 0;
+            for (int64_t i = 0; i < kGroup; i += 4) {
+                to[i] = bytes[i + 1], to[i + 1] = bytes[i + 3], to[i + 2] = bytes[i], to[i + 3] = bytes[i + 2];
+                squares += bytes[i] * bytes[i + 1] + bytes[i + 2] * bytes[i + 3];
+            }
+            squares_[b * sums_row_ + g] = squares;
+        }
         if (orders & kPlain) put(at(kPlain, b), g);
         if (orders & kSplit) put(at(kSplit, b) + (g < half_groups_ ? 0 : second_half()), g < half_groups_ ? g : g - half_groups_);
     }
 }
 
 int32_t orders(const Matrix& matrix) {
+    const bool side_by_side = isa() == Isa::avx2;
     int32_t found = 0;
     for (int32_t i = 0; i < matrix.num_parts; ++i) {
-        if (matrix.parts[i].stored >= Stored::int8)
-            found |= matrix.parts[i].stored == Stored::int4 ? kSplit : kPlain;
+        const Stored stored = matrix.parts[i].stored;
+        if (stored == Stored::int4)
+            found |= side_by_side ? kBytes : kSplit;
+        else if (stored >= Stored::int8)
+            found |= side_by_side && stored == Stored::int8 ? kBytes | kNeighbours : kPlain;
     }
     return found;
 }

@@ -19,9 +19,10 @@
 
 namespace embedgrad {
 
-// The two orders in which activations are laid out in bytes: that of int8 matrices, and that of int4 ones, whose second
-// half of the columns begins at a whole unit, because one byte of theirs holds an element of either half.
-enum Order : int32_t { kPlain = 1, kSplit = 2 };
+// The orders in which activations are laid out: that of int8 matrices; that of int4 ones, whose second half of the columns
+// begins at a whole unit, because one byte of theirs holds an element of either half; and, for the kernels that have rows
+// of the matrix side by side (eight_rows.inl), bytes as they stand in a row, and numbers of 16 bits.
+enum Order : int32_t { kPlain = 1, kSplit = 2, kBytes = 4, kNeighbours = 8 };
 
 // Rows of activations, in float32 and, for matrices in blocks, in bytes.
 //
@@ -47,6 +48,13 @@ public:
     const uint8_t* units(Order order, int64_t b) const { return const_cast<Activations*>(this)->at(order, b); }
     // From units() of kSplit to the unit where the second half of the columns begins.
     int64_t second_half() const { return half_units_ * kTogether * kUnitBytes; }
+    // Row b in kBytes, and in kNeighbours: of four columns the second, the fourth, the first, the third.
+    const int8_t* bytes(int64_t b) const { return bytes_.data() + b * bytes_row(); }
+    const int16_t* neighbours(int64_t b) const { return neighbours_.data() + b * bytes_row(); }
+    int64_t bytes_row() const { return 2 * half_groups_ * kGroup; }
+    // The scale of each group of row b, and the sum over pairs of columns of their products, in kBytes and kNeighbours.
+    const float* scales(int64_t b) const { return scales_.data() + b * sums_row_; }
+    const int32_t* squares(int64_t b) const { return squares_.data() + b * sums_row_; }
     // scale · Σ bytes of each group of row b, 0 behind the last one.
     const float* sums(int64_t b) const { return sums_.data() + b * sums_row_; }
     int64_t sums_row() const { return sums_row_; }
@@ -58,7 +66,10 @@ private:
     }
 
     int64_t columns_, half_groups_, half_units_, sums_row_;
-    std::vector<float> x_, sums_;
+    std::vector<float> x_, sums_, scales_;
+    std::vector<int32_t> squares_;
+    std::vector<int8_t> bytes_;
+    std::vector<int16_t> neighbours_;
     std::vector<uint8_t> memory_;
     uint8_t *plain_, *split_;
 };

@@ -477,9 +477,17 @@ static void block_part(
     }
 }
 
+#if EMBEDGRAD_ISA == 2
+#include "eight_rows.inl"
+#endif
+
 static void linear_part(
     const Part& part, const Activations& x, int64_t rows, int64_t begin, int64_t end, const Output& out, float* buffer) {
     switch (part.stored) {
+#if EMBEDGRAD_ISA == 2
+        case Stored::int4: return eight_rows_part<true>(part, x, rows, begin, end, out);
+        case Stored::int8: return eight_rows_part<false>(part, x, rows, begin, end, out);
+#endif
         case Stored::f32: return float_part<F32>(part, x, rows, begin, end, out);
         case Stored::bf16: return float_part<Bf16>(part, x, rows, begin, end, out);
         case Stored::f16: return float_part<F16>(part, x, rows, begin, end, out);
