@@ -59,12 +59,15 @@ def _compiled(rows: Sequence[Row]) -> str:
     heads = ("kernel", "target", "registers", "spills", "shared, bytes", "occupancy", "128-bit loads",
              "matrix instructions")  # fmt: skip
     shown = [one for one in rows if one.case["model"] == rows[0].case["model"]]
-    return table(heads, [
-        (f"{r.case['op']}: {r.contender.removesuffix('_kernel')}", r.case["arch"], f"{r.median:.0f}", r.more["spills"], r.more["shared"],
-         f"{r.more['occupancy']:.0%}", f"{r.more['vector_loads']:.0%}",
-         ", ".join(f"{n} {name}" for name, n in Counter(r.more["matrix"]).most_common()) or "–")
-        for r in sorted(shown, key=lambda r: _order(shown, r))
-    ])  # fmt: skip
+    cells = []
+    for r in sorted(shown, key=lambda r: _order(shown, r)):
+        matrix = ", ".join(f"{n} {name}" for name, n in Counter(r.more["matrix"]).most_common())
+        cells.append((
+            f"{r.case['op']}: {r.contender.removesuffix('_kernel')}", r.case["arch"], f"{r.median:.0f}",
+            r.more["spills"], r.more["shared"], f"{r.more['occupancy']:.0%}", f"{r.more['vector_loads']:.0%}",
+            matrix or "–",
+        ))  # fmt: skip
+    return table(heads, cells)
 
 
 def _order(rows: Sequence[Row], one: Row) -> tuple[int, ...]:

@@ -25,21 +25,28 @@ from embedgrad.trust_region import CosineCone
 
 Run = Callable[[], list[Tensor]]
 
-# Instructions of a vector that the native kernels spend on each vector of numbers that comes out: a fused multiply-add,
-# a comparison, a division or a conversion counts as one. exp: 14.
+# Instructions of arithmetic that the kernels of csrc/cpu/ spend on each number that comes out: a fused multiply-add, a
+# comparison, a division, a root or a shift counts as one (exp: 12). Behind them how many numbers are loaded and stored
+# for it: in bfloat16 a load takes 2 more (extend, shift), a store 9 (round to even, keep NaN, pack).
 OPERATIONS = {
-    "rms_norm": 3,  # x² summed; x r w
-    "add_rms_norm": 4,
-    "rms_norm_backward": 6,  # w dy and w dy x summed, x² summed; dx − x b, w dy, + w dy r
-    "rope": 2,
-    "rope_backward": 2,
-    "swiglu": 18,  # 1 + exp(−g): 15; g u / that
-    "swiglu_backward": 25,
-    "softmax_loss": 19,  # largest; exp(z − top) with its limits, summed; scaled
-    "embed": 0,
-    "embed_backward": 1,
-    "prompt_step": 24,  # AdamW 11 with root and division; 3 sums in float64 at half the rate
+    "rms_norm": (3, 2.25, 1),  # x² summed; x r w (four rows share a load of w)
+    "add_rms_norm": (4, 4.25, 2),
+    "rms_norm_backward": (6, 5.5, 1),  # w dy, w dy x summed, x² summed; dx − x b, w dy, + w dy r
+    "rope": (2, 1, 1),
+    "rope_backward": (2, 1, 1),
+    "swiglu": (19, 2, 1),  # 1 + exp(−g) and its limits: 17; g u / that
+    "swiglu_backward": (26, 3, 2),
+    "embed": (0, 0, 0),
+    "embed_backward": (1, 1, 0),
+    "prompt_step": (24, 0, 0),  # AdamW 10; 3 sums in float64 at half the rate and their conversions
 }
+NARROW_LOAD, NARROW_STORE = 2, 9
+
+
+def operations(name: str, dtype: torch.dtype) -> float:
+    """Of one number that comes out."""
+    count, loads, stores = OPERATIONS[name]
+    return count + (NARROW_LOAD * loads + NARROW_STORE * stores if dtype == torch.bfloat16 else 0)
 
 
 @dataclass

@@ -6,7 +6,7 @@ all of its operations are Triton kernels and start on a GPU only). What backends
 reference in float64; what is wrong gives no figure.
 
 A row-wise operation has two bounds, of which the longer one counts: a copy of as many bytes as it must move, in the
-same turn; and its vector instructions (`OPERATIONS`) at the rate at which all threads multiply and add in registers.
+same turn; and its vector instructions (`operations`) at the rate at which all threads multiply and add in registers.
 The loss's bound is what BLAS needs for its two products. Tree attention has torch's `scaled_dot_product_attention`
 beside it.
 """
@@ -28,7 +28,7 @@ from bench.clock import device, take_turns
 from bench.contenders import Case, task
 from bench.markdown import seconds, table
 from bench.op_attention import Attention
-from bench.op_cases import OPERATIONS, OpCase, Run, cases
+from bench.op_cases import OpCase, Run, cases, operations
 from bench.rows import Row, row
 from bench.step import SHAPES
 from embedgrad.backends import reference
@@ -119,7 +119,7 @@ class _Bench:
         if one.products is not None:
             bounds = {"products": statistics.median(times.pop())}
         elif self._where.type == "cpu":
-            bounds["arithmetic"] = OPERATIONS[one.name] * one.out * _multiply_add_seconds()
+            bounds["arithmetic"] = operations(one.name, dtype) * one.out * _multiply_add_seconds()
         which = max(bounds, key=lambda name: bounds[name])
         for name, values in zip(one.contenders, times, strict=True):
             yield self._row(
