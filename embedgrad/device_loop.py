@@ -77,7 +77,13 @@ class DeviceLoop:
 
     def run(self, on_step: Callable[[], bool], refill: int) -> None:
         """Until all answers are written, `refill` (0: never) slots are free, or `on_step`, called after each token of
-        all, says True. It sees the slots as they were at the last look."""
+        all, says True. It sees the slots as they were at the last look. Nothing runs on when the call has ended."""
+        try:
+            self._run(on_step, refill)
+        finally:
+            self._settle()
+
+    def _run(self, on_step: Callable[[], bool], refill: int) -> None:
         slots = self._slots
         while slots.running[0] > 0:
             for _ in range(self._steps_to_look() - 1):
@@ -136,10 +142,14 @@ class DeviceLoop:
     def _grow(self, capacity: int) -> None:
         """The cache moves, so that a graph would read what is no longer there."""
         assert self._cache is not None
-        if self._graph is not None:
-            torch.cuda.synchronize(self._model.device)  # the last replay may still be running
+        self._settle()
         self._graph, self._warm = None, False
         self._cache.grow(capacity - self._cache.own.shape[3])
+
+    def _settle(self) -> None:
+        """Wait for what has been launched: a graph is not to be thrown away while it runs."""
+        if self._graph is not None:
+            torch.cuda.synchronize(self._model.device)
 
     def _next_logits(self) -> None:
         cache, state = self._cache, self._state
