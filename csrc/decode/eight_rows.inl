@@ -1,6 +1,7 @@
 // Products with int8 and int4 matrices for AVX2: eight rows of the matrix stand side by side in a register, four columns
 // of each in its lane of 32 bits, so that no sum across lanes is left. The rows are brought into that order where they
-// are multiplied, once for all activations.
+// are multiplied, once for all activations; the stored bytes stay as they are. Integers and the order of the sums over
+// groups are the same for any number of activations, and so are the bits of the result.
 //
 // int4: the halves are unsigned, and the eight products of pairs that a lane of 16 bits meets in a group are at most
 // 8 · 2 · 15 · 127 < 2¹⁵: a group is summed in 16 bits and widened once.
@@ -10,7 +11,8 @@
 //     Σ w x = s − Σ w₀ w₁ − Σ x₀ x₁                                       (Winograd 1968)
 //
 // takes one product of 16 bits for two columns, half as many as w₀ x₀ + w₁ x₁, and integers lose nothing by it. The sum
-// over the weights is found while they are ordered, that over the activations while they are quantised.
+// over the weights is found while they are ordered, that over the activations while they are quantised. For a row or two
+// of activations that would not pay: they take |w| and the sign of w, which gives the same integers.
 
 typedef __m256i Eight;  // a number, or four bytes, of each of eight rows
 
