@@ -35,7 +35,7 @@ FEWEST = 2  # steps that count
 UNSHOWN = ("floor", "breakdown")  # in the tables of contenders
 COMPILED_SHAPES = 1  # of them; compiling takes more than a minute for each
 GRID = ("16/512/1", *(f"{p}/{q}/{b}" for b in (1, 8) for p in (16, 128) for q in (16, 128)))
-GRID_CONTENDERS = ("floor", "peft", "transformers", "embedgrad")
+GRID_CONTENDERS = ("floor", "peft", "embedgrad")
 CHECKS = (
     "tests/engine/test_gradient.py::test_smollm2_equals_transformers",
     "tests/engine/test_native_backend.py::test_the_engine_agrees_with_the_reference",
@@ -244,7 +244,7 @@ def tables(rows: Sequence[Row]) -> dict[str, str]:
         )
     grid = _by_case(rows, "grid")
     if grid:
-        columns = ("prompt/query/batch", "PEFT, s", "transformers, s", "embedgrad, s", "against PEFT", "ideal",
+        columns = ("prompt/query/batch", "PEFT, s", "embedgrad, s", "against PEFT", "ideal",
                    "of the floor", "memory of PEFT's")  # fmt: skip
         found["step-grid"] = table(columns, (_grid_cells(*item) for item in sorted(grid.items(), key=_order)))
     return found
@@ -260,7 +260,7 @@ def _grid_cells(case: Case, named: dict[str, Row]) -> Sequence[object]:
     assert peft.peak_bytes is not None
     assert ours.peak_bytes is not None
     return (
-        case, f"{peft.median:.2f}", f"{named['transformers'].median:.2f}", f"{ours.median:.2f}",
+        case, f"{peft.median:.2f}", f"{ours.median:.2f}",
         f"{peft.median / ours.median:.2f}×", f"{case.ideal:.2f}×", f"{named['floor'].median / ours.median:.0%}",
         f"{ours.peak_bytes / peft.peak_bytes:.2f}",
     )  # fmt: skip

@@ -40,12 +40,11 @@ def shapes(found: ByCase, names: Mapping[str, str], label: str, value: Callable[
 def against_ideal(found: ByCase) -> Any:
     """Measured speed-up over the one that sharing alone allows, and the diagonal."""
     figure, axes = plt.subplots(figsize=(5.2, 4.6))
-    for batch, marker in ((1, "o"), (8, "s")):
+    for batch, marker, colour in ((1, "o", style.OURS_TOO), (8, "s", style.OURS)):
         cases = [case for case in found if case.batch == batch]
-        for other, colour in (("peft", style.OTHER), ("transformers", style.OTHER_TOO)):
-            speed = [found[case][other].median / found[case]["embedgrad"].median for case in cases]
-            axes.scatter([case.ideal for case in cases], speed, marker=marker, color=colour,
-                         label=f"against {other}, batch {batch}")  # fmt: skip
+        speed = [found[case]["peft"].median / found[case]["embedgrad"].median for case in cases]
+        label = f"against PEFT, batch {batch}"
+        axes.scatter([case.ideal for case in cases], speed, marker=marker, color=colour, label=label)
     top = max(case.ideal for case in found) * 1.1
     axes.plot([1, top], [1, top], color=style.LIMIT, linestyle="--", label="ideal: B(P+R) / (P+BR)")
     axes.axhline(1, color=style.LIMIT, linewidth=0.8)
@@ -59,7 +58,7 @@ def against_ideal(found: ByCase) -> Any:
 def of_floor(found: ByCase) -> Any:
     """Fraction of the matrix-product floor over the step's size."""
     figure, axes = plt.subplots(figsize=(6.4, 3.6))
-    for name in ("embedgrad", "transformers", "peft"):
+    for name in ("embedgrad", "peft"):
         cases = sorted(found, key=lambda case: found[case]["floor"].median)
         share = [100 * found[case]["floor"].median / found[case][name].median for case in cases]
         axes.plot([found[case]["floor"].median for case in cases], share, "o-", color=style.colour(name), label=name)
