@@ -103,13 +103,13 @@ def load_model(
 ) -> Model:
     """Open a Hugging Face folder, a .gguf file, or a hub id.
 
-    dtype: what is computed in (default float32 on a CPU, bfloat16 on a GPU); float64 for checks. weights: "compute"
-    brings every matrix to that type once, "fp32" and "bf16" to these types; "stored" keeps it as the file has it,
-    memory-mapped, GGUF's blocks as blocks (see `read_weights`); "int8" and "int4" quantise the matrices while they are
-    read. What is not in the compute type is widened to it tile by tile for each product. "auto" is "compute" where that
-    takes less than half of the free memory, else "stored". max_device_memory: bytes that the weights may take on the
-    device (default, on a GPU: three quarters of what is free, where they are larger than that); blocks that do not fit
-    are streamed from host memory.
+    dtype: what is computed in (default float32 on a CPU, bfloat16 on a GPU); float64 for checks. With bfloat16 on a CPU
+    activations are stored so, and products and sums are float32. weights: "compute" brings every matrix to that type
+    once, "fp32" and "bf16" to these types; "stored" keeps it as the file has it, memory-mapped, GGUF's blocks as blocks
+    (see `read_weights`); "int8" and "int4" quantise the matrices while they are read. What is not in the type of the
+    products is widened to it tile by tile for each. "auto" is "compute" where that takes less than half of the free
+    memory, else "stored". max_device_memory: bytes that the weights may take on the device (default, on a GPU: three
+    quarters of what is free, where they are larger than that); blocks that do not fit are streamed from host memory.
 
     Raises ModelError (cannot be read, not supported), BackendError, ConfigError (unknown dtype or weights, or a
     max_device_memory that is too small for two blocks).
