@@ -110,6 +110,32 @@ class _Section(BaseModel, metaclass=_RefusesInWords):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 
 
+class AlarmSection(_Section):
+    """When a sign of failure is one, and what is done then; a name alone is the action, with the default threshold."""
+
+    threshold: Float
+    action: Literal["warn", "stop", "ignore"] = "warn"
+
+
+def _alarm(threshold: float) -> BeforeValidator:
+    def filled(value: object) -> object:
+        value = {"action": value} if isinstance(value, str) else value
+        return {"threshold": threshold, **value} if isinstance(value, Mapping) else value
+
+    return BeforeValidator(filled)
+
+
+class MonitorSection(_Section):
+    """What is watched (`embedgrad.monitors`) and when it is an alarm (`embedgrad.alarms`)."""
+
+    similarity: Annotated[AlarmSection, _alarm(0.90)] = AlarmSection(threshold=0.90)
+    gap: Annotated[AlarmSection, _alarm(0.15)] = AlarmSection(threshold=0.15)
+    collapse: Annotated[AlarmSection, _alarm(0.05)] = AlarmSection(threshold=0.05)
+    train_examples: Annotated[Int, Field(ge=0)] = 64  # whose accuracy is compared with the validation's; 0: off
+    answers: Annotated[Int, Field(ge=0)] = 32  # generated answers to validation examples that are looked at; 0: off
+    nearest: bool = True  # nearest vocabulary tokens, at each validation
+
+
 class OptimizeConfig(_Section):
     """How a prompt is optimised. Immutable; values outside their range raise ConfigError."""
 
@@ -128,12 +154,14 @@ class OptimizeConfig(_Section):
     trust_region: Region = CosineCone()
     validate_every: Annotated[Int, Field(ge=1)] | None = None  # steps; default: a tenth of the run
     select_by: Literal["accuracy", "loss"] = "accuracy"  # the better loss decides between equal accuracies
+    accuracy_by: Literal["auto", "forced", "generated"] = "auto"  # auto: generated answers where the grader needs them
     patience: Annotated[Int, Field(ge=1)] | None = None  # stop after so many validations without a better one
     checkpoint_every: Annotated[Int, Field(ge=1)] = 10  # steps
     seed: Annotated[Int, Field(ge=0)] = 0
     memory_policy: Literal["auto", "all", "mlp", "layer"] = "auto"
     memory_budget: Bytes | None = None  # bytes, or a text such as "2GiB"
     save_last: bool = True  # also save the prompt of the last step
+    monitors: MonitorSection = MonitorSection()
 
     @model_validator(mode="after")
     def _one_length(self) -> OptimizeConfig:
@@ -273,6 +301,7 @@ class RunConfig(_Section):
 # `model: X` means `model: {path: X}`, and so on, also before an override that reaches inside
 _SHORT = {"model": "path", "prompt": "text", "trust_region": "kind"}
 _SHORT |= dict.fromkeys(("train", "validation", "test"), "path")
+_SHORT |= dict.fromkeys(("similarity", "gap", "collapse"), "action")
 
 
 def load_run_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:

@@ -126,9 +126,7 @@ def cut(text: str, tokens: int, tokenizer: Encoder) -> str:
     return tokenizer.decode(ids[:tokens], skip_special=False).rstrip("\N{REPLACEMENT CHARACTER}")
 
 
-def _short_targets(
-    examples: list[Example], tokens: int | None, tokenizer: Encoder | None
-) -> tuple[list[Example], int]:
+def _short_targets(examples: list[Example], tokens: int | None, tokenizer: Encoder | None) -> tuple[list[Example], int]:
     """Examples whose targets have at most `tokens` tokens, and how many have more."""
     if tokens is None or tokenizer is None:
         return examples, 0
