@@ -20,9 +20,9 @@ from typer.testing import CliRunner
 from embedgrad import doctor, session
 from embedgrad.cli import app
 from embedgrad.commands.optimize import _quoted
-from embedgrad.commands.show import nearest_tokens
 from embedgrad.errors import EmbedGradError
 from embedgrad.gradient import loss_and_grad
+from embedgrad.neighbours import neighbours
 from embedgrad.prompt import SoftPrompt
 from embedgrad.runs import read_summary
 from tests.training import model_folder, outcome, start_prompt, tiny_model
@@ -120,7 +120,9 @@ def test_optimize_as_json_lines_and_quiet(workplace: Path) -> None:
     result = invoke("optimize", workplace / "first.yaml", "--json")
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert [line["kind"] for line in lines].count("step") == 6
-    assert lines[0] == {"kind": "start", "total": 6, "done": 0}
+    assert lines[0]["kind"] == "note"
+    assert "leakage check (train 12, validation 4, test 6): no text is in two parts" in lines[0]["text"]
+    assert lines[1] == {"kind": "start", "total": 6, "done": 0}
     assert lines[-1]["kind"] == "summary"
     assert lines[-1]["steps"] == 6
     result = invoke("optimize", workplace / "first.yaml", "--quiet", "--set", "run.name=second")
@@ -344,9 +346,13 @@ def test_nearest_tokens_against_the_whole_table() -> None:
     table = model.embedding_rows(list(range(model.config.vocab_size)))
     cosine = torch.nn.functional.cosine_similarity(rows[:, None].double(), table[None].double(), dim=-1)
     expected = cosine.max(dim=1)
-    found = nearest_tokens(model, rows)
-    assert [token for token, _ in found] == expected.indices.tolist()
-    assert [value for _, value in found] == pytest.approx(expected.values.tolist(), abs=1e-6)
+    ids = [3, 9, 12, 40, 41, 42, 7]
+    found = neighbours(model, rows, ids)
+    assert found.nearest == expected.indices.tolist()
+    assert found.cosine == pytest.approx(expected.values.tolist(), abs=1e-6)
+    own = cosine[torch.arange(7), torch.tensor(ids)]
+    assert found.own_rank == ((cosine > own[:, None] + 1e-6).sum(dim=1) + 1).tolist()
+    assert neighbours(model, model.embedding_rows(ids), ids).own_rank == [1] * 7
 
 
 def test_files_that_are_no_prompts(tmp_path: Path) -> None:
