@@ -125,7 +125,9 @@ def stories() -> list[Example]:
     """Twelve stories, each with a word changed and another label, and twice with another question."""
     made = []
     for number in range(12):
-        base = f"The person {number} went up the hill of sand {number} and saw the river far below the old town {number}"
+        base = (
+            f"The person {number} went up the hill of sand {number} and saw the river far below the old town {number}"
+        )
         made += [Example(f"{base}. Did {who} cause it?", label) for who, label in (("she", "Yes"), ("the rain", "No"))]
         made.append(Example(base.replace("river", "forest") + ". Did she cause it?", "No"))
     return made

@@ -54,7 +54,7 @@ def _example(where: str, row: Mapping[str, Any]) -> Example:
 
 def story(text: str) -> str:
     """The story with its question, without the benchmark's instruction and options."""
-    text = text.strip().removeprefix(INSTRUCTION).strip().removeprefix("Q:")
+    text = text.strip().removeprefix(INSTRUCTION).strip().removeprefix("Q:").lstrip(" ")
     return _OPTIONS.sub("", text).strip()
 
 
