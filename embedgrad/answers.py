@@ -101,4 +101,4 @@ def _relative_entropy(texts: Sequence[str], targets: Sequence[str]) -> float:
 
 def _entropy(texts: Sequence[str]) -> float:
     total = len(texts)
-    return -math.fsum(n / total * math.log(n / total) for n in Counter(texts).values())
+    return math.fsum(n / total * math.log(total / n) for n in Counter(texts).values())
