@@ -1,8 +1,9 @@
 """What is watched while a prompt is optimised, beside loss and accuracy, and what watching costs.
 
 Each step, from what the step has computed anyway: similarity to the anchor and norm ratio per token, gradient norm, and
-the share of rows on the trust region's boundary. Each validation: accuracy on some training examples and its gap to
-validation accuracy (one forward pass over them, or their generation); generated answers to some validation examples
+the share of rows on the trust region's boundary. Each validation: training accuracy and its gap to validation accuracy
+(of the examples of the last steps, each as it was just before its step, which costs nothing; where the grader needs
+generated answers, of answers to some training examples); generated answers to some validation examples
 and what they look like (`embedgrad.answers`); and each row's nearest vocabulary token and the rank of its own (one
 product with the embedding table, `embedgrad.neighbours`). `MonitorSection` says how many examples; 0 and false switch
 a part off. Nothing here changes the prompt; `embedgrad.alarms` decides what is a bad sign.
@@ -20,7 +21,6 @@ from embedgrad.answers import AnswerStatistics
 from embedgrad.evaluation import default_sampling
 from embedgrad.example import Example
 from embedgrad.generation import Generation, write_answers
-from embedgrad.gradient import score
 from embedgrad.grading.grader import Grade, Grader
 from embedgrad.grading.labels import Exact
 from embedgrad.model.model import Model
@@ -129,15 +129,17 @@ class Monitors:
         grades = [self._judge.grader.grade(a.text, t) for a, t in zip(answers, targets, strict=True)]
         return Answered(answers, targets, grades)
 
-    def validation_figures(self, prompt: SoftPrompt, accuracy: float, known: Answered | None) -> dict[str, Any]:
+    def validation_figures(
+        self, prompt: SoftPrompt, accuracy: float, known: Answered | None, recent: tuple[float, int] | None
+    ) -> dict[str, Any]:
         """For a validation's record.
 
         accuracy: on the validation data, weighted as the examples are. known: their answers, where they are there.
-        Raises Stopped.
+        recent: accuracy in the last steps, and of how many examples; None before the first. Raises Stopped.
         """
         figures: dict[str, Any] = {}
-        if self._train:
-            figures |= self._gap(prompt, accuracy)
+        if self._train and (recent is not None or self._judge.generates):
+            figures |= self._gap(prompt, accuracy, recent)
         count = min(self._settings.answers, len(self._validation))
         if count:
             sample = known.first(count) if known is not None else self.answered(prompt, self._validation[:count])
@@ -153,20 +155,21 @@ class Monitors:
             }
         return figures
 
-    def _gap(self, prompt: SoftPrompt, accuracy: float) -> dict[str, Any]:
-        """Training accuracy, the gap and its 95 % interval; both weighted as the examples are."""
+    def _gap(self, prompt: SoftPrompt, accuracy: float, recent: tuple[float, int] | None) -> dict[str, Any]:
+        """Training accuracy, the gap and its 95 % interval."""
         if self._judge.generates:
+            weights = [example.weight for example in self._train]
             right = [float(grade.correct) for grade in self.answered(prompt, self._train).grades]
+            train, examples, number = weighted_share(right, weights), len(right), effective_number(weights)
         else:
-            right = score(self._model, prompt, self._train).exact.double().tolist()
-        weights = [example.weight for example in self._train]
-        train = weighted_share(right, weights)
-        low, high = difference_interval(
-            train, effective_number(weights), accuracy, effective_number([e.weight for e in self._validation])
-        )
+            assert recent is not None
+            train, examples = recent
+            number = examples
+        held_out = effective_number([example.weight for example in self._validation])
+        low, high = difference_interval(train, number, accuracy, held_out)
         return {
             "train_accuracy": train,
-            "train_examples": len(right),
+            "train_examples": examples,
             "gap": train - accuracy,
             "gap_low": low,
             "gap_high": high,

@@ -242,8 +242,20 @@ class Session:
         if self.stop.requested:
             raise Stopped
         with self._saved_on_failure():
-            watched = self.monitors.validation_figures(prompt, accuracy, answered)
+            watched = self.monitors.validation_figures(prompt, accuracy, answered, self._recent())
         return {"accuracy": accuracy, "loss": loss}, watched
+
+    def _recent(self) -> tuple[float, int] | None:
+        """Accuracy of the last steps' examples, each as it was just before its step, and their number."""
+        wanted = min(self.config.monitors.train_examples, len(self.train))
+        right, seen = 0.0, 0
+        for record in reversed(self.records):
+            if seen >= wanted:
+                break
+            if record["kind"] == "step":
+                size = len(batch_indices(len(self.train), self.config.batch_size, record["step"] - 1, self.config.seed))
+                right, seen = right + record["accuracy"] * size, seen + size
+        return (right / seen, seen) if seen else None
 
     def _look_at(self, record: Mapping[str, Any]) -> None:
         """Sound the alarms that a record sets off; one whose action is "stop" ends the run."""

@@ -132,7 +132,7 @@ class MonitorSection(_Section):
     gap: Annotated[AlarmSection, _alarm(0.15)] = AlarmSection(threshold=0.15)
     collapse: Annotated[AlarmSection, _alarm(0.05)] = AlarmSection(threshold=0.05)
     train_examples: Annotated[Int, Field(ge=0)] = 64  # whose accuracy is compared with the validation's; 0: off
-    answers: Annotated[Int, Field(ge=0)] = 32  # generated answers to validation examples that are looked at; 0: off
+    answers: Annotated[Int, Field(ge=0)] = 16  # generated answers to validation examples that are looked at; 0: off
     nearest: bool = True  # nearest vocabulary tokens, at each validation
 
 
