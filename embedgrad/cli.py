@@ -43,6 +43,9 @@ def optimize(
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Override one setting: section.key=value; may be repeated.")
     ] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", "-d", help="Folder with the task's data; default: EMBEDGRAD_DATA.")
+    ] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is in the run's folder.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")] = False,
     json: Annotated[bool, typer.Option("--json", help="JSON lines on stdout instead of a progress bar.")] = False,
@@ -50,14 +53,23 @@ def optimize(
     """Optimise a prompt; the result is in runs/NAME/prompt.safetensors."""
     from embedgrad.commands.optimize import run
 
-    raise typer.Exit(run(config, set_ or [], resume, quiet, json))
+    raise typer.Exit(run(config, set_ or [], data, resume, quiet, json))
 
 
 @app.command()
 def evaluate(
     prompt: PromptFile,
-    data: Annotated[Path, typer.Option("--data", "-d", help="Examples, one JSON object a line.")],
-    model: ModelPath,
+    data: Annotated[
+        Path | None, typer.Option("--data", "-d", help="Examples, one JSON object a line; or the task's folder.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Model folder, .gguf file or hub id; default: --config's.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="Take test data, labels and grader from a configuration.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="Take the test data of a task, such as imdb.")] = None,
+    grader: Annotated[str | None, typer.Option(help="What makes an answer right: exact, label, math, boxed.")] = None,
     label: Annotated[list[str] | None, typer.Option(help="One of the answers there are; repeat for each.")] = None,
     before: Annotated[bool, typer.Option("--before", help="Also evaluate the prompt as it was at the start.")] = False,
     limit: Annotated[int | None, typer.Option(min=1, help="Only the first so many examples.")] = None,
@@ -71,10 +83,12 @@ def evaluate(
     json: Json = False,
 ) -> None:
     """Measure a prompt on examples: how often its answers are exactly right."""
-    from embedgrad.commands.evaluate import run
+    from embedgrad.commands.evaluate import Options, run
 
-    opened = _model(model, dtype, backend, device)
-    run(opened, prompt, data, label, before, limit, output, query_field, target_field, max_new_tokens, json)
+    options = Options(
+        data, config, task, label or (), grader, before, limit, output, query_field, target_field, max_new_tokens, json
+    )
+    run(prompt, model, (dtype, backend, device), options)
 
 
 @app.command()

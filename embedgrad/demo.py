@@ -11,6 +11,7 @@ import json
 import shutil
 import sys
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +19,25 @@ from rich.console import Console
 from rich.table import Table
 
 import embedgrad.waiting  # noqa: F401
-from embedgrad.data import split
 from embedgrad.errors import EmbedGradError
-from embedgrad.evaluation import Accuracy, Evaluation, evaluate
+from embedgrad.evaluation import Accuracy, Evaluation, evaluate, paired_tests
 from embedgrad.files import write_atomic
+from embedgrad.grading.labels import Exact
 from embedgrad.machine import peak_memory
 from embedgrad.model.model import load_model
+from embedgrad.monitors import Judge
 from embedgrad.progress import Bar
 from embedgrad.prompt import SoftPrompt
 from embedgrad.settings import OptimizeConfig
 from embedgrad.tasks import movie_snippets, smollm2
+from embedgrad.tasks.parts import Division, divide
+from embedgrad.tasks.source import Source
 from embedgrad.train import OptimizeResult, optimize
 
 FOLDER = Path("runs/demo")
 SEED = 0
-SIZES = {"train": 2000, "validation": 100, "test": 500}
-CONFIG = OptimizeConfig(steps=45, batch_size=16, learning_rate=3e-3, validate_every=45, seed=SEED)
+TASK = movie_snippets.TASK
+CONFIG = OptimizeConfig(seed=SEED, **TASK.optimize)
 
 
 def main() -> int:
@@ -41,16 +45,17 @@ def main() -> int:
     console = Console()
     started = time.perf_counter()
     model = load_model(smollm2.path())
-    parts = split(movie_snippets.load(), SIZES, seed=SEED)
-    prompt = SoftPrompt.from_text(model, movie_snippets.PROMPT)
+    parts = divide(TASK, TASK.load(Source(None), None), Division(seed=SEED))
+    prompt = SoftPrompt.from_text(model, TASK.prompt)
     console.print(f"model   {model.name}\nprompt  {prompt.text!r}, {len(prompt.token_ids)} tokens, system turn")
-    console.print(f"data    movie-review snippets: {', '.join(f'{len(v)} {k}' for k, v in parts.items())}\n")
+    console.print(f"data    movie-review snippets; {parts.leakage.sentence()}\n")
 
-    before = evaluate(model, prompt, parts["test"], movie_snippets.LABELS)
+    before = evaluate(model, prompt, parts.test, TASK.labels)
     if FOLDER.exists():
         shutil.rmtree(FOLDER)
-    result = optimize(model, prompt, parts["train"], parts["validation"], CONFIG, run_dir=FOLDER, progress=Bar())
-    after = evaluate(model, result.prompt, parts["test"], movie_snippets.LABELS)
+    judge = Judge(Exact(movie_snippets.LABELS))
+    result = optimize(model, prompt, parts.train, parts.validation, CONFIG, run_dir=FOLDER, progress=Bar(), judge=judge)
+    after = evaluate(model, result.prompt, parts.test, TASK.labels)
 
     report(console, before, after, result)
     summary = _summary(before, after, result, time.perf_counter() - started)
@@ -81,7 +86,8 @@ def _summary(before: Evaluation, after: Evaluation, result: OptimizeResult, seco
         "peak_memory_bytes": peak_memory(),
         "weights_unchanged": result.weights_unchanged,
         "seed": SEED,
-        "split": SIZES,
+        "split": dict(TASK.sizes or {}),
+        "mcnemar": {name: asdict(test) for name, test in paired_tests(before, after).items()},
         "validation": {"before": result.before, "after": result.after},
         "examples": [
             {"query": b.query, "target": b.target, "before": b.generated, "after": a.generated}

@@ -20,6 +20,9 @@ class Progress(Protocol):
     def validation(self, record: Mapping[str, Any]) -> None:
         """One validation was made."""
 
+    def alarm(self, record: Mapping[str, Any], sentence: str) -> None:
+        """A sign of failure appeared; the record, and what it says."""
+
     def note(self, text: str) -> None:
         """One sentence for people."""
 
@@ -39,6 +42,9 @@ class Quiet:
     def validation(self, record: Mapping[str, Any]) -> None:
         """Says nothing."""
 
+    def alarm(self, record: Mapping[str, Any], sentence: str) -> None:
+        """Says nothing."""
+
     def note(self, text: str) -> None:
         """Says nothing."""
 
@@ -47,7 +53,7 @@ class Quiet:
 
 
 class JsonLines(Quiet):
-    """Writes one JSON object per line: `{"kind": "start" | "step" | "validation" | "note", ...}`."""
+    """Writes one JSON object per line: `{"kind": "start" | "step" | "validation" | "alarm" | "note", ...}`."""
 
     def __init__(self, stream: TextIO | None = None) -> None:
         self._stream = stream or sys.stdout
@@ -63,6 +69,10 @@ class JsonLines(Quiet):
     def validation(self, record: Mapping[str, Any]) -> None:
         """The record as it is."""
         self._write(record)
+
+    def alarm(self, record: Mapping[str, Any], sentence: str) -> None:
+        """The record with the sentence as its text."""
+        self._write({**record, "text": sentence})
 
     def note(self, text: str) -> None:
         """kind "note" with the text."""
@@ -114,7 +124,17 @@ class Bar:
     def validation(self, record: Mapping[str, Any]) -> None:
         """A line with the figures."""
         best = "  best so far" if record["best"] else ""
-        self.note(f"step {record['step']}: accuracy {record['accuracy']:.4f}, loss {record['loss']:.4f}{best}")
+        told = f"step {record['step']}: accuracy {record['accuracy']:.4f}, loss {record['loss']:.4f}"
+        if "train_accuracy" in record:
+            told += f", training accuracy {record['train_accuracy']:.4f}"
+        if (answers := record.get("answers")) is not None:
+            told += f"; answers of {answers['tokens']:.1f} tokens, entropy {answers['collapse']:.2f}"
+            told += "" if answers["invalid"] is None else f", {answers['invalid']:.0%} invalid"
+        self.note(told + best)
+
+    def alarm(self, record: Mapping[str, Any], sentence: str) -> None:
+        """A line above the bar, in red."""
+        self._console.print(sentence, style="bold red", markup=False, soft_wrap=True)
 
     def note(self, text: str) -> None:
         """A line above the bar."""

@@ -11,11 +11,13 @@ from typing import Any
 
 import torch
 
+from embedgrad.alarms import Alarms
 from embedgrad.errors import ConfigError, SaveError, TrainingError
 from embedgrad.example import Example
 from embedgrad.gradient import loss_and_grad, score
 from embedgrad.interrupts import StopRequest
 from embedgrad.model.model import Model
+from embedgrad.monitors import Answered, Judge, Monitors, Stopped, step_figures, weighted_share
 from embedgrad.optimizer import StepReport, clip_by_norm, learning_rate, sgd_step, zeros_like_prompt
 from embedgrad.progress import Progress
 from embedgrad.prompt import SoftPrompt
@@ -42,6 +44,7 @@ class Session:
         folder: RunFolder | None,
         progress: Progress,
         stop: StopRequest,
+        judge: Judge,
     ) -> None:
         self.model, self.prompt, self.train, self.validation = model, prompt, train, validation
         self.config, self.folder, self.progress, self.stop = config, folder, progress, stop
@@ -49,8 +52,13 @@ class Session:
         self.interval = config.validation_interval(len(train))
         self.anchor = prompt.anchor.to(prompt.embeddings.dtype)
         self.records: list[dict[str, Any]] = []
+        self.judge = judge
+        self.alarms = Alarms(config.monitors)
         self.tokens = _lengths(model, prompt, train, "training example")
         _lengths(model, prompt, validation, "validation example")
+        self.monitors = Monitors(
+            model, train, validation, config.monitors, config.seed, judge, lambda: self.stop.requested
+        )
         self.weights_hash = model.weights_hash()
         self.state = self._fresh()
         self.clock = time.monotonic()
@@ -58,7 +66,7 @@ class Session:
     def _fresh(self) -> RunState:
         start = self.config.trust_region.project(self.prompt.embeddings.detach().clone(), self.anchor)
         m, v = zeros_like_prompt(start)
-        settings = self.config.model_dump(mode="json", exclude=FREE_TO_CHANGE)
+        settings = self.config.model_dump(mode="json", exclude=FREE_TO_CHANGE) | self.judge.describe()
         told = {
             "text": self.prompt.text,
             "template": self.prompt.template.to_json(),
@@ -83,6 +91,7 @@ class Session:
                 )
             self.state = saved
             self.records = self.folder.records(saved.lines)
+            self.alarms = Alarms(self.config.monitors, self.records)
         self.progress.start(self.total, self.state.step)
         for problem in problems:
             self.progress.note(f"{problem} Going on from step {self.state.step}.")
@@ -144,17 +153,14 @@ class Session:
             "accuracy": float(details.exact.double().mean()),
             "gradient_norm": norm,
             "learning_rate": rate,
-            "similarity_min": float(report.similarity.min()),
-            "similarity_mean": float(report.similarity.mean()),
-            "norm_ratio_min": float(report.norm_ratio.min()),
-            "norm_ratio_max": float(report.norm_ratio.max()),
-            "on_boundary": float(report.projected.double().mean()),
+            **step_figures(report),
             "tokens": tokens,
             "tokens_per_second": tokens / max(seconds, 1e-9),
             "seconds": seconds,
         }
         self._record(record)
         self.progress.step(record)
+        self._look_at(record)
 
     def _move(self, gradient: torch.Tensor, rate: float) -> StepReport:
         """Take the step, or none of it: a prompt that is not finite afterwards is put back."""
@@ -189,8 +195,9 @@ class Session:
         due = state.step % self.interval == 0 or state.step == self.total
         if not self.validation or not due or state.validated == state.step:
             return
-        measured = self._validate()
-        if measured is None:
+        try:
+            measured, watched = self._validate()
+        except Stopped:
             return
         state.validated = state.step
         state.before = state.before or measured
@@ -199,32 +206,65 @@ class Session:
             state.best, state.best_step, state.after, state.stale = state.e.clone(), state.step, measured, 0
         else:
             state.stale += 1
-        record = {"kind": "validation", "step": state.step, **measured, "best": better}
+        record = {"kind": "validation", "step": state.step, **measured, "best": better, **watched}
         self._record(record)
         if better:
             self._save_best()
         self.progress.validation(record)
+        self._look_at(record)
         if self.config.patience is not None and state.stale >= self.config.patience and state.step < self.total:
             state.stop_reason = "early stopping"
 
-    def _validate(self) -> dict[str, float] | None:
-        """Accuracy and loss, weighted as the examples are; None where it was interrupted."""
+    def _validate(self) -> tuple[dict[str, float], dict[str, Any]]:
+        """Accuracy and loss, weighted as the examples are, and what the monitors say. Raises Stopped."""
         prompt = self.prompt.replace(embeddings=self.state.e)
-        loss = exact = 0.0
-        weight = math.fsum(example.weight for example in self.validation)
+        answered = Answered([], [], []) if self.judge.generates else None
+        loss, right = 0.0, []
+        weights = [example.weight for example in self.validation]
+        total = math.fsum(weights)
         for first in range(0, len(self.validation), _VALIDATION_CHUNK):
             if self.stop.requested:
-                return None
+                raise Stopped
             chunk = self.validation[first : first + _VALIDATION_CHUNK]
             with self._saved_on_failure():
                 details = score(self.model, prompt, chunk)
-            shares = torch.tensor([example.weight / weight for example in chunk], dtype=torch.float64)
+                if answered is not None:
+                    answered += self.monitors.answered(prompt, chunk)
+            shares = torch.tensor([example.weight / total for example in chunk], dtype=torch.float64)
             loss += float(details.example_loss.double().cpu() @ shares)
-            exact += float(details.exact.double().cpu() @ shares)
+            right += details.exact.double().tolist()
+        if answered is not None:
+            right = [float(grade.correct) for grade in answered.grades]
         if not math.isfinite(loss):
             with self._saved_on_failure():
                 raise TrainingError(f"the validation loss is {loss} after step {self.state.step}{self._advice()}")
-        return {"accuracy": exact, "loss": loss}
+        accuracy = weighted_share(right, weights)
+        if self.stop.requested:
+            raise Stopped
+        with self._saved_on_failure():
+            watched = self.monitors.validation_figures(prompt, accuracy, answered, self._recent())
+        return {"accuracy": accuracy, "loss": loss}, watched
+
+    def _recent(self) -> tuple[float, int] | None:
+        """Accuracy of the last steps' examples, each as it was just before its step, and their number."""
+        wanted = min(self.config.monitors.train_examples, len(self.train))
+        right, seen = 0.0, 0
+        for record in reversed(self.records):
+            if seen >= wanted:
+                break
+            if record["kind"] == "step":
+                size = len(batch_indices(len(self.train), self.config.batch_size, record["step"] - 1, self.config.seed))
+                right, seen = right + record["accuracy"] * size, seen + size
+        return (right / seen, seen) if seen else None
+
+    def _look_at(self, record: Mapping[str, Any]) -> None:
+        """Sound the alarms that a record sets off; one whose action is "stop" ends the run."""
+        for alarm in self.alarms.check(record):
+            told = alarm.to_record()
+            self._record(told)
+            self.progress.alarm(told, alarm.sentence())
+            if alarm.action == "stop" and self.state.step < self.total:
+                self.state.stop_reason = "alarm"
 
     def _record(self, record: dict[str, Any]) -> None:
         if self.folder is not None:
@@ -253,8 +293,9 @@ class Session:
         """Whatever goes wrong inside, the state as it was before is on the disk when the error leaves."""
         try:
             yield
-        except Exception:
-            self._save()
+        except Exception as error:
+            if not isinstance(error, Stopped):
+                self._save()
             raise
 
     def prompt_at(self, embeddings: torch.Tensor, step: int, measured: Mapping[str, float] | None) -> SoftPrompt:

@@ -110,6 +110,32 @@ class _Section(BaseModel, metaclass=_RefusesInWords):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, arbitrary_types_allowed=True)
 
 
+class AlarmSection(_Section):
+    """When a sign of failure is one, and what is done then; a name alone is the action, with the default threshold."""
+
+    threshold: Float
+    action: Literal["warn", "stop", "ignore"] = "warn"
+
+
+def _alarm(threshold: float) -> BeforeValidator:
+    def filled(value: object) -> object:
+        value = {"action": value} if isinstance(value, str) else value
+        return {"threshold": threshold, **value} if isinstance(value, Mapping) else value
+
+    return BeforeValidator(filled)
+
+
+class MonitorSection(_Section):
+    """What is watched (`embedgrad.monitors`) and when it is an alarm (`embedgrad.alarms`)."""
+
+    similarity: Annotated[AlarmSection, _alarm(0.90)] = AlarmSection(threshold=0.90)
+    gap: Annotated[AlarmSection, _alarm(0.15)] = AlarmSection(threshold=0.15)
+    collapse: Annotated[AlarmSection, _alarm(0.05)] = AlarmSection(threshold=0.05)
+    train_examples: Annotated[Int, Field(ge=0)] = 64  # whose accuracy is compared with the validation's; 0: off
+    answers: Annotated[Int, Field(ge=0)] = 16  # generated answers to validation examples that are looked at; 0: off
+    nearest: bool = True  # nearest vocabulary tokens, at each validation
+
+
 class OptimizeConfig(_Section):
     """How a prompt is optimised. Immutable; values outside their range raise ConfigError."""
 
@@ -128,12 +154,14 @@ class OptimizeConfig(_Section):
     trust_region: Region = CosineCone()
     validate_every: Annotated[Int, Field(ge=1)] | None = None  # steps; default: a tenth of the run
     select_by: Literal["accuracy", "loss"] = "accuracy"  # the better loss decides between equal accuracies
+    accuracy_by: Literal["auto", "forced", "generated"] = "auto"  # auto: generated answers where the grader needs them
     patience: Annotated[Int, Field(ge=1)] | None = None  # stop after so many validations without a better one
     checkpoint_every: Annotated[Int, Field(ge=1)] = 10  # steps
     seed: Annotated[Int, Field(ge=0)] = 0
     memory_policy: Literal["auto", "all", "mlp", "layer"] = "auto"
     memory_budget: Bytes | None = None  # bytes, or a text such as "2GiB"
     save_last: bool = True  # also save the prompt of the last step
+    monitors: MonitorSection = MonitorSection()
 
     @model_validator(mode="after")
     def _one_length(self) -> OptimizeConfig:
@@ -186,25 +214,34 @@ class FileSection(_Section):
 
 
 class SplitSection(_Section):
-    """How many examples of the shuffled file each part gets."""
+    """How many examples each part gets, drawn by the seed; what is left out is the task's own number, for a file 0."""
 
-    train: Annotated[Int, Field(ge=1)]
-    validation: Annotated[Int, Field(ge=0)] = 0
-    test: Annotated[Int, Field(ge=0)] = 0
+    train: Annotated[Int, Field(ge=1)] | None = None
+    validation: Annotated[Int, Field(ge=0)] | None = None
+    test: Annotated[Int, Field(ge=0)] | None = None
     seed: Annotated[Int, Field(ge=0)] = 0
 
 
 class DataSection(_Section):
-    """Either files for train, validation and test, or one `path` and a `split`; and the names of the fields."""
+    """A `task` by its name; or the user's own JSON lines: files for train, validation and test, or one `path` and a
+    `split` (or `folds`), and the names of the fields."""
 
+    task: str | None = None  # imdb, causal_judgement, math500, movie-snippets; jsonl, or nothing: own files
+    variant: str | None = None  # of the task's data
+    folder: str | None = None  # where the task's files are; default: EMBEDGRAD_DATA, else the Hugging Face hub
     train: FileSection | None = None
     validation: FileSection | None = None
     test: FileSection | None = None
     path: str | None = None
     split: SplitSection | None = None
+    folds: Annotated[Int, Field(ge=2)] | None = None  # cross-validation: this many folds,
+    fold: Annotated[Int, Field(ge=0)] = 0  # of which this one is the test data
+    query_tokens: Annotated[Int, Field(ge=1)] | None = None  # queries are cut after so many tokens
+    target_tokens: Annotated[Int, Field(ge=1)] | None = None  # examples with longer targets are not trained on
     query: str = "query"
     target: str = "target"
     labels: tuple[str, ...] | None = None  # all answers there are: then the test also reports the best-label accuracy
+    grader: str | dict[str, Any] | None = None  # what makes an answer right (`embedgrad.grading`); default: exact
 
     @model_validator(mode="before")
     @classmethod
@@ -216,10 +253,21 @@ class DataSection(_Section):
 
     @model_validator(mode="after")
     def _one_way(self) -> DataSection:
+        own = (self.train, self.validation, self.test, self.path)
+        if self.task is not None and self.task != "jsonl":
+            if any(file is not None for file in own):
+                raise ValueError(f"should give either the task {self.task} or files of one's own, not both")
+            return self
+        if self.folder is not None or self.variant is not None:
+            raise ValueError("should give folder and variant for a task only; files have their own paths")
+        if self.folds is not None and self.path is None:
+            raise ValueError("should give folds for a task, or for a path")
         if (self.path is None) == (self.train is None):
             raise ValueError("should give either train (a file), or path and split")
-        if (self.path is None) != (self.split is None):
+        if (self.path is None) != (self.split is None and self.folds is None):
             raise ValueError("should give path and split together")
+        if self.path is not None and self.folds is None and (self.split is None or self.split.train is None):
+            raise ValueError("split.train is missing")
         if self.path is not None and (self.validation is not None or self.test is not None):
             raise ValueError("should give either files for validation and test, or path and split")
         return self
@@ -253,7 +301,7 @@ class RunConfig(_Section):
     """A configuration file of `embedgrad optimize`."""
 
     model: ModelSection
-    prompt: PromptSection
+    prompt: PromptSection | None = None  # default: the task's
     template: Annotated[
         Template | None, BeforeValidator(_template), PlainSerializer(lambda t: t and yaml.safe_load(t.to_json()))
     ] = None
@@ -269,10 +317,17 @@ class RunConfig(_Section):
             return values
         return {k: {_SHORT[k]: v} if k in _SHORT and isinstance(v, str) else v for k, v in values.items()}
 
+    @model_validator(mode="after")
+    def _some_prompt(self) -> RunConfig:
+        if self.prompt is None and self.data.task in (None, "jsonl"):
+            raise ValueError("prompt is missing")
+        return self
+
 
 # `model: X` means `model: {path: X}`, and so on, also before an override that reaches inside
 _SHORT = {"model": "path", "prompt": "text", "trust_region": "kind"}
 _SHORT |= dict.fromkeys(("train", "validation", "test"), "path")
+_SHORT |= dict.fromkeys(("similarity", "gap", "collapse"), "action")
 
 
 def load_run_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
@@ -290,15 +345,20 @@ def load_run_config(path: str | os.PathLike[str], overrides: Sequence[str] = ())
     values = _yaml(text, f"the configuration {path}")
     if not isinstance(values, dict):
         raise ConfigError(f"the configuration {path} should be a mapping with model, prompt and data.")
-    for override in overrides:
-        _override(values, override)
-    try:
-        config = RunConfig.model_validate(values)
-    except ValidationError as error:
-        raise ConfigError(f"{path}: {_sentence(error, RunConfig)}") from None
+    config = run_config(values, str(path), overrides)
     if config.run.name is None:
         config = config.model_copy(update={"run": config.run.model_copy(update={"name": path.stem})})
     return config
+
+
+def run_config(values: dict[Any, Any], where: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration that these values and overrides say; `where` stands in front of refusals (ConfigError)."""
+    for override in overrides:
+        _override(values, override)
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_sentence(error, RunConfig)}") from None
 
 
 def expand_path(path: str) -> Path:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from embedgrad.errors import ConfigError, DataError, TrainingError
 from embedgrad.example import Example, check_examples
 from embedgrad.interrupts import stop_on_signals
 from embedgrad.model.model import Model
+from embedgrad.monitors import Judge
 from embedgrad.progress import Progress, Quiet
 from embedgrad.prompt import SoftPrompt
 from embedgrad.run_state import tensor_hash
@@ -25,9 +26,10 @@ class OptimizeResult:
     """What an optimisation came to.
 
     prompt: the best by validation (with the trust region and its figures in `metadata`); last_prompt: after the last
-    step. history, validations: the records of metrics.jsonl. before, after: accuracy and loss on the validation data of
-    the prompt as it started and of the best one; None without validation data. stop_reason: "completed", "early
-    stopping", or, where a signal ended it and it can be resumed, "interrupted" (SIGINT) or "terminated" (SIGTERM).
+    step. history, validations, alarms: the records of metrics.jsonl. before, after: accuracy and loss on the validation
+    data of the prompt as it started and of the best one; None without validation data. stop_reason: "completed",
+    "early stopping", "alarm", or, where a signal ended it and it can be resumed, "interrupted" (SIGINT) or "terminated"
+    (SIGTERM).
     train_seconds: time in steps, validations and checkpoints, over all sessions of the run. min_similarity: the lowest
     cosine of a row of `prompt` with its anchor.
     """
@@ -36,6 +38,7 @@ class OptimizeResult:
     last_prompt: SoftPrompt
     history: list[dict[str, Any]]
     validations: list[dict[str, Any]]
+    alarms: list[dict[str, Any]]
     before: dict[str, float] | None
     after: dict[str, float] | None
     best_step: int
@@ -58,6 +61,7 @@ def optimize(
     progress: Progress | None = None,
     description: Mapping[str, Any] | None = None,
     terminate_cleanly: bool = False,
+    judge: Judge | None = None,
 ) -> OptimizeResult:
     """Optimise `prompt` (which is not changed) on `train`; the best prompt is chosen on `validation`.
 
@@ -68,7 +72,8 @@ def optimize(
 
     run_dir: folder for config, metrics, checkpoints, best prompt and summary; without it nothing is written. resume:
     True goes on with the run that is there, "auto" does so if there is one. A resumed run ends with the same bits as
-    one that was never interrupted. description: what config.yaml says, if more than the optimiser's settings.
+    one that was never interrupted. description: what config.yaml says, if more than the optimiser's settings. judge:
+    how validations make and grade answers; default: exact answers, teacher-forced unless `accuracy_by` says otherwise.
 
     Ctrl-C ends the run after the step at hand, saves it and returns (a second one raises KeyboardInterrupt at once);
     with `terminate_cleanly` SIGTERM does the same. Signals are left alone outside the main thread.
@@ -95,10 +100,18 @@ def optimize(
         stop = stack.enter_context(stop_on_signals(terminate_cleanly))
         progress = progress or Quiet()
         stack.callback(progress.stop)
-        session = Session(model, prompt, train, validation, config, folder, progress, stop)
+        judge = _judge(judge or Judge(), config)
+        session = Session(model, prompt, train, validation, config, folder, progress, stop, judge)
         session.begin(description)
         session.go()
         return _result(session)
+
+
+def _judge(judge: Judge, config: OptimizeConfig) -> Judge:
+    """The judge that the settings ask for."""
+    if config.accuracy_by == "auto":
+        return judge
+    return replace(judge, generated=config.accuracy_by == "generated")
 
 
 def _check(config: OptimizeConfig, train: Sequence[Example], validation: Sequence[Example]) -> None:
@@ -122,6 +135,7 @@ def _result(session: Session) -> OptimizeResult:
         last_prompt=session.prompt_at(state.e, state.step, None),
         history=[record for record in session.records if record["kind"] == "step"],
         validations=[record for record in session.records if record["kind"] == "validation"],
+        alarms=[record for record in session.records if record["kind"] == "alarm"],
         before=state.before,
         after=state.after,
         best_step=state.best_step,
@@ -145,6 +159,7 @@ def _summary(session: Session, result: OptimizeResult) -> dict[str, Any]:
         "steps": result.steps,
         "best_step": result.best_step,
         "validation": {"before": result.before, "after": result.after},
+        "alarms": result.alarms,
         "min_similarity": result.min_similarity,
         "prompt_tokens": len(session.prompt.token_ids),
         "train_examples": len(session.train),

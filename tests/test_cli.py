@@ -20,9 +20,9 @@ from typer.testing import CliRunner
 from embedgrad import doctor, session
 from embedgrad.cli import app
 from embedgrad.commands.optimize import _quoted
-from embedgrad.commands.show import nearest_tokens
 from embedgrad.errors import EmbedGradError
 from embedgrad.gradient import loss_and_grad
+from embedgrad.neighbours import neighbours
 from embedgrad.prompt import SoftPrompt
 from embedgrad.runs import read_summary
 from tests.training import model_folder, outcome, start_prompt, tiny_model
@@ -120,7 +120,9 @@ def test_optimize_as_json_lines_and_quiet(workplace: Path) -> None:
     result = invoke("optimize", workplace / "first.yaml", "--json")
     lines = [json.loads(line) for line in result.stdout.splitlines()]
     assert [line["kind"] for line in lines].count("step") == 6
-    assert lines[0] == {"kind": "start", "total": 6, "done": 0}
+    assert lines[0]["kind"] == "note"
+    assert "leakage check (train 12, validation 4, test 6): no text is in two parts" in lines[0]["text"]
+    assert lines[1] == {"kind": "start", "total": 6, "done": 0}
     assert lines[-1]["kind"] == "summary"
     assert lines[-1]["steps"] == 6
     result = invoke("optimize", workplace / "first.yaml", "--quiet", "--set", "run.name=second")
@@ -344,9 +346,13 @@ def test_nearest_tokens_against_the_whole_table() -> None:
     table = model.embedding_rows(list(range(model.config.vocab_size)))
     cosine = torch.nn.functional.cosine_similarity(rows[:, None].double(), table[None].double(), dim=-1)
     expected = cosine.max(dim=1)
-    found = nearest_tokens(model, rows)
-    assert [token for token, _ in found] == expected.indices.tolist()
-    assert [value for _, value in found] == pytest.approx(expected.values.tolist(), abs=1e-6)
+    ids = [3, 9, 12, 40, 41, 42, 7]
+    found = neighbours(model, rows, ids)
+    assert found.nearest == expected.indices.tolist()
+    assert found.cosine == pytest.approx(expected.values.tolist(), abs=1e-6)
+    own = cosine[torch.arange(7), torch.tensor(ids)]
+    assert found.own_rank == ((cosine > own[:, None] + 1e-6).sum(dim=1) + 1).tolist()
+    assert neighbours(model, model.embedding_rows(ids), ids).own_rank == [1] * 7
 
 
 def test_files_that_are_no_prompts(tmp_path: Path) -> None:
@@ -386,3 +392,98 @@ def test_doctor_says_why_a_backend_is_not_there(monkeypatch: pytest.MonkeyPatch)
     report = doctor.examine()
     assert "imagined" in next(one["why_not"] for one in report["backends"] if one["name"] == "imagined")
     assert {check["backend"] for check in report["checks"]} == {"reference"}
+
+
+@pytest.fixture
+def task_folder(workplace: Path) -> Path:
+    """Data and a configuration of the task causal_judgement."""
+    rows = [
+        {
+            "input": f"Clerk {n} shut gate {n} and letter {n} was lost on day {n}. Did he?",
+            "target": ["Yes", "No"][n % 2],
+        }
+        for n in range(30)
+    ]
+    (workplace / "data" / "causal_judgment").mkdir(parents=True)
+    file = workplace / "data" / "causal_judgment" / "bigbench.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = {
+        "model": {"path": str(model_folder()), "device": "cpu"},
+        "prompt": "Yes or No?",  # the task's own is too long for the tiny model
+        "data": {"task": "causal_judgement", "split": {"train": 12, "validation": 4, "test": 8}},
+        "optimize": {"steps": 2, "monitors": {"gap": "ignore"}},
+        "run": {"folder": str(workplace / "runs")},
+    }
+    (workplace / "task.yaml").write_text(yaml.safe_dump(config))
+    return workplace
+
+
+def test_optimize_and_evaluate_a_task(task_folder: Path) -> None:
+    path, data = task_folder / "task.yaml", task_folder / "data"
+    result = invoke("optimize", path, "--data", data, "--set", "data.grader=label")
+    assert result.exit_code == 0
+    assert "leakage check (train 12, validation 4, test 8): no text is in two parts" in result.stderr
+    folder = task_folder / "runs" / "task"
+    summary = read_summary(folder)
+    assert (summary["task"], summary["grader"]["kind"], summary["test_examples"]) == ("causal_judgement", "label", 8)
+    assert summary["leakage"]["clean"] is True
+    for name in ("generated_accuracy", "choice_accuracy", "choice_normalised_accuracy", "choice_calibrated_accuracy"):
+        assert 0 <= summary["mcnemar"][name]["p"] <= 1
+        assert summary[name].keys() == {"before", "after"}
+    assert 0 <= summary["answers"]["after"]["invalid"] <= 1
+    written = yaml.safe_load((folder / "config.yaml").read_text())
+    assert written["optimize"]["batch_size"] == 8  # the task's
+    assert written["optimize"]["steps"] == 2  # the configuration's
+    assert written["data"]["folder"] == str(data)
+    again = invoke("evaluate", folder / "prompt.safetensors", "--config", folder / "config.yaml", "--before", "--json")
+    figures = json.loads(again.stdout)["figures"]
+    assert figures["mcnemar"] == summary["mcnemar"]
+    assert figures["generated_accuracy"] == summary["generated_accuracy"]
+
+
+def test_cross_validation_from_the_command_line(task_folder: Path) -> None:
+    path, data = task_folder / "task.yaml", task_folder / "data"
+    tested = []
+    for fold in range(3):
+        sets = ("--set", "data.folds=3", "--set", f"data.fold={fold}", "--set", f"run.name=fold-{fold}")
+        invoke("optimize", path, "--quiet", "--data", data, *sets, "--set", "data.split={validation: 4}")
+        records = json.loads((task_folder / "runs" / f"fold-{fold}" / "test.json").read_text())["after"]["records"]
+        tested += [record["query"] for record in records]
+    assert len(tested) == len(set(tested)) == 30
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["data.task=causal_judgment"], "there is no task 'causal_judgment'; did you mean 'causal_judgement'"),
+        (
+            ["data.variant=bbq"],
+            "data.variant is 'bbq', but for the task causal_judgement it must be one of bigbench, bbh",
+        ),
+        (["data.path=x.jsonl"], "either the task causal_judgement or files of one's own"),
+        (["data.task=jsonl"], "should give folder and variant for a task only"),
+        (["data.fold=7", "data.folds=3"], "data.fold is 7"),
+        (["data.folds=200"], "cannot be divided into 200 folds"),
+        (["data.grader=maths"], "the grader is 'maths', but must be one of"),
+        (["data.grader={kind: label, pattern: '('}"], "no regular expression"),
+        (["data.split.train=500"], "500"),
+        (["data.labels=['Yes']"], "target 'No', which is not one of Yes"),
+    ],
+)
+def test_unusable_tasks_are_refused_in_words(task_folder: Path, overrides: list[str], words: str) -> None:
+    sets = [part for override in overrides for part in ("--set", override)]
+    with pytest.raises(EmbedGradError) as refusal:
+        invoke("optimize", task_folder / "task.yaml", "--data", task_folder / "data", *sets)
+    assert words in str(refusal.value)
+    assert not (task_folder / "runs").exists()
+
+
+def test_evaluate_says_what_it_needs(prompt_file: Path, workplace: Path) -> None:
+    with pytest.raises(EmbedGradError, match="give the test data: --data FILE, --task NAME"):
+        invoke("evaluate", prompt_file, "--model", model_folder())
+    with pytest.raises(EmbedGradError, match="give the test data"):
+        invoke("evaluate", prompt_file, "--task", "imdb", "--config", workplace / "first.yaml")
+    with pytest.raises(EmbedGradError, match="give the model with --model"):
+        invoke("evaluate", prompt_file, "--data", workplace / "data.jsonl")
+    with pytest.raises(EmbedGradError, match="did you mean 'imdb'"):
+        invoke("evaluate", prompt_file, "--task", "imbd", "--model", model_folder())

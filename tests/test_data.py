@@ -1,4 +1,4 @@
-"""Data files and splits: what is read, what is refused (with file and line), and that no query sits on two sides."""
+"""Data files: what is read, and what is refused with file and line."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedgrad.data import read_jsonl, read_queries, split
+from embedgrad.data import read_jsonl, read_queries
 from embedgrad.errors import DataError
 from embedgrad.example import Example
-
-TEXT = st.text("ab \t\n漢😀", max_size=4).map("q".__add__)
 
 
 def write(folder: Path, *lines: str | bytes) -> Path:
@@ -118,79 +116,3 @@ def test_shared_data(tmp_path: Path) -> None:
 def test_an_example_refuses_a_weight_that_is_none(weight: object) -> None:
     with pytest.raises(DataError, match="weight must be"):
         Example("a", "b", weight=weight)  # type: ignore[arg-type]
-
-
-QUERIES = st.sampled_from(["a", "b", " a", "a  b", "a\tb ", "c"]) | TEXT
-EXAMPLE = st.builds(Example, QUERIES | st.lists(st.integers(0, 3), min_size=1, max_size=2), TEXT)
-EXAMPLES = st.lists(EXAMPLE, min_size=1, max_size=30)
-
-
-def key(example: Example) -> object:
-    return tuple(example.query.split()) if isinstance(example.query, str) else ("ids", *example.query)
-
-
-@given(EXAMPLES, st.tuples(st.integers(0, 12), st.integers(0, 12)), st.integers(0, 5), st.randoms())
-def test_equal_queries_never_sit_on_two_sides(
-    examples: list[Example], sizes: tuple[int, int], seed: int, random
-) -> None:  # type: ignore[no-untyped-def]
-    wanted = {"train": sizes[0], "test": sizes[1]}
-    try:
-        parts = split(examples, wanted, seed)
-    except DataError:
-        groups = {key(example) for example in examples}
-        assert sum(sizes) > len(examples) or len(groups) < len(examples)
-        return
-    assert [list(parts), all(len(parts[name]) <= count for name, count in wanted.items())] == [list(wanted), True]
-    train, test = ({key(example) for example in part} for part in parts.values())
-    assert not train & test
-    if len({key(example) for example in examples}) == len(examples):
-        assert {name: len(part) for name, part in parts.items()} == wanted
-        shuffled = random.sample(examples, len(examples))
-        assert split(shuffled, wanted, seed) == parts
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_queries_that_differ_in_white_space_only_are_one(seed: int) -> None:
-    examples = [Example(query, "x") for number in range(20) for query in (f"a {number}", f" a\t{number}\n")]
-    parts = split(examples, {"train": 0.5, "test": 0.5}, seed)
-    assert all(len(part) == 2 * len({key(example) for example in part}) == 20 for part in parts.values())
-
-
-@given(EXAMPLES, st.integers(0, 5))
-def test_fractions_that_add_up_share_out_everything(examples: list[Example], seed: int) -> None:
-    parts = split(examples, {"train": 0.7, "validation": 0.0, "test": 0.3}, seed) if len(examples) > 20 else None
-    if parts is None:
-        parts = split(examples, {"train": 1.0}, seed)
-    assert sorted(map(repr, examples)) == sorted(repr(example) for part in parts.values() for example in part)
-
-
-def test_a_split_depends_on_the_seed_and_on_nothing_else() -> None:
-    examples = [Example(f"query {number}", "x") for number in range(100)]
-    one = split(examples, {"train": 60, "test": 0.2}, seed=1)
-    assert one == split(examples, {"train": 60, "test": 0.2}, seed=1)
-    assert one != split(examples, {"train": 60, "test": 0.2}, seed=2)
-    assert [len(part) for part in one.values()] == [60, 20]
-    assert one["train"][0].query == "query 70"  # pinned: another order would move examples between old runs' parts
-
-
-@pytest.mark.parametrize(
-    ("sizes", "said"),
-    [
-        ({"train": 6, "test": 5}, "a split into train 6, test 5 needs more than the 10 examples there are"),
-        ({"train": 0.6, "test": 0.5}, "needs more than"),
-        ({"train": 1.5}, "fraction of the part 'train' must lie between 0 and 1"),
-        ({"train": -1}, "must be a number of examples or a fraction"),
-        ({"train": math.nan}, "must be a number of examples or a fraction"),
-        ({"train": True}, "must be a number of examples or a fraction"),
-        ({"train": "all"}, "must be a number of examples or a fraction"),
-        ({}, "at least one part"),
-    ],
-)
-def test_split_refusals(sizes: dict[str, float], said: str) -> None:
-    with pytest.raises(DataError, match=said):
-        split([Example(str(number), "x") for number in range(10)], sizes)
-
-
-def test_a_part_that_stays_empty_is_refused() -> None:
-    with pytest.raises(DataError, match="the part 'train' of 2 examples stays empty"):
-        split([Example("same", "x")] * 5, {"train": 2})

@@ -12,6 +12,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from embedgrad.commands.shared import with_defaults
 from embedgrad.errors import ConfigError, EmbedGradError
 from embedgrad.settings import OptimizeConfig, RunConfig, expand_path, load_run_config
 from embedgrad.trust_region import CosineCone, MeanCosine, NoRegion
@@ -126,7 +127,7 @@ def test_unusable_optimiser_settings(values: dict[str, Any], words: list[str], t
         (BASE | {"data": {"path": "d"}}, ["data", "path and split"]),
         (BASE | {"data": {"split": {"train": 3}}}, ["data", "path and split"]),
         (BASE | {"data": {"path": "d", "split": {"train": 3}, "test": "t"}}, ["data", "split"]),
-        (BASE | {"data": {"path": "d", "split": {"trian": 3}}}, ["data.split.trian", "'train'", "train is missing"]),
+        (BASE | {"data": {"path": "d", "split": {"trian": 3}}}, ["data.split.trian", "'train'"]),
         (BASE | {"data": {"train": {"path": "d", "limits": 3}}}, ["data.train.limits", "did you mean 'limit'"]),
         (BASE | {"run": {"name": ".."}}, ["run.name", "'..'"]),
         (BASE | {"run": {"name": "a/b"}}, ["run.name", "'a/b'"]),
@@ -207,3 +208,25 @@ def test_paths_expand(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOMEWHERE", "/tmp/there")
     assert expand_path("$SOMEWHERE/x.jsonl") == Path("/tmp/there/x.jsonl")
     assert expand_path("~/x") == Path(os.path.expanduser("~/x"))
+
+
+def test_a_task_needs_no_prompt_and_own_files_do(tmp_path: Path) -> None:
+    config = load_run_config(write(tmp_path, {"model": "m", "data": {"task": "imdb"}}), ["optimize.monitors.gap=stop"])
+    assert config.prompt is None
+    assert config.data.task == "imdb"
+    assert config.optimize.monitors.gap.action == "stop"
+    again = load_run_config(write(tmp_path, config.model_dump(mode="json")), ["optimize.monitors.gap.threshold=0.2"])
+    assert (again.optimize.monitors.gap.threshold, again.optimize.monitors.gap.action) == (0.2, "stop")
+    for data in ({"train": "a"}, {"task": "jsonl", "train": "a"}):
+        with pytest.raises(ConfigError, match="prompt is missing"):
+            load_run_config(write(tmp_path, {"model": "m", "data": data}))
+
+
+def test_a_tasks_defaults_give_way_to_what_is_said() -> None:
+    defaults = {"steps": 50, "batch_size": 8, "monitors": {"answers": 16, "gap": "stop"}}
+    filled = with_defaults(OptimizeConfig(epochs=2, monitors={"gap": "ignore"}), defaults)
+    assert (filled.steps, filled.epochs, filled.batch_size) == (None, 2, 8)
+    assert (filled.monitors.answers, filled.monitors.gap.action) == (16, "ignore")
+    assert filled.learning_rate == OptimizeConfig().learning_rate
+    told = with_defaults(OptimizeConfig(trust_region={"tau": 0.8}), {"steps": 50})
+    assert (told.steps, told.trust_region) == (50, CosineCone(0.8))

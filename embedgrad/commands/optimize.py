@@ -7,17 +7,16 @@ import shlex
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-from embedgrad.commands.shared import MEASURES, examples, open_model, prompt_text, with_interval, write_text
-from embedgrad.evaluation import Evaluation, check_evaluation, evaluate
+from embedgrad.commands.shared import Plan, answers_told, figures, open_configured, plan, with_interval, write_text
+from embedgrad.evaluation import MEASURES, Evaluation, check_evaluation, evaluate, paired_tests
+from embedgrad.evaluation import shares as evaluation_shares
 from embedgrad.example import Example
 from embedgrad.machine import peak_memory
 from embedgrad.model.model import Model
 from embedgrad.progress import Bar, JsonLines, Progress, Quiet
 from embedgrad.prompt import SoftPrompt
 from embedgrad.runs import read_summary, write_summary
-from embedgrad.sampling import Sampling
 from embedgrad.settings import expand_path, load_run_config
 from embedgrad.train import OptimizeResult, optimize
 
@@ -25,36 +24,37 @@ _SHOWN = 3  # test examples in the report
 _STOPPED = {"interrupted": 130, "terminated": 143}  # 128 + signal number, as shells have it
 
 
-def run(config_path: Path, overrides: Sequence[str], resume: bool, quiet: bool, as_json: bool) -> int:
-    """The command; returns its exit code. Raises EmbedGradError."""
-    config = load_run_config(config_path, overrides)
+def run(
+    config_path: Path, overrides: Sequence[str], data: Path | None, resume: bool, quiet: bool, as_json: bool
+) -> int:
+    """The command; returns its exit code. `data`: the folder of the task's files. Raises EmbedGradError."""
+    overrides = [*overrides, *([] if data is None else [f"data.folder={json.dumps(str(data))}"])]
+    planned = plan(load_run_config(config_path, overrides))
+    config = planned.config
     folder = expand_path(config.run.folder) / str(config.run.name)
-    data = examples(config.data)
-    text = prompt_text(config.prompt)
-    section = config.model
-    model = open_model(
-        section.path, section.dtype, section.backend, section.device, section.weights, section.max_device_memory
-    )
-    prompt = SoftPrompt.from_text(model, text, config.template)
-    sampling = None if config.sampling is None else Sampling(**config.sampling.model_dump())
-    if data["test"]:  # refused now, not after the training
-        check_evaluation(model, prompt, data["test"], config.data.labels)
+    model = open_configured(config)
+    parts = planned.parts(model.tokenizer)
+    prompt = SoftPrompt.from_text(model, planned.prompt, config.template)
+    if parts.test:  # refused now, not after the training
+        check_evaluation(model, prompt, parts.test, planned.labels)
     progress: Progress = JsonLines() if as_json else Quiet() if quiet else Bar()
+    progress.note(parts.leakage.sentence() + ".")
     result = optimize(
-        model, prompt, data["train"], data["validation"], config.optimize,
+        model, prompt, parts.train, parts.validation, config.optimize,
         run_dir=folder, resume=resume, progress=progress, description=config.model_dump(mode="json"),
-        terminate_cleanly=True,
+        terminate_cleanly=True, judge=planned.judge,
     )  # fmt: skip
     if result.stop_reason in _STOPPED:
         sets = "".join(f" --set {_quoted(one)}" for one in overrides)
         again = f"embedgrad optimize {shlex.quote(str(config_path))}{sets} --resume"
         print(f"Stopped after step {result.steps}, all of it saved; to go on: {again}", file=sys.stderr)
         return _STOPPED[result.stop_reason]
-    tested = _test(model, prompt, result, data["test"], config.data.labels, sampling)
+    tested = _test(model, prompt, result, parts.test, planned)
     if tested:
         content = {when: evaluation.to_dict() for when, evaluation in tested.items()}
         write_text(folder / "test.json", json.dumps(content, ensure_ascii=False) + "\n")
-    summary = {**read_summary(folder), **_figures(tested), "peak_memory_bytes": peak_memory()}
+    about = {"task": planned.task.name, "leakage": parts.leakage.to_dict(), "peak_memory_bytes": peak_memory()}
+    summary = {**read_summary(folder), **figures(tested), **about}
     write_summary(folder, summary)
     if as_json:
         print(json.dumps({"kind": "summary", **summary}))
@@ -69,33 +69,15 @@ def _quoted(text: str) -> str:
 
 
 def _test(
-    model: Model,
-    prompt: SoftPrompt,
-    result: OptimizeResult,
-    test: Sequence[Example],
-    labels: Sequence[str] | None,
-    sampling: Sampling | None,
+    model: Model, prompt: SoftPrompt, result: OptimizeResult, test: Sequence[Example], planned: Plan
 ) -> dict[str, Evaluation]:
     """The test data before and after; empty without any."""
     if not test:
         return {}
     return {
-        when: evaluate(model, one, test, labels=labels, sampling=sampling)
+        when: evaluate(model, one, test, labels=planned.labels, sampling=planned.sampling, grader=planned.grader)
         for when, one in (("before", prompt), ("after", result.prompt))
     }
-
-
-def _figures(tested: Mapping[str, Evaluation]) -> dict[str, Any]:
-    """For the summary: each measure {before, after}, their 95 % intervals alike, and the number of test examples."""
-    if not tested:
-        return {}
-    figures: dict[str, Any] = {"test_examples": len(tested["after"].records), "intervals": {}}
-    for name in MEASURES:
-        shares = {when: getattr(evaluation, name) for when, evaluation in tested.items()}
-        if shares["after"] is not None:
-            figures[name] = {when: share.value for when, share in shares.items()}
-            figures["intervals"][name] = {when: [share.low, share.high] for when, share in shares.items()}
-    return figures
 
 
 def _report(result: OptimizeResult, tested: Mapping[str, Evaluation], folder: Path) -> None:
@@ -103,11 +85,15 @@ def _report(result: OptimizeResult, tested: Mapping[str, Evaluation], folder: Pa
     from rich.table import Table
 
     console = Console(highlight=False)
-    table = Table("", "before", "after")
-    for name, told in MEASURES.items():
-        shares = [getattr(evaluation, name) for evaluation in tested.values()]
-        if any(shares):
-            table.add_row(f"test: {told}", *map(with_interval, shares))
+    table = Table("", "before", "after", "gained, lost", "p (McNemar)")
+    if tested:
+        tests = paired_tests(tested["before"], tested["after"])
+        for name, shares in evaluation_shares(tested).items():
+            paired = tests[name]
+            told = f"test: {MEASURES[name]}"
+            cells = [*map(with_interval, shares.values()), f"{paired.gained}, {paired.lost}", f"{paired.p:.2g}"]
+            table.add_row(told, *cells)
+        table.add_row("test: answers", *map(answers_told, tested.values()))
     if result.before is not None and result.after is not None:
         for name in ("accuracy", "loss"):
             table.add_row(f"validation: {name}", f"{result.before[name]:.4f}", f"{result.after[name]:.4f}")

@@ -6,10 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from embedgrad.model.model import Model
+from embedgrad.neighbours import neighbours
 from embedgrad.prompt import SoftPrompt
 from embedgrad.trust_region import norm_ratio
 
@@ -35,10 +33,11 @@ def describe(prompt: SoftPrompt, model: Model | None) -> dict[str, Any]:
         {"id": token, "similarity": similarity[i], "norm_ratio": ratio[i]} for i, token in enumerate(prompt.token_ids)
     ]
     if model is not None:
-        nearest = nearest_tokens(model, prompt.embeddings)
-        for row, (token, cosine) in zip(rows, nearest, strict=True):
+        near = neighbours(model, prompt.embeddings, prompt.token_ids)
+        for row, token, cosine, rank in zip(rows, near.nearest, near.cosine, near.own_rank, strict=True):
             row["token"] = model.tokenizer.decode([row["id"]], skip_special=False)
             row["nearest_id"], row["nearest_cosine"] = token, cosine
+            row["own_rank"] = rank
             row["nearest_token"] = model.tokenizer.decode([token], skip_special=False)
     return {
         "text": prompt.text,
@@ -51,24 +50,6 @@ def describe(prompt: SoftPrompt, model: Model | None) -> dict[str, Any]:
         "mean_similarity": sum(similarity) / len(similarity),
         "rows": rows,
     }
-
-
-def nearest_tokens(model: Model, embeddings: Tensor) -> list[tuple[int, float]]:
-    """For each row of `embeddings` [k, d] the id of the vocabulary row with the largest cosine, and that cosine.
-
-    Of equal cosines the smallest id; rows of the matrix that are 0 are nobody's nearest.
-    """
-    rows = torch.nn.functional.normalize(embeddings.float(), dim=1)
-    best = torch.full((len(rows),), -2.0)
-    ids = torch.zeros(len(rows), dtype=torch.int64)
-    for first, table in model.embedding_table_chunks():
-        length = table.norm(dim=1)
-        cosine = (rows @ table.T) / length.clamp_min(torch.finfo(torch.float32).tiny)
-        cosine[:, length == 0] = -2.0
-        value, index = cosine.max(dim=1)
-        better = value > best
-        best, ids = torch.where(better, value, best), torch.where(better, index + first, ids)
-    return list(zip(ids.tolist(), best.tolist(), strict=True))
 
 
 def _print(content: dict[str, Any]) -> None:

