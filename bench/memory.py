@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> list[Row]:
                 rows.append(row(
                     "memory", "embedgrad", f"embedgrad {embedgrad.__version__}", [found.total], counted=True,
                     unit="bytes", case={"model": model, "weight_type": told, "policy": policy, "arch": args.arch},
-                    **vars(size), **vars(found),
+                    size=vars(size), **vars(found),
                 ))  # fmt: skip
     return rows
 

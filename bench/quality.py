@@ -36,8 +36,8 @@ def main(args: argparse.Namespace) -> list[Row]:
 
     import embedgrad
     from bench.contenders import our_version
-    from embedgrad.data import split
     from embedgrad.settings import OptimizeConfig
+    from embedgrad.splitting import split
     from embedgrad.tasks import movie_snippets, smollm2
 
     torch.set_num_threads(args.threads)

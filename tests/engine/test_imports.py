@@ -16,7 +16,7 @@ prompt = SoftPrompt.from_ids(model, [9, 30], template=Template.plain())
 for policy in ("all", "mlp", "layer"):
     loss_and_grad(model, prompt, [Example([10, 11], [20]), Example([12], [30, 31])], policy=policy)
 generate(model, prompt, [[10], [11]], Sampling(max_new_tokens=2))
-print(sorted(name for name in sys.modules if name.startswith(("torch._dynamo", "torch._inductor")))[:3])
+print(sorted(name for name in sys.modules if name.startswith(("torch._dynamo", "torch._inductor", "sympy")))[:3])
 """
 
 
