@@ -25,8 +25,10 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-ALL = (("step",), ("scale",), ("decode",), ("ops",), ("kernels", "--static"), ("ablation",), ("quality",), ("load",),
-       ("memory",))  # fmt: skip
+ALL = (
+    ("step",), ("decode",), ("load",), ("ops",), ("scale",), ("ablation",), ("quality",), ("memory",),
+    ("kernels", "--static"),
+)  # fmt: skip
 
 
 def names() -> list[str]:
