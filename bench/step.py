@@ -226,7 +226,7 @@ def tables(rows: Sequence[Row]) -> dict[str, str]:
     cells: list[Sequence[object]] = []
     for case, named in _by_case(rows, "step").items():
         floor, peft = named.get("floor"), named.get("peft")
-        for number, (name, one) in enumerate((n, r) for n, r in named.items() if n != "floor"):
+        for number, (name, one) in enumerate((n, r) for n, r in named.items() if n not in UNSHOWN):
             assert one.peak_bytes is not None
             cells.append((
                 None if number else case, NAMES[name], f"{one.median:.2f}", f"{one.low:.2f}..{one.high:.2f}",
