@@ -120,7 +120,7 @@ def pictures(rows: Sequence[Row]) -> dict[str, Any]:
         axes.plot(reach, [min(x * machine.bandwidth, peak) / 1e12 for x in reach], color=colour, label=machine.name)
     shown: dict[str, float] = {}
     for one in static:
-        if one.more["intensity"] > 0.1 and one.case["dtype"] == "bfloat16":
+        if one.more["intensity"] > 0.1 and one.case["dtype"] == "bfloat16" and "+" not in str(one.case["op"]):
             shown.setdefault(str(one.case["op"]), one.more["intensity"])
     for number, (op, x) in enumerate(sorted(shown.items(), key=lambda item: item[1])):
         axes.axvline(x, color=style.LIMIT, linewidth=0.6, alpha=0.5)
@@ -130,5 +130,5 @@ def pictures(rows: Sequence[Row]) -> dict[str, Any]:
     axes.set_ylim(0.1, 4000)
     axes.set_xlabel("operations per byte that must be moved")
     axes.set_ylabel("T operations/s at the data-sheet rates, bf16")
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left")
     return {"kernels-roofline": figure}

@@ -225,7 +225,7 @@ def pictures(rows: Sequence[Row]) -> dict[str, Any]:
         axes.bar(at, values, width * 0.9, color=(style.OURS, style.OURS_TOO, style.OURS_THREE)[place % 3], label=shape)
     axes.axhline(70, color=style.LIMIT, linestyle="--", label="70 %")
     axes.set_xticks(range(len(ops)), ops, rotation=40, ha="right", fontsize=8)
-    axes.set_ylabel("% of the bound (bytes, arithmetic\\nor products, whichever binds)")
+    axes.set_ylabel("% of the bound (bytes, arithmetic\nor products, whichever binds)")
     axes.grid(axis="x", visible=False)
     axes.legend(fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return {"ops": figure}

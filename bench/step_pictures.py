@@ -20,10 +20,11 @@ def shapes(found: ByCase, names: Mapping[str, str], label: str, value: Callable[
     contenders = [n for n in next(iter(found.values())) if n in names]
     width = 0.8 / len(contenders)
     for place, name in enumerate(contenders):
-        at = [i + (place - (len(contenders) - 1) / 2) * width for i in range(len(found))]
-        heights = [value(named[name]) for named in found.values()]
+        there = [(i, named[name]) for i, named in enumerate(found.values()) if name in named]
+        at = [i + (place - (len(contenders) - 1) / 2) * width for i, _ in there]
+        heights = [value(one) for _, one in there]
         bars = axes.bar(at, heights, width * 0.9, color=style.colour(name), label=names[name].replace("`", ""))
-        axes.bar_label(bars, fmt="%.3g", fontsize=7, padding=1)
+        axes.bar_label(bars, fmt="%.0f" if "MB" in label else "%.3g", fontsize=7, padding=1)
     if label == "seconds":
         for i, named in enumerate(found.values()):
             if "floor" in named:
@@ -61,7 +62,7 @@ def of_floor(found: ByCase) -> Any:
     for name in ("embedgrad", "peft"):
         cases = sorted(found, key=lambda case: found[case]["floor"].median)
         share = [100 * found[case]["floor"].median / found[case][name].median for case in cases]
-        axes.plot([found[case]["floor"].median for case in cases], share, "o-", color=style.colour(name), label=name)
+        axes.plot([found[case]["floor"].median for case in cases], share, "o", color=style.colour(name), label=name)
     axes.set_xscale("log")
     axes.set_ylim(0, 105)
     axes.set_xlabel("matrix-product floor, seconds")
