@@ -64,7 +64,9 @@ def test_every_place_has_a_table_and_every_picture_is_there() -> None:
             if "pictures/" in line and line.startswith("!["):
                 assert (path.parent / line.split("(")[1].split(")")[0]).is_file(), line
     made = {name for q in report.QUESTIONS for name in report.tables_of(q)}
-    assert named <= made
+    partly = [q for q in report.QUESTIONS if any(one.run is not None and one.run.quick for one in rows.newest(q))]
+    missing = {name for name in named - made if not name.startswith(tuple(partly))}  # a quick run makes some only
+    assert not missing
 
 
 def test_every_question_has_rows_that_say_where_they_come_from() -> None:
