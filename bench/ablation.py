@@ -29,7 +29,7 @@ OMISSIONS = {
     "first_layer": "the first layer's backward at tokens that show no prompt",
     "whole_logits": "the whole logit matrix at once",
 }
-SHAPES = {"prompt first": Case(64, 64, 4), "long query": Case(16, 128, 4), "prompt last": Case(32, 128, 4)}
+SHAPES = {"prompt first": Case(64, 32, 4), "long query": Case(16, 96, 4), "prompt last": Case(32, 96, 4)}
 NOTHING = "nothing"
 
 

@@ -30,7 +30,7 @@ from bench.markdown import table
 from bench.rows import Row, row
 from bench.worker import Worker, serve
 
-LLAMA_SLOTS = {1: (1,), 8: (8,), 32: (8, 16, 32)}  # tried for so many queries; others: as many slots as queries
+LLAMA_SLOTS = {1: (1,), 8: (8,), 32: (8, 32)}  # tried for so many queries; others: as many slots as queries
 SYSTEM = "You are a helpful assistant that explains things to people in plain words and short sentences. "
 PROMPT_TOKENS = 190
 WARM_TOKENS = 4  # of the round that does not count
@@ -51,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this bench."""
     parser.add_argument("--queries", nargs="*", type=int, default=None, help="default: 1 8 32")
     parser.add_argument("--tokens", type=int, default=64, help="longest answer (default 64)")
-    parser.add_argument("--repeats", type=int, default=5, help="rounds that count (default 5; 2 of 32 queries)")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds that count (default 3; 2 of 32 queries)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of ours and of transformers")
     parser.add_argument("--worker", help=argparse.SUPPRESS)

@@ -30,7 +30,7 @@ OURS = {"embedgrad, GGUF as stored": ("gguf", "stored"), "embedgrad, GGUF to flo
         "embedgrad, safetensors": ("safetensors", "compute")}  # fmt: skip
 OTHERS = {"transformers, GGUF": "gguf", "transformers, safetensors": "safetensors"}
 POINTS = ("step", "token")
-ONCE = ("transformers, GGUF",)  # so slow that one measurement must do
+ONCE = ("transformers, GGUF",)  # so slow that one measurement, warm, must do
 TOKENS = 16
 
 
@@ -57,7 +57,7 @@ def main(args: argparse.Namespace) -> list[Row]:
             for name in OURS if args.quick else (*OURS, *OTHERS):
                 path = files[OURS[name][0] if name in OURS else OTHERS[name]]
                 few = args.quick or name in ONCE
-                for state in ("cold", *["warm"] * (1 if few else args.repeats)):
+                for state in (*(() if name in ONCE else ("cold",)), *["warm"] * (1 if few else args.repeats)):
                     if state == "cold":
                         _forget(path)
                     found[name, point, state].append(_ask(name, point, path, args.threads))

@@ -1,6 +1,6 @@
 """How close does each operation come to what the machine allows, and how does it compare with torch's own?
 
-SmolLM2-135M's sizes and the trees of `bench step`, in float32 and bfloat16; every backend that runs here, torch's own
+SmolLM2-135M's sizes and two trees of `bench step`, in float32 and bfloat16; every backend that runs here, torch's own
 way to the same result, and Cut Cross-Entropy's portable path where it is installed (Liger-Kernel imports on a CPU, but
 all of its operations are Triton kernels and start on a GPU only). What backends compute is first held against the
 reference in float64; what is wrong gives no figure.
@@ -30,19 +30,19 @@ from bench.markdown import seconds, table
 from bench.op_attention import Attention
 from bench.op_cases import OpCase, Run, cases, operations
 from bench.rows import Row, row
-from bench.step import SHAPES
 from embedgrad.backends import reference
 from embedgrad.model.config import ModelConfig
 from embedgrad.tree import TokenTree
 
 CHECKS = ("tests/engine/test_native_backend.py",)
+SHAPES = ("64/64/8", "32/250/8")
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this bench."""
     parser.add_argument("--shapes", nargs="*", default=None, help=f"prompt/query/batch (default: {' '.join(SHAPES)})")
-    parser.add_argument("--repeats", type=int, default=15, help="timings of each (default 15)")
+    parser.add_argument("--repeats", type=int, default=9, help="timings of each (default 9)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
 

@@ -2,10 +2,11 @@
 
 Forward and backward of one step on SmolLM2-135M-Instruct with the same ids and targets for all: PEFT prompt tuning,
 autograd on `inputs_embeds` of a transformers model, the same under `torch.compile` (compiled before anything counts),
-and embedgrad with two memory policies and two kinds of weights. Every contender is a process of its own; the steps of
-all contenders take turns, so that a noisy machine is noisy for all. Memory is the peak of the resident size during a
-step above its size once the model is loaded and has been used once, and beside it that of the whole process. The floor
-(`bench/floor.py`) is what BLAS needs for the step's necessary operations, measured in the same turns.
+and embedgrad with two memory policies and, at the first shape, two kinds of weights. Every contender is a process of
+its own; the steps of all take turns, so that a noisy machine is noisy for all. The first step of each is not timed.
+Memory is the peak of the resident size during any step, the first one too, above its size once the model is loaded and
+has been used once, and beside it that of the whole process. The floor (`bench/floor.py`) is what BLAS needs for the
+step's necessary operations, measured in the same turns.
 
 The grid goes to where little is shared, and to batches of one, with fewer contenders.
 """
@@ -18,7 +19,6 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from bench import resident
@@ -33,8 +33,9 @@ SHAPES = ("64/64/8", "200/50/8", "32/250/8")
 CONTENDERS = ("floor", *OTHERS, *OURS, "breakdown")
 FEWEST = 2  # steps that count
 UNSHOWN = ("floor", "breakdown")  # in the tables of contenders
-COMPILED_SHAPES = 1  # of them; compiling takes more than a minute for each
-GRID = ("16/512/1", "16/16/1", "128/128/1", "16/16/8", "16/128/8", "128/16/8", "128/64/8")
+# At the first shape only: compiling takes more than a minute for each, and stored weights take the time of `layer`.
+ONCE = ("transformers-compiled", "embedgrad-stored")
+GRID = ("16/512/1", "128/128/1", "16/16/8", "16/64/8", "128/16/8")
 GRID_CONTENDERS = ("floor", "peft", "embedgrad")
 CHECKS = (
     "tests/engine/test_gradient.py::test_smollm2_equals_transformers",
@@ -69,8 +70,7 @@ def main(args: argparse.Namespace) -> list[Row]:
     chosen = args.contenders or [n for n in CONTENDERS if not (args.quick and n == "transformers-compiled")]
     rows: list[Row] = []
     for number, shape in enumerate(shapes):  # processes of their own: nothing of another shape's memory is left
-        compiled = number < COMPILED_SHAPES or args.contenders
-        names = [name for name in chosen if compiled or name != "transformers-compiled"]
+        names = [name for name in chosen if number == 0 or args.contenders or name not in ONCE]
         rows += _compare("step", [shape], names, repeats, args)
     ascending = sorted(grid, key=lambda text: Case.parse(text).tokens)
     rows += _compare("grid", ascending, [n for n in GRID_CONTENDERS if n in chosen], min(repeats, 2), args)
@@ -92,14 +92,13 @@ def _compare(
         for shape in shapes:
             answers: dict[str, list[dict[str, Any]]] = defaultdict(list)
             started = time.monotonic()
-            for number in range(repeats + 1):  # the first step of each is not counted, and others' are short
+            for number in range(repeats + 1):
                 if number > FEWEST and time.monotonic() - started > args.seconds:
                     break
                 for name, worker in workers.items():
-                    warming = number == 0
-                    if warming and name == "breakdown":
-                        continue
-                    answers[name].append(worker.ask(case=shape, warming=warming))
+                    first = number == 0
+                    if not (first and name == "breakdown"):
+                        answers[name].append(worker.ask(case=shape, first=first))
             versions = {name: worker.ready["version"] for name, worker in workers.items()}
             found = _rows(part, Case.parse(shape), args, answers, versions)
             print(f"{part} {shape}: " + ", ".join(f"{r.contender} {shown(r.median)}" for r in found), flush=True)
@@ -120,11 +119,12 @@ def _rows(
         steps = all_steps if name == "breakdown" else all_steps[1:]
         last = steps[-1]
         more: dict[str, Any] = {key: last[key] for key in ("loss", "gradient_norm", "breakdown") if key in last}
-        more |= {key: max(s[key] for s in steps) for key in ("process_bytes", "torch_bytes") if key in last}
+        held = steps if name == "transformers-compiled" else all_steps  # compiling itself does not count
+        more |= {key: max(s[key] for s in held) for key in ("process_bytes", "torch_bytes") if key in last}
         found.append(row(
             "step", name, versions[name], [s["seconds"] for s in steps],
             case={"part": part, **vars(case), "threads": args.threads, "device": args.device},
-            peak_bytes=max((s["peak_bytes"] for s in steps if "peak_bytes" in s), default=None), **more,
+            peak_bytes=max((s["peak_bytes"] for s in held if "peak_bytes" in s), default=None), **more,
         ))  # fmt: skip
     return found
 
@@ -147,12 +147,10 @@ def _work(name: str, backend: str, device: str) -> None:
 
     def measure(request: dict[str, Any]) -> dict[str, Any]:
         case = Case.parse(request["case"])
-        if request["warming"]:
+        if request["first"]:
             steps.clear()
             resident.used(where)  # gives back what the last case has freed
             steps[case] = build(case)
-            if name in ("peft", "transformers"):  # nothing of theirs stays from step to step: a small one will do
-                return _measured(build(replace(case, batch=1)), where, base, torch_bytes)
         return _measured(steps[case], where, base, torch_bytes)
 
     serve({"version": version}, measure)
