@@ -117,7 +117,7 @@ def others(name: str, ours: Any, where: torch.device) -> tuple[Build, str]:
     """One of OTHERS on the weights of `ours`."""
     import transformers
 
-    from bench.twin import transformers_twin
+    from embedgrad.compare.twin import transformers_twin
 
     vocabulary = ours.config.vocab_size
     model: Any = transformers_twin(ours, attention="sdpa")

@@ -321,7 +321,7 @@ def _transformers(device: str) -> tuple[Write, str]:
     import transformers
 
     import embedgrad
-    from bench.twin import transformers_twin
+    from embedgrad.compare.twin import transformers_twin
     from embedgrad.tasks import smollm2
 
     ours = embedgrad.load_model(smollm2.path(), device=device)

@@ -1,4 +1,4 @@
-"""The command line: `embedgrad optimize | evaluate | generate | show | doctor`.
+"""The command line: `embedgrad optimize | evaluate | compare | generate | show | doctor`.
 
 This file only says what the options are. Nothing heavy is imported before a command runs, so `--help` is immediate.
 Exit codes: 0 done, 2 refused (one sentence on stderr), 130 or 143 stopped by Ctrl-C or SIGTERM.
@@ -89,6 +89,24 @@ def evaluate(
         data, config, task, label or (), grader, before, limit, output, query_field, target_field, max_new_tokens, json
     )
     run(prompt, model, (dtype, backend, device), options)
+
+
+@app.command()
+def compare(
+    config: Annotated[Path, typer.Argument(help="Configuration file (YAML), as of `optimize`.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Override one setting: section.key=value; may be repeated.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", "-d", help="Folder with the task's data; default: EMBEDGRAD_DATA.")
+    ] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="JSON lines on stdout instead of a table.")] = False,
+) -> None:
+    """The optimised prompt beside its controls on the same test items; run again, it goes on where it stopped."""
+    from embedgrad.commands.compare import run
+
+    raise typer.Exit(run(config, set_ or [], data, quiet, json))
 
 
 @app.command()

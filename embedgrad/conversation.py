@@ -82,7 +82,8 @@ class Conversation:
                 continue
             for inner, rest in enumerate(piece.split(query_mark)):
                 parts.extend([query, rest] if inner else [rest])
-        for slot, name in ((prompt, "{prompt}"), (query, "{query}")):
+        shown = [(query, "{query}")] + ([(prompt, "{prompt}")] if self._template.shows_prompt else [])
+        for slot, name in shown:
             if isinstance(slot, Slot) and slot not in parts:
                 raise TemplateError(f"the chat template drops the message that holds {name}.")
         return [part for part in parts if part != ""]

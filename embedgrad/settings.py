@@ -280,6 +280,16 @@ class RunSection(_Section):
     folder: str = "runs"
 
 
+class CompareSection(_Section):
+    """What `embedgrad compare` runs beside the optimised prompt."""
+
+    arms: tuple[str, ...] | None = None  # default: all that there are
+    seeds: Annotated[tuple[Annotated[Int, Field(ge=0)], ...], Field(min_length=1)] = (0, 1, 2)
+    taus: tuple[Annotated[Float, Field(ge=-1, le=1)], ...] = (1.0, 0.99, 0.95, 0.9, 0.8, 0.0)
+    shots: Annotated[Int, Field(ge=1)] = 4  # demonstrations of a few-shot prompt
+    paraphrases: tuple[str, ...] | None = None  # other texts for the prompt; default: the task's
+
+
 class SamplingSection(_Section):
     """How answers are generated; temperature 0 takes the likeliest token."""
 
@@ -308,6 +318,7 @@ class RunConfig(_Section):
     data: DataSection
     optimize: OptimizeConfig = OptimizeConfig()
     run: RunSection = RunSection()
+    compare: CompareSection = CompareSection()
     sampling: SamplingSection | None = None  # default: greedy, as long as the test's answers need
 
     @model_validator(mode="before")

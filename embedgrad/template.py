@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from embedgrad.errors import TemplateError
@@ -78,6 +78,23 @@ class Template:
     def plain(cls) -> Template:
         """Prompt, query and target tokens one after another: nothing between them, no BOS, no end token."""
         return cls("plain")
+
+    @property
+    def shows_prompt(self) -> bool:
+        """Whether the prompt stands in it: always, but in what `without_prompt` gives."""
+        return self.kind == "plain" or PROMPT in self.body or any(PROMPT in content for _, content in self.messages)
+
+    def without_prompt(self) -> Template:
+        """The same without the prompt: its slot is taken out, and with it a message that holds nothing else.
+
+        A control for comparisons; such a template is not read back by `from_json`.
+        """
+        if self.kind == "plain":
+            return replace(self, kind="text", body=QUERY)
+        if self.kind == "text":
+            return replace(self, body=self.body.replace(PROMPT, "").lstrip())
+        messages = [(role, content.replace(PROMPT, "").strip()) for role, content in self.messages]
+        return replace(self, messages=tuple(message for message in messages if message[1]))
 
     def to_json(self) -> str:
         """The template as a JSON object; `from_json` is its inverse."""

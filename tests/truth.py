@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from bench.twin import transformers_twin
+from embedgrad.compare.twin import transformers_twin
 from embedgrad.model.model import Model
 from embedgrad.rendering import Rendered
 

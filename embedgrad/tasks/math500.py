@@ -41,6 +41,12 @@ TASK = Task(
     name="math500",
     load=load,
     prompt="Please reason step by step, and put your final answer within \\boxed{}.",
+    paraphrases=(
+        "Solve the problem step by step. Put the final answer within \\boxed{}.",
+        "Think carefully, show your work, and finish with the answer in \\boxed{}.",
+        "You are a mathematician. Derive the answer in small steps and end with \\boxed{answer}.",
+        "Work out the solution one step at a time, check it, and write the final answer as \\boxed{}.",
+    ),
     grader="math",
     sizes={"train": 1000, "validation": 50, "test": 500},
     target_tokens=512,

@@ -31,18 +31,20 @@ class Pools:
 class Task:
     """A task.
 
-    load: the pools, from a source and a variant's name; variants: those names, the default first. grouping: gives for
-    all examples what says which of them must come to the same side of a split, where equal texts are not enough
-    (`embedgrad.splitting`). template: None is the model's default (`embedgrad.prompt.default_template`). labels: all
-    answers there are. grader: as `embedgrad.grading.grader.make_grader` takes it. sizes: examples of train, validation
-    and test; None for pools that are parts already. query_tokens: queries are cut after so many tokens. target_tokens:
-    examples with longer targets are not trained on. max_new_tokens: of an answer; None: what the longest target needs.
-    optimize: settings of `OptimizeConfig` that differ from its defaults.
+    load: the pools, from a source and a variant's name; variants: those names, the default first. grouping: gives
+    for all examples what says which of them must come to the same side of a split, where equal texts are not enough
+    (`embedgrad.splitting`). paraphrases: other ways to say the prompt, written by hand. template: None is the
+    model's default (`embedgrad.prompt.default_template`). labels: all answers there are. grader: as
+    `embedgrad.grading.grader.make_grader` takes it. sizes: examples of train, validation and test; None for pools
+    that are parts already. query_tokens: queries are cut after so many tokens. target_tokens: examples with longer
+    targets are not trained on. max_new_tokens: of an answer; None: what the longest target needs. optimize:
+    settings of `OptimizeConfig` that differ from its defaults.
     """
 
     name: str
     load: Callable[[Source, str | None], Pools]
     prompt: str
+    paraphrases: tuple[str, ...] = ()
     template: Template | None = None
     labels: tuple[str, ...] | None = None
     grader: str | Mapping[str, Any] = "exact"

@@ -1,23 +1,42 @@
-"""The transformers model with the weights of one of ours: the other side of a comparison, and of a test."""
+"""The transformers model with the weights of one of ours: the other side of a comparison, a benchmark, and a test."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import torch
+
+from embedgrad.errors import ConfigError
 from embedgrad.model.model import Model
+
+FAMILIES = ("llama", "qwen2")
+
+
+def no_twin(model: Model) -> str | None:
+    """Why there is no twin of `model`, in one sentence; None where there is one."""
+    c = model.config
+    if c.family not in FAMILIES or c.rope.kind != "default":
+        return (
+            f"a transformers twin is made of {' and '.join(FAMILIES)} with plain rotations only, not of {model.name}."
+        )
+    if model.device.type != "cpu" or getattr(model.weights.layers[0].out.parts[0], "dtype", None) != torch.float32:
+        return "a transformers twin shares float32 weights on the CPU; load the model with weights=fp32 there."
+    return None
 
 
 def transformers_twin(model: Model, attention: str = "eager") -> Any:
     """A frozen float32 transformers model that shares `model`'s weights; Llama and Qwen2 with plain rotations."""
     import transformers
 
+    problem = no_twin(model)
+    if problem:
+        raise ConfigError(problem)
     c = model.config
     classes = {
         "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
         "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
     }
     config_class, model_class = classes[c.family]
-    assert c.rope.kind == "default"
     config = config_class(
         vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
         num_hidden_layers=c.num_layers, num_attention_heads=c.num_heads, num_key_value_heads=c.num_kv_heads,

@@ -1,0 +1,153 @@
+"""The arms of a comparison: the optimised prompt, and everything that it should be better than."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+
+from embedgrad.commands.shared import Plan
+from embedgrad.compare.arm import Arm, Candidates, Training, only
+from embedgrad.compare.demonstrations import few_shot
+from embedgrad.compare.twin import no_twin
+from embedgrad.errors import ConfigError, TemplateError
+from embedgrad.example import Example
+from embedgrad.model.model import Model
+from embedgrad.prompt import PLAIN_TEXT, SYSTEM_TURN, USER_TURN, SoftPrompt, default_template
+from embedgrad.template import PROMPT, QUERY, Template
+from embedgrad.trust_region import CosineCone, NoRegion
+
+ORIGINAL, OPTIMISED = "original", "optimised"
+AFTER_QUERY = Template.chat([{"role": "user", "content": f"{QUERY}\n\n{PROMPT}"}])
+TEXT_AFTER_QUERY = Template.text(f"{QUERY}\n\n{PROMPT}\n\n")
+
+
+def arms(plan: Plan, model: Model) -> tuple[list[Arm], list[str]]:
+    """The arms that the configuration asks for, in the order in which they are run, and a sentence for each that cannot
+    be. Raises ConfigError for a name that is none."""
+    found, left_out = _all(plan, model)
+    wanted = plan.config.compare.arms
+    if wanted is None:
+        return found, left_out
+    known = [arm.name for arm in found]
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise ConfigError(f"compare.arms: there is no arm {unknown[0]!r}; there are {', '.join(known)}.")
+    return [arm for arm in found if arm.name in wanted], []
+
+
+def _all(plan: Plan, model: Model) -> tuple[list[Arm], list[str]]:
+    section, text = plan.config.compare, plan.prompt
+    template = default_template(model) if plan.config.template is None else plan.config.template
+    left_out: list[str] = []
+
+    def start(model: Model) -> SoftPrompt:
+        return SoftPrompt.from_text(model, text, template)
+
+    found = [
+        Arm(ORIGINAL, "the original text", only(start)),
+        Arm(OPTIMISED, "optimised", only(start), Training(), repeated=True),
+        Arm("no-prompt", "no prompt", only(lambda model: absent(model, template))),
+        *_templates(model, text, template),
+        Arm("format-only", "optimised on shuffled labels", only(start), Training(shuffled=True), repeated=True),
+        Arm("unconstrained", "no trust region", only(start), Training(NoRegion()), repeated=True),
+        *_sweep(plan, only(start)),
+        Arm("few-shot", f"best of few-shot, {section.shots} examples", _demonstrations(plan, template)),
+    ]
+    paraphrases = section.paraphrases if section.paraphrases is not None else plan.task.paraphrases
+    if paraphrases:
+        found.append(Arm("paraphrases", "best of paraphrases", _paraphrases((text, *paraphrases), template)))
+    else:
+        left_out.append("best of paraphrases is left out: the task has none, and compare.paraphrases gives none.")
+    problem = _no_peft(model)
+    if problem is None:
+        front = only(lambda model: in_front(model, text, template))
+        found.append(Arm("peft", "PEFT prompt tuning", front, Training(peft=True)))
+    else:
+        left_out.append(f"PEFT prompt tuning is left out: {problem}")
+    return found, left_out
+
+
+def absent(model: Model, template: Template) -> SoftPrompt:
+    """The template without its prompt; the one row that a prompt must have is shown nowhere."""
+    return SoftPrompt.from_ids(model, [0], template.without_prompt())
+
+
+def in_front(model: Model, text: str, template: Template) -> SoftPrompt:
+    """`text` where PEFT puts virtual tokens: in front of everything, the rest being the template without prompt."""
+    rest = template.without_prompt()
+    if rest.kind == "text":
+        return SoftPrompt.from_text(model, text, Template.text(PROMPT + rest.body, rest.end))
+    source = rest.chat_template or model.tokenizer.chat_template
+    first = "{{ messages[0]['content'] }}{% set messages = messages[1:] %}"
+    messages = [("system", PROMPT), *rest.messages]
+    moved = Template.chat(
+        [{"role": role, "content": content} for role, content in messages], f"{first}{source}",
+        None if rest.variables == "{}" else _variables(rest),
+    )  # fmt: skip
+    return SoftPrompt.from_text(model, text, moved)
+
+
+def _variables(template: Template) -> dict[str, object]:
+    import json
+
+    values = json.loads(template.variables)
+    assert isinstance(values, dict)
+    return values
+
+
+def _templates(model: Model, text: str, template: Template) -> list[Arm]:
+    """The original text at other places, as far as the model's chat template has them."""
+    chat = model.tokenizer.chat_template is not None
+    places = (
+        {"system-turn": SYSTEM_TURN, "user-turn-before": USER_TURN, "user-turn-after": AFTER_QUERY}
+        if chat
+        else {"before-query": PLAIN_TEXT, "after-query": TEXT_AFTER_QUERY}
+    )
+    titles = {
+        "system-turn": "original in the system turn",
+        "user-turn-before": "original in the user's turn, first",
+        "user-turn-after": "original in the user's turn, last",
+        "before-query": "original before the query",
+        "after-query": "original after the query",
+    }
+    found = []
+    for name, place in places.items():
+        if place == template:
+            continue
+        try:
+            SoftPrompt.from_text(model, text, place)
+        except TemplateError:  # a chat template that refuses system messages, for instance
+            continue
+        found.append(Arm(name, titles[name], _at(text, place)))
+    return found
+
+
+def _at(text: str, template: Template) -> Candidates:
+    return only(lambda model: SoftPrompt.from_text(model, text, template))
+
+
+def _sweep(plan: Plan, start: Candidates) -> list[Arm]:
+    """Cosine cones of other widths than the configuration's own."""
+    region = plan.config.optimize.trust_region
+    return [
+        Arm(f"tau-{tau:g}", f"cone of τ = {tau:g}", start, Training(CosineCone(tau)))
+        for tau in plan.config.compare.taus
+        if CosineCone(tau) != region
+    ]
+
+
+def _demonstrations(plan: Plan, template: Template) -> Candidates:
+    def draw(model: Model, train: Sequence[Example], seed: int) -> list[SoftPrompt]:
+        return few_shot(model, plan.prompt, template, train, plan.config.compare.shots, seed)
+
+    return draw
+
+
+def _paraphrases(texts: Sequence[str], template: Template) -> Candidates:
+    return lambda model, train, seed: [SoftPrompt.from_text(model, text, template) for text in texts]
+
+
+def _no_peft(model: Model) -> str | None:
+    if any(importlib.util.find_spec(name) is None for name in ("peft", "transformers")):
+        return "pip install 'embedgrad[compare]' brings it."
+    return no_twin(model)

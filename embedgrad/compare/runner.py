@@ -1,0 +1,209 @@
+"""Runs the arms of a comparison, each seed and fold in a folder of its own; what is there already is not run again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from embedgrad.commands.shared import Plan, division
+from embedgrad.compare.arm import Arm
+from embedgrad.compare.arms import OPTIMISED
+from embedgrad.compare.outcome import Outcome, item_hashes, verdicts
+from embedgrad.compare.peft_tuning import tune
+from embedgrad.errors import ConfigError
+from embedgrad.evaluation import Evaluation, evaluate
+from embedgrad.example import Example
+from embedgrad.files import write_atomic
+from embedgrad.model.model import Model
+from embedgrad.prompt import SoftPrompt
+from embedgrad.rendering import render
+from embedgrad.settings import OptimizeConfig
+from embedgrad.tasks.parts import Parts, divide
+from embedgrad.train import OptimizeResult, optimize
+
+IDENTITY = "identity.json"
+
+
+class Stopped(Exception):
+    """A signal ended an arm's optimisation; running the same command again goes on."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+class Runner:
+    """One comparison. Raises ConfigError where `folder` holds one of other settings or of another model."""
+
+    def __init__(self, plan: Plan, model: Model, folder: Path) -> None:
+        self.plan, self.model, self.folder = plan, model, folder
+        self._parts: dict[int, Parts] = {}
+        folder.mkdir(parents=True, exist_ok=True)
+        known, own = folder / IDENTITY, self._identity()
+        if known.exists() and known.read_text("utf-8") != own:
+            raise ConfigError(
+                f"{folder} holds arms of other settings, data or another model; give another run.name, or remove it."
+            )
+        write_atomic(known, own.encode())
+
+    def _identity(self) -> str:
+        """Everything that every arm depends on, but for the data, whose items each result names."""
+        config = self.plan.config.model_dump(mode="json", exclude={"run"})
+        for free in ("arms", "seeds", "taus"):
+            config["compare"].pop(free)
+        for free in ("memory_policy", "memory_budget", "checkpoint_every"):
+            config["optimize"].pop(free)
+        config["data"].pop("fold")
+        values = {"config": config, "prompt": self.plan.prompt, "weights": self.model.weights_hash()}
+        return json.dumps(values, indent=1, sort_keys=True) + "\n"
+
+    @cached_property
+    def folds(self) -> range:
+        """The folds that are pooled; one without cross-validation."""
+        return range(self.plan.config.data.folds or 1)
+
+    def parts(self, fold: int) -> Parts:
+        """The data of one fold."""
+        if fold not in self._parts:
+            how = division(self.plan.config.data)
+            how = replace(how, fold=fold) if how.folds else how
+            self._parts[fold] = divide(self.plan.task, self.plan.pools, how, self.model.tokenizer)
+            if not self._parts[fold].test:
+                raise ConfigError("a comparison needs test data: give data.test, or a split with a test part.")
+        return self._parts[fold]
+
+    def seeds(self, arm: Arm) -> Sequence[int]:
+        """Those of the configuration, for an arm that is repeated; else the first."""
+        seeds = self.plan.config.compare.seeds
+        return seeds if arm.repeated else seeds[:1]
+
+    def place(self, arm: str, seed: int, fold: int) -> Path:
+        """The folder of an arm's run."""
+        inner = f"seed-{seed}" + (f"-fold-{fold}" if self.plan.config.data.folds else "")
+        return self.folder / arm / inner
+
+    def run(self, arm: Arm, seed: int, fold: int, budget: int | None = None) -> Outcome:
+        """The arm's outcome, from its folder or by running it. Raises Stopped.
+
+        budget: forward and backward tokens that an arm with several candidates may spend on the validation data.
+        """
+        place = self.place(arm.name, seed, fold)
+        parts = self.parts(fold)
+        items = item_hashes(parts.test)
+        known = Outcome.load(place)
+        if known is not None:
+            if known.items != items:
+                raise ConfigError(f"{place} was tested on other items; give another run.name, or remove it.")
+            return known
+        place.mkdir(parents=True, exist_ok=True)
+        started = time.monotonic()
+        candidates = arm.candidates(self.model, parts.train, seed)
+        if arm.training is None:
+            prompt, figures = self._best(candidates, parts.validation, budget)
+        else:
+            prompt, figures = self._optimised(arm, candidates[0], parts, seed, place)
+        spent = time.monotonic() - started
+        evaluation = self.evaluate(prompt, parts.test)
+        outcome = Outcome(
+            arm=arm.name, title=arm.title, seed=seed, fold=fold, items=items, correct=verdicts(evaluation),
+            answers=evaluation.statistics.to_dict(), seconds=spent, **figures,
+        )  # fmt: skip
+        outcome.save(place)
+        return outcome
+
+    def evaluate(self, prompt: SoftPrompt, examples: Sequence[Example]) -> Evaluation:
+        """As the configuration says."""
+        plan = self.plan
+        return evaluate(self.model, prompt, examples, plan.labels, plan.sampling, plan.grader)
+
+    def budget(self, outcomes: Sequence[Outcome], fold: int) -> int | None:
+        """Forward and backward tokens of the optimised prompt's first seed on this fold; None before it was run."""
+        spent = [o.forward_tokens + o.backward_tokens for o in outcomes if o.arm == OPTIMISED and o.fold == fold]
+        return spent[0] if spent else None
+
+    def _best(
+        self, candidates: Sequence[SoftPrompt], validation: Sequence[Example], budget: int | None
+    ) -> tuple[SoftPrompt, dict[str, Any]]:
+        """The candidate that is right most often on the validation data (as generated, then by label), and the cost."""
+        if len(candidates) == 1 or not validation:
+            return candidates[0], {}
+        spent, tried = 0, 0
+        best, best_rank = candidates[0], (-1.0, -1.0)
+        for prompt in candidates:
+            cost = tokens(self.model, prompt, validation)
+            if tried and budget is not None and spent + cost > budget:
+                break
+            found = self.evaluate(prompt, validation)
+            choice = found.choice_accuracy
+            rank = (found.generated_accuracy.value, choice.value if choice is not None else 0.0)
+            spent, tried = spent + cost, tried + 1
+            if rank > best_rank:
+                best, best_rank = prompt, rank
+        return best, {"forward_tokens": spent, "candidates": tried, "validation": {"after": {"accuracy": best_rank[0]}}}
+
+    def _optimised(
+        self, arm: Arm, prompt: SoftPrompt, parts: Parts, seed: int, place: Path
+    ) -> tuple[SoftPrompt, dict[str, Any]]:
+        training = arm.training
+        assert training is not None
+        config = self._config(arm, seed)
+        train, validation = parts.train, parts.validation
+        if training.shuffled:
+            train, validation = (shuffled(part, seed) for part in (train, validation))
+        if training.peft:
+            return tune(self.model, prompt, train, validation, config)
+        description = {"arm": arm.name, "optimize": config.model_dump(mode="json")}
+        result = optimize(
+            self.model, prompt, train, validation, config,
+            run_dir=place, resume="auto", description=description, terminate_cleanly=True, judge=self.plan.judge,
+        )  # fmt: skip
+        if result.stop_reason in ("interrupted", "terminated"):
+            raise Stopped(result.stop_reason)
+        return result.prompt, self._figures(result, validation)
+
+    def _config(self, arm: Arm, seed: int) -> OptimizeConfig:
+        """The configuration's settings; what an alarm may do is warn, so that every arm has the same steps."""
+        config = self.plan.config.optimize
+        quiet = {
+            sign: getattr(config.monitors, sign).model_copy(update={"action": "warn"})
+            for sign in ("similarity", "gap", "collapse")
+        }
+        changes: dict[str, Any] = {"seed": seed, "monitors": config.monitors.model_copy(update=quiet)}
+        if arm.training is not None and arm.training.region is not None:
+            changes["trust_region"] = arm.training.region
+        return config.model_copy(update=changes)
+
+    def _figures(self, result: OptimizeResult, validation: Sequence[Example]) -> dict[str, Any]:
+        trained = sum(record["tokens"] for record in result.history)
+        watched = len(result.validations) * tokens(self.model, result.prompt, validation)
+        trains = [r["train_accuracy"] for r in result.validations if "train_accuracy" in r]
+        return {
+            "forward_tokens": trained + watched,
+            "backward_tokens": trained,
+            "similarity": result.min_similarity,
+            "best_step": result.best_step,
+            "steps": result.steps,
+            "train_accuracy": trains[-1] if trains else None,
+            "validation": {"before": result.before, "after": result.after},
+            "alarms": [{key: a[key] for key in ("sign", "step", "value")} for a in result.alarms],
+        }
+
+
+def tokens(model: Model, prompt: SoftPrompt, examples: Sequence[Example]) -> int:
+    """Of the examples' whole sequences, as if nothing were shared."""
+    return sum(len(render(model, prompt, example).ids) for example in examples)
+
+
+def shuffled(examples: Sequence[Example], seed: int) -> list[Example]:
+    """The same queries with the same targets in another order, so that only the targets' form is left to learn."""
+    targets = [example.target for example in examples]
+    key = hashlib.sha256(f"{seed}/shuffled/{len(targets)}".encode()).hexdigest()
+    random.Random(key).shuffle(targets)
+    return [replace(example, target=target) for example, target in zip(examples, targets, strict=True)]
