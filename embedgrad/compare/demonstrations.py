@@ -15,7 +15,7 @@ from embedgrad.rendering import render_query
 from embedgrad.template import PROMPT, QUERY, Template
 
 DRAWS = 16  # sets of demonstrations that may be tried
-_LONGEST = 4096  # tokens of a prompt with its demonstrations; longer sets are passed over
+ROOM = 4  # a quarter of the context is left for queries and answers
 
 
 def few_shot(
@@ -25,6 +25,8 @@ def few_shot(
 
     Raises ConfigError where no set fits into the model's context, or the training data has not so many examples.
     """
+    if template.kind == "plain":
+        raise ConfigError("a plain template has no turns in which demonstrations could stand.")
     draw = random.Random(f"{seed}/demonstrations")
     usable = [example for example in train if _usable(example)]
     if len(usable) < shots:
@@ -37,10 +39,10 @@ def few_shot(
             length = len(render_query(model, prompt, "x").ids)
         except EmbedGradError:
             continue
-        if length <= min(_LONGEST, model.config.max_position // 2):
+        if length <= model.config.max_position * (ROOM - 1) // ROOM:
             found.append(prompt)
     if not found:
-        raise ConfigError(f"no {shots} demonstrations fit into half of the model's context; set compare.shots lower.")
+        raise ConfigError(f"no {shots} demonstrations leave room in the model's context; set compare.shots lower.")
     return found
 
 
@@ -71,11 +73,9 @@ def _with(template: Template, shown: Sequence[Example]) -> Template:
             body = bare if turns else content
             turns += [(role, body.replace(QUERY, str(example.query))), ("assistant", str(example.target))]
         return replace(template, messages=(*before, *turns, (role, bare)))
-    if template.kind == "text":
-        bare = template.body.replace(PROMPT, "").lstrip()
-        solved = ""
-        for example in shown:
-            body = bare if solved else template.body
-            solved += body.replace(QUERY, str(example.query)) + str(example.target) + "\n\n"
-        return replace(template, body=solved + bare)
-    raise ConfigError("a plain template has no turns in which demonstrations could stand.")
+    bare = template.body.replace(PROMPT, "").lstrip()
+    solved = ""
+    for example in shown:
+        body = bare if solved else template.body
+        solved += body.replace(QUERY, str(example.query)) + str(example.target) + "\n\n"
+    return replace(template, body=solved + bare)
