@@ -1,4 +1,4 @@
-"""The command line: `embedgrad optimize | evaluate | compare | generate | show | doctor`.
+"""The command line: `embedgrad optimize | evaluate | compare | study | generate | show | doctor`.
 
 This file only says what the options are. Nothing heavy is imported before a command runs, so `--help` is immediate.
 Exit codes: 0 done, 2 refused (one sentence on stderr), 130 or 143 stopped by Ctrl-C or SIGTERM.
@@ -107,6 +107,24 @@ def compare(
     from embedgrad.commands.compare import run
 
     raise typer.Exit(run(config, set_ or [], data, quiet, json))
+
+
+@app.command()
+def study(
+    name: Annotated[str, typer.Argument(help="similarity, curves, entropy, drift, tau, prompt-quality, or all.")],
+    config: Annotated[Path, typer.Argument(help="Configuration file (YAML), as of `compare`.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Override one setting: section.key=value; may be repeated.")
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option("--data", "-d", help="Folder with the task's data; default: EMBEDGRAD_DATA.")
+    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for data, pictures and words.")] = None,
+) -> None:
+    """Answer a question of the paper by runs: data, a picture, and what was seen; shares its runs with `compare`."""
+    from embedgrad.commands.study import run
+
+    raise typer.Exit(run(name, config, set_ or [], data, output))
 
 
 @app.command()

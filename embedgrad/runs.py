@@ -103,7 +103,7 @@ class RunFolder:
 
         Raises ConfigError where there are checkpoints and none of them can be used.
         """
-        records, _ = self._read_metrics()
+        records, _ = _read_metrics(self.path)
         state, problems = load_latest(self.checkpoints, len(records))
         if state is None and checkpoints(self.checkpoints):
             raise ConfigError(f"the run in {self.path} cannot be resumed: {' '.join(problems)}")
@@ -118,7 +118,7 @@ class RunFolder:
 
     def cut_back_to(self, state: RunState) -> None:
         """Remove what was written after `state`: lines of metrics.jsonl, and checkpoints that were passed over."""
-        _, ends = self._read_metrics()
+        _, ends = _read_metrics(self.path)
         path = self.path / "metrics.jsonl"
         if path.exists():
             with _saving(path):
@@ -130,7 +130,7 @@ class RunFolder:
 
     def records(self, lines: int) -> list[dict[str, Any]]:
         """The first `lines` records of metrics.jsonl."""
-        return self._read_metrics()[0][:lines]
+        return _read_metrics(self.path)[0][:lines]
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Add one line to metrics.jsonl."""
@@ -152,29 +152,6 @@ class RunFolder:
         """summary.json: what came of it."""
         write_summary(self.path, values)
 
-    def _read_metrics(self) -> tuple[list[dict[str, Any]], list[int]]:
-        """The records up to the first line that is torn or not JSON, and where each of them ends in the file."""
-        try:
-            data = (self.path / "metrics.jsonl").read_bytes()
-        except FileNotFoundError:
-            return [], []
-        except OSError as error:
-            raise ConfigError(f"cannot read {self.path / 'metrics.jsonl'}: {error.strerror or error}.") from error
-        records: list[dict[str, Any]] = []
-        ends: list[int] = []
-        position = 0
-        for line in data.split(b"\n")[:-1]:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                break
-            if not isinstance(record, dict):
-                break
-            position += len(line) + 1
-            records.append(record)
-            ends.append(position)
-        return records, ends
-
 
 def _holds_run(path: Path) -> bool:
     known = ("config.yaml", "metrics.jsonl", "summary.json", "prompt.safetensors")
@@ -189,6 +166,37 @@ def _saving(path: Path) -> Any:
         raise SaveError(
             f"cannot write {path}: {error.strerror or error}; free some space and resume the run."
         ) from error
+
+
+def _read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The records up to the first line that is torn or not JSON, and where each of them ends in the file."""
+    file = path / "metrics.jsonl"
+    try:
+        data = file.read_bytes()
+    except FileNotFoundError:
+        return [], []
+    except OSError as error:
+        raise ConfigError(f"cannot read {file}: {error.strerror or error}.") from error
+    records: list[dict[str, Any]] = []
+    ends: list[int] = []
+    position = 0
+    for line in data.split(b"\n")[:-1]:
+        try:
+            record = json.loads(line)
+        except ValueError:
+            break
+        if not isinstance(record, dict):
+            break
+        position += len(line) + 1
+        records.append(record)
+        ends.append(position)
+    return records, ends
+
+
+def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """The records of a run's metrics.jsonl, up to a line that is torn; none where there is no such file. Raises
+    ConfigError."""
+    return _read_metrics(Path(path))[0]
 
 
 def read_summary(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from embedgrad.settings import expand_path, load_run_config
 from embedgrad.statistics import Accuracy
 
 SHOWN = ("generated_accuracy", "choice_accuracy")  # on a terminal; the files have all
-_EXIT = {"interrupted": 128 + signal.SIGINT, "terminated": 128 + signal.SIGTERM}
+EXIT = {"interrupted": 128 + signal.SIGINT, "terminated": 128 + signal.SIGTERM}
 
 
 def run(config_path: Path, overrides: Sequence[str], data: Path | None, quiet: bool, as_json: bool) -> int:
@@ -51,7 +51,7 @@ def run(config_path: Path, overrides: Sequence[str], data: Path | None, quiet: b
     except (KeyboardInterrupt, Stopped) as stopped:
         reason = stopped.reason if isinstance(stopped, Stopped) else "interrupted"
         print("Stopped; the same command goes on from here.", file=sys.stderr)
-        return _EXIT[reason]
+        return EXIT[reason]
     if not (quiet or as_json):
         _show(outcomes)
         print(f"Written to {folder}/: compare.json, compare.md, and a folder for each arm")

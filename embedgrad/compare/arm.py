@@ -18,11 +18,13 @@ Candidates = Callable[[Model, Sequence[Example], int], list[SoftPrompt]]
 class Training:
     """How an arm is optimised.
 
-    region: instead of the configuration's trust region. shuffled: targets are permuted among the training examples, and
-    among the validation examples, so that only their format can be learnt. peft: by PEFT's prompt tuning, its own way.
+    region, learning_rate: instead of the configuration's. shuffled: targets are permuted among the training
+    examples, and among the validation examples, so that only their format can be learnt. peft: by PEFT's prompt
+    tuning, its own way.
     """
 
     region: TrustRegion | None = None
+    learning_rate: float | None = None
     shuffled: bool = False
     peft: bool = False
 

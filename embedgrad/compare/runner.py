@@ -24,6 +24,7 @@ from embedgrad.files import write_atomic
 from embedgrad.model.model import Model
 from embedgrad.prompt import SoftPrompt
 from embedgrad.rendering import render
+from embedgrad.runs import read_records
 from embedgrad.settings import OptimizeConfig
 from embedgrad.tasks.parts import Parts, divide
 from embedgrad.train import OptimizeResult, optimize
@@ -118,6 +119,10 @@ class Runner:
         outcome.save(place)
         return outcome
 
+    def records(self, arm: str, seed: int, fold: int) -> list[dict[str, Any]]:
+        """The lines of metrics.jsonl of an arm that was optimised."""
+        return read_records(self.place(arm, seed, fold))
+
     def evaluate(self, prompt: SoftPrompt, examples: Sequence[Example]) -> Evaluation:
         """As the configuration says."""
         plan = self.plan
@@ -178,6 +183,8 @@ class Runner:
         changes: dict[str, Any] = {"seed": seed, "monitors": config.monitors.model_copy(update=quiet)}
         if arm.training is not None and arm.training.region is not None:
             changes["trust_region"] = arm.training.region
+        if arm.training is not None and arm.training.learning_rate is not None:
+            changes["learning_rate"] = arm.training.learning_rate
         return config.model_copy(update=changes)
 
     def _figures(self, result: OptimizeResult, validation: Sequence[Example]) -> dict[str, Any]:

@@ -1,0 +1,44 @@
+"""`embedgrad study`: one question of the paper, answered by runs on one's own model and data."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from embedgrad.commands.compare import EXIT
+from embedgrad.commands.shared import open_configured, plan, write_text
+from embedgrad.compare.runner import Runner, Stopped
+from embedgrad.pictures import save, style
+from embedgrad.settings import expand_path, load_run_config
+from embedgrad.studies import NAMES, find_study
+
+
+def run(name: str, config_path: Path, overrides: Sequence[str], data: Path | None, output: Path | None) -> int:
+    """The command; returns its exit code. `name`: of a study, or "all". Raises EmbedGradError."""
+    studies = {one: find_study(one) for one in (NAMES if name == "all" else (name,))}
+    overrides = [*overrides, *([] if data is None else [f"data.folder={json.dumps(str(data))}"])]
+    planned = plan(load_run_config(config_path, overrides))
+    section = planned.config.run
+    runs = expand_path(section.folder)
+    folder = output or runs / f"{section.name}-studies"
+    with style():
+        model = open_configured(planned.config)
+        runner = Runner(planned, model, runs / f"{section.name}-compare")
+        try:
+            for one, study in studies.items():
+                found = study.run(runner)
+                folder.mkdir(parents=True, exist_ok=True)
+                content = {"study": one, "model": model.name, "test_items": len(runner.parts(0).test), **found.data}
+                write_text(folder / f"{one}.json", json.dumps(content, indent=1) + "\n")
+                save(found.figure, folder / f"{one}.svg")
+                heading = f"## {one}: {study.question}\n\n"
+                write_text(folder / f"{one}.md", f"{heading}{found.paragraph}\n\n![{one}]({one}.svg)\n")
+                print(f"{one}: {found.paragraph}\n", flush=True)
+        except (KeyboardInterrupt, Stopped) as stopped:
+            reason = stopped.reason if isinstance(stopped, Stopped) else "interrupted"
+            print("Stopped; the same command goes on from here.", file=sys.stderr)
+            return EXIT[reason]
+    print(f"Written to {folder}/: for each study its data (.json), a picture (.svg) and a paragraph (.md)")
+    return 0

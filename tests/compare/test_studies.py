@@ -1,0 +1,93 @@
+"""`embedgrad study`: every study runs, shares its runs, and its words say what its figures say."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Any
+
+import pytest
+
+from embedgrad.commands.study import run
+from embedgrad.compare import runner as runner_module
+from embedgrad.errors import ConfigError
+from embedgrad.studies import NAMES, curves, drift, find_study, similarity
+from tests.compare.test_compare import configure
+
+
+@pytest.fixture(scope="module")
+def studied(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """All studies on a tiny model: what each wrote as data, and its words."""
+    folder = tmp_path_factory.mktemp("studies")
+    config = configure(folder, compare__seeds=[3], optimize__validate_every=1)
+    assert run("all", config, [], None, None) == 0
+    written = folder / "runs/small-studies"
+    for name in NAMES:
+        assert (written / f"{name}.svg").read_text().startswith("<?xml")
+    found = {name: json.loads((written / f"{name}.json").read_text()) for name in NAMES}
+    words = {name: (written / f"{name}.md").read_text() for name in NAMES}
+    return {"config": config, "data": found, "words": words, "runs": folder / "runs/small-compare"}
+
+
+def test_similarity_is_what_the_records_say(studied: dict[str, Any]) -> None:
+    data = studied["data"]["similarity"]
+    records = runner_module.read_records(studied["runs"] / "optimised/seed-3")
+    assert data["least"] == [record["similarity_min"] for record in records if record["kind"] == "step"]
+    assert f"lowest of any token was {min(data['least']):.4f}" in studied["words"]["similarity"]
+    assert data["tau"] == 0.9
+
+
+def test_drift_happens_without_a_region_only(studied: dict[str, Any]) -> None:
+    data = studied["data"]["drift"]
+    assert min(data["held"]["least"]) >= drift.TAU
+    assert min(data["free"]["least"]) < drift.SIGN
+    assert "similarity" in data["free"]["alarms"]
+    assert "similarity" not in data["held"]["alarms"]
+    assert "the similarity alarm went off" in studied["words"]["drift"]
+
+
+def test_the_sweep_and_the_starts_are_complete(studied: dict[str, Any]) -> None:
+    points = studied["data"]["tau"]["points"]
+    assert [point["tau"] for point in points] == ["0.9", "0.5", "none"]
+    for point in points[:-1]:
+        assert point["similarity"] >= float(point["tau"])
+    starts = studied["data"]["prompt-quality"]["starts"]
+    assert set(starts) == {"good", "terse", "off topic", "adversarial", "nonsense"}
+    for found in starts.values():
+        assert found["held"]["similarity"] >= 0.9
+        assert {when: found[when]["accuracy"]["total"] for when in ("before", "held", "free")} == dict.fromkeys(
+            ("before", "held", "free"), 10
+        )
+
+
+def test_runs_are_shared_and_not_repeated(studied: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[Any] = []
+    monkeypatch.setattr(runner_module, "evaluate", lambda *arguments: calls.append(arguments))
+    before = {path: os.stat(path).st_mtime_ns for path in studied["runs"].rglob("result.json")}
+    assert run("all", studied["config"], [], None, studied["runs"].parent / "again") == 0
+    assert not calls
+    assert before == {path: os.stat(path).st_mtime_ns for path in studied["runs"].rglob("result.json")}
+    for name in NAMES:
+        assert json.loads((studied["runs"].parent / f"again/{name}.json").read_text()) == studied["data"][name]
+
+
+def test_words_contradict_the_paper_where_figures_do() -> None:
+    data = {
+        "tau": 0.5, "least": [0.9, 0.8], "mean": [0.95, 0.9], "on_boundary": [0, 0.25], "last": [0.8, 1.0],
+        "best_step": 2, "best_least": 0.8,
+    }  # fmt: skip
+    told = similarity._paragraph(data, 2)
+    assert "is not kept" in told
+    assert "25% of the tokens lie on the cone of τ = 0.5, so the region binds" in told
+    shares = {"value": 0.5, "low": 0.4, "high": 0.6, "correct": 50, "total": 100}
+    curve = {
+        "validation_accuracy": [0.5, 0.7], "step": [1, 2], "epochs": 1, "train_loss": [2.0, 0.1],
+        "validation_loss": [2.0, 1.9], "gap": [None, 0.3], "gap_low": [None, 0.1], "alarms": [{"sign": "gap"}],
+        "measure": "choice_accuracy", "test_before": shares, "test_after": shares,
+    }  # fmt: skip
+    assert "ended 30.0 points above validation accuracy. The gap alarm went off" in curves._paragraph(curve)
+
+
+def test_an_unknown_study_is_refused() -> None:
+    with pytest.raises(ConfigError, match="there is no study 'taus'; choose one of similarity, curves"):
+        find_study("taus")
