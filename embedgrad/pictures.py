@@ -32,6 +32,14 @@ def style() -> Iterator[None]:
         yield
 
 
+def whole_numbers(*axes: Any) -> None:
+    """Ticks of the x axis, which counts something."""
+    from matplotlib.ticker import MaxNLocator
+
+    for each in axes:
+        each.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+
 def save(figure: Any, path: Path) -> None:
     """Write a figure as SVG; the same figure gives the same bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)

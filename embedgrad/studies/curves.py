@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from embedgrad.compare.runner import Runner
-from embedgrad.pictures import BLUE, GREY, VERMILION
+from embedgrad.pictures import BLUE, GREY, VERMILION, whole_numbers
 from embedgrad.statistics import Accuracy
 from embedgrad.studies.study import Finding, Study, main_measure, optimised, original, percent, share, steps_of
 from embedgrad.studies.study import validations_of as validations
@@ -40,6 +40,7 @@ def run(runner: Runner) -> Finding:
     shares.set(xlabel="step", ylabel="accuracy of the answer", ylim=(-0.03, 1.03))
     for axes in (losses, shares):
         axes.legend()
+    whole_numbers(losses, shares)
     return Finding(data, _paragraph(data), figure)
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from embedgrad.compare.arm import Training
 from embedgrad.compare.runner import Runner
-from embedgrad.pictures import BLUE, GREY, VERMILION
+from embedgrad.pictures import BLUE, GREY, VERMILION, whole_numbers
 from embedgrad.statistics import Accuracy
 from embedgrad.studies.study import Finding, Study, main_measure, original, percent, share, steps_of, trained
 from embedgrad.trust_region import CosineCone, NoRegion
@@ -40,6 +40,7 @@ def run(runner: Runner) -> Finding:
     axes.axhline(SIGN, color=GREY, linestyle=":", label=f"the paper's sign of drift, {SIGN:g}")
     axes.set(xlabel="step", ylabel="lowest cosine with the anchor")
     axes.legend(fontsize=8)
+    whole_numbers(axes)
     return Finding(data, _paragraph(data), figure)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from embedgrad.compare.runner import Runner
-from embedgrad.pictures import BLUE, GREEN, GREY, VERMILION
+from embedgrad.pictures import BLUE, GREEN, GREY, VERMILION, whole_numbers
 from embedgrad.studies.study import Finding, Study, optimised, original, validations_of
 
 SHOWN = {
@@ -36,6 +36,7 @@ def run(runner: Runner) -> Finding:
     axes.axhline(ALARM, color=GREY, linestyle=":", label=f"the paper's sign of collapse, {ALARM:g}")
     axes.set(xlabel="step", ylabel="share of the largest possible", ylim=(-0.03, 1.03))
     axes.legend(fontsize=8)
+    whole_numbers(axes)
     return Finding(data, _paragraph(data), figure)
 
 

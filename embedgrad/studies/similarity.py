@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from embedgrad.compare.runner import Runner
-from embedgrad.pictures import BLUE, GREY, SKY, VERMILION
+from embedgrad.pictures import BLUE, GREY, SKY, VERMILION, whole_numbers
 from embedgrad.studies.study import Finding, Study, optimised, steps_of
 
 PAPER = 0.95
@@ -40,6 +40,7 @@ def run(runner: Runner) -> Finding:
     colours = [VERMILION if tau is not None and value < tau + 1e-3 else BLUE for value in last["similarity"]]
     rows.bar(range(len(last["similarity"])), [1 - value for value in last["similarity"]], color=colours)
     rows.set(xlabel="prompt token", ylabel="1 − cosine after the last step")
+    whole_numbers(over, rows)
     return Finding(data, _paragraph(data, len(steps)), figure)
 
 
