@@ -26,7 +26,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 ALL = (
-    ("step",), ("decode",), ("load",), ("ops",), ("scale",), ("ablation",), ("quality",), ("memory",),
+    ("step",), ("decode",), ("load",), ("ops",), ("scale",), ("ablation",), ("quality",), ("memory",), ("predict",),
     ("kernels", "--static"),
 )  # fmt: skip
 
