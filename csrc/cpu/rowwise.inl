@@ -18,10 +18,13 @@ EMBEDGRAD_INLINE void scaled_at(
     for (int r = 0; r < R; ++r) store(out + r * out_row, load(x + r * x_row, count) * by[r] * weight, count);
 }
 
-// R rows from x on; `added` null where nothing is.
+// R rows from x on; `added` null where nothing is. Lines of `out` are asked for while the squares are summed and, where
+// as many rows come `next`, theirs while the results are stored: a row ends before the processor has seen that it is a
+// stream.
 template <int R, typename T>
 static void rms_norm_block(
-    T* x, int64_t x_row, const T* added, int64_t added_row, const T* w, float eps, T* out, int64_t out_row, int64_t d) {
+    T* x, int64_t x_row, const T* added, int64_t added_row, const T* w, float eps, T* out, int64_t out_row, int64_t d,
+    bool next = false) {
     if (added)
         for (int r = 0; r < R; ++r) {
             int64_t i = 0;
@@ -34,6 +37,7 @@ static void rms_norm_block(
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
             const Vec first = load(x + r * x_row + i), second = load(x + r * x_row + i + VL);
+            if (R > 1) __builtin_prefetch(out + r * out_row + i, 1);
             squares[r][0] += first * first;
             squares[r][1] += second * second;
         }
@@ -46,7 +50,12 @@ static void rms_norm_block(
     float by[R];
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r) by[r] = inverse_rms(sum(squares[r][0] + squares[r][1]), eps, d);
-    for (i = 0; i + VL <= d; i += VL) scaled_at<R>(x + i, x_row, by, w + i, out + i, out_row, VL);
+    for (i = 0; i + VL <= d; i += VL) {
+        if (next)
+#pragma GCC unroll 4
+            for (int r = R; r < 2 * R; ++r) __builtin_prefetch(x + r * x_row + i);
+        scaled_at<R>(x + i, x_row, by, w + i, out + i, out_row, VL);
+    }
     if (i < d) scaled_at<R>(x + i, x_row, by, w + i, out + i, out_row, d - i);
 }
 
@@ -61,7 +70,7 @@ static void rms_norm_rows(
     for (; t < end; t += t + 4 <= end ? 4 : 1) {
         const T* added = residual.data ? residual.at(t) : nullptr;
         if (t + 4 <= end)
-            rms_norm_block<4>(x.at(t), x.row, added, residual.row, w, eps, out.at(t), out.row, d);
+            rms_norm_block<4>(x.at(t), x.row, added, residual.row, w, eps, out.at(t), out.row, d, t + 8 <= end);
         else
             rms_norm_block<1>(x.at(t), x.row, added, residual.row, w, eps, out.at(t), out.row, d);
     }
@@ -149,7 +158,12 @@ template <typename T>
 static void rope_rows(
     Rows<T> x, const T* cos, const T* sin, const HeadNorms<T>& norms, int64_t begin, int64_t end, int64_t heads,
     int64_t half) {
-    for (int64_t t = begin; t < end; ++t) rope_row<T>(x.at(t), cos + t * half, sin + t * half, norms, heads, half);
+    constexpr int64_t line = 64 / sizeof(T);
+    for (int64_t t = begin; t < end; ++t) {
+        if (t + 1 < end)  // a row is read here and there, which no processor foresees
+            for (int64_t c = 0; c < 2 * half * heads; c += line) __builtin_prefetch(x.at(t + 1) + c, 1);
+        rope_row<T>(x.at(t), cos + t * half, sin + t * half, norms, heads, half);
+    }
 }
 
 template <typename T>
@@ -174,7 +188,10 @@ template <typename T>
 static void rope_backward_rows(
     Rows<T> dx, Rows<T> raw, const T* cos, const T* sin, const HeadNorms<T>& norms, int64_t begin, int64_t end,
     int64_t heads, int64_t half) {
+    constexpr int64_t line = 64 / sizeof(T);
     for (int64_t t = begin; t < end; ++t) {
+        if (t + 1 < end)
+            for (int64_t c = 0; c < 2 * half * heads; c += line) __builtin_prefetch(dx.at(t + 1) + c, 1);
         rotate(dx.at(t), cos + t * half, sin + t * half, heads, half, -1.0f);
         for (int64_t h = 0; h < heads; ++h) {
             const T* weight = h < norms.q_heads ? norms.q : norms.k;

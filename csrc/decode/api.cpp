@@ -77,7 +77,7 @@ void embedgrad_decoder_advance(
 void embedgrad_linear(const Matrix* matrix, const float* x, int64_t rows, float* y, int32_t threads) {
     Activations activations(rows, matrix->columns);
     std::memcpy(activations.row(0), x, sizeof(float) * rows * matrix->columns);
-    for (int64_t b = 0; b < rows; ++b) activations.quantise(b, orders(*matrix));
+    for (int64_t b = 0; b < rows; ++b) activations.quantise(b, orders(*matrix, rows));
     together(threads, [&](const Crew& crew) {
         const auto [begin, end] = crew.share(matrix->rows, 8);
         linear(*matrix, activations, rows, nullptr, y, matrix->rows, false, begin, end);

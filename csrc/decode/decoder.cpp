@@ -69,7 +69,7 @@ void Decoder::advance(const Crew& crew, const Cache& cache, const Tokens& tokens
     const auto [begin, end] = crew.share(wanted.count);
     for (int64_t i = begin; i < end; ++i) {
         EMBEDGRAD_DISPATCH(rms_norm_row, w.x.row(wanted.rows[i]), nullptr, spec_.final_norm, spec_.eps, w.normed.row(i), d)
-        w.normed.quantise(i, orders(spec_.head));
+        w.normed.quantise(i, orders(spec_.head, wanted.count));
     }
     crew.wait();
     const auto share = crew.share(spec_.head.rows, 8);
@@ -86,7 +86,7 @@ void Decoder::normalise(const Crew& crew, const float* weight, const Matrix& nex
     const auto [begin, end] = crew.share(rows);
     for (int64_t b = begin; b < end; ++b) {
         EMBEDGRAD_DISPATCH(rms_norm_row, w.x.row(b), nullptr, weight, spec_.eps, w.normed.row(b), int64_t{spec_.hidden})
-        w.normed.quantise(b, orders(next));
+        w.normed.quantise(b, orders(next, rows));
     }
     crew.wait();
 }
@@ -140,12 +140,12 @@ void Decoder::attention(const Crew& crew, const Cache& cache, const Tokens& toke
         if (i + 1 < items.end) fetch(own_stretch((i + 1) / per_row, (i + 1) % per_row * together / each, hidden), d);
         const float* q = w.qkv.data() + b * layer.qkv.rows + h * d;
         EMBEDGRAD_DISPATCH(attend_heads, q, spec_.scale, stretches, d, together, w.attended.row(b) + h * d)
-        if (!quantised_apart) w.attended.quantise(b, orders(layer.out), h * d, (h + together) * d);
+        if (!quantised_apart) w.attended.quantise(b, orders(layer.out, rows), h * d, (h + together) * d);
     }
     crew.wait();
     if (quantised_apart) {
         const auto [begin, end] = crew.share(rows);
-        for (int64_t b = begin; b < end; ++b) w.attended.quantise(b, orders(layer.out));
+        for (int64_t b = begin; b < end; ++b) w.attended.quantise(b, orders(layer.out, rows));
         crew.wait();
     }
 }
@@ -162,7 +162,7 @@ void Decoder::feed_forward(const Crew& crew, const LayerSpec& layer, int64_t row
     for (int64_t b = 0; b < rows && begin < end; ++b) {
         const float* gate = gate_up + b * 2 * width;
         EMBEDGRAD_DISPATCH(swiglu_row, gate + begin, gate + width + begin, w.active.row(b) + begin, end - begin)
-        w.active.quantise(b, orders(layer.down), begin, end);
+        w.active.quantise(b, orders(layer.down, rows), begin, end);
     }
     crew.wait();
     const auto down = crew.share(layer.down.rows, 8);

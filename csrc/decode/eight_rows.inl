@@ -1,7 +1,10 @@
-// Products with int8 and int4 matrices for AVX2: eight rows of the matrix stand side by side in a register, four columns
-// of each in its lane of 32 bits, so that no sum across lanes is left. The rows are brought into that order where they
-// are multiplied, once for all activations; the stored bytes stay as they are. Integers and the order of the sums over
-// groups are the same for any number of activations, and so are the bits of the result.
+// Products with int8 and int4 matrices for AVX2, in which no sum across lanes is left. A lane of 32 bits has four columns
+//
+//   of one of eight rows of the matrix, for a row or two of activations: the rows are brought into that order on the way;
+//   of one of eight rows of activations, for more of them: these were laid out so when they were quantised (Lanes), and of
+//   each row of the matrix four columns at a time go to all lanes.
+//
+// Integers and the order of the sums over groups are the same either way, and so are the bits of the result.
 //
 // int4: the halves are unsigned, and the eight products of pairs that a lane of 16 bits meets in a group are at most
 // 8 · 2 · 15 · 127 < 2¹⁵: a group is summed in 16 bits and widened once.
@@ -11,18 +14,16 @@
 //     Σ w x = s − Σ w₀ w₁ − Σ x₀ x₁                                       (Winograd 1968)
 //
 // takes one product of 16 bits for two columns, half as many as w₀ x₀ + w₁ x₁, and integers lose nothing by it. The sum
-// over the weights is found while they are ordered, that over the activations while they are quantised. For a row or two
+// over the weights is found while they are unpacked, that over the activations while they are quantised. For a row or two
 // of activations that would not pay: they take |w| and the sign of w, which gives the same integers.
 
 typedef __m256i Eight;  // a number, or four bytes, of each of eight rows
 
 constexpr int64_t kEight = 8, kQuads = kGroup / 4;
 
-// Eight rows of a part, ordered: quads [strips, kStripVectors], scales, offsets and squares [groups].
+// Scales and offsets [groups] of eight rows of a part.
 struct EightRows {
-    Eight* quads;
     __m256 *scales, *offsets;
-    Eight* squares;  // int8: Σ w₀ w₁
 };
 
 static inline const __m128i* sixteen_bytes(const uint8_t* p) { return reinterpret_cast<const __m128i*>(p); }
@@ -78,37 +79,28 @@ static inline void order_numbers(const void* from, bool half, int64_t groups, co
         }
 }
 
-// One strip of int4: the group of the low halves, and behind it that of the high ones.
-static void split_halves(const uint8_t* const* rows, int64_t at, Eight* quads) {
-    order_rows(rows, at, [&](int64_t i, const Eight& both) __attribute__((always_inline)) {
-        quads[i] = low_halves(both);
-        quads[kQuads + i] = high_halves(both);
-    });
-}
-
-// One strip of int8 in 16 bits: of each quad the elements 0 and 2, and then 1 and 3.
-static void split_neighbours(const uint8_t* const* rows, int64_t at, Eight* quads, Eight* squares) {
-    Eight sum = _mm256_setzero_si256();
-    order_rows(rows, at, [&](int64_t i, const Eight& quad) __attribute__((always_inline)) {
-        const Eight even = _mm256_maddubs_epi16(_mm256_set1_epi16(1), quad), odd = _mm256_srai_epi16(quad, 8);
-        quads[2 * i] = even, quads[2 * i + 1] = odd;
-        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(even, odd));
-    });
-    *squares = sum;
-}
-
 static inline Eight four_bytes(const void* p) {
     int32_t four;
     __builtin_memcpy(&four, p, 4);
     return _mm256_set1_epi32(four);
 }
 
+static Eight* thread_memory(int64_t vectors) {
+    thread_local std::vector<float> memory;
+    const auto needed = static_cast<size_t>((vectors + 1) * sizeof(Eight) / sizeof(float));
+    if (memory.size() < needed) memory.resize(needed);
+    const auto odd = reinterpret_cast<uintptr_t>(memory.data()) % sizeof(Eight);
+    return reinterpret_cast<Eight*>(reinterpret_cast<char*>(memory.data()) + (sizeof(Eight) - odd) % sizeof(Eight));
+}
+
+// ---- a row or two of activations ------------------------------------------------------------------------------------
+
 // acc += Σ w x over one group of eight rows, for M rows of activations from b on.
 template <int M>
 static inline __attribute__((always_inline)) void add_group(
     __m256* acc, const Eight* dots, const EightRows& w, int64_t g, const Activations& x, int64_t b, bool has_offsets) {
     const float *scales = x.scales(b) + g, *sums = x.sums(b) + g;
-#pragma GCC unroll 4
+#pragma GCC unroll 2
     for (int m = 0; m < M; ++m) {
         const __m256 scale = _mm256_mul_ps(w.scales[g], _mm256_broadcast_ss(scales + m * x.sums_row()));
         acc[m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[m]), scale, acc[m]);
@@ -116,51 +108,9 @@ static inline __attribute__((always_inline)) void add_group(
     }
 }
 
-template <int M>
-static inline __attribute__((always_inline)) void int4_group(
-    __m256* acc, const Eight* quads, const EightRows& w, int64_t g, const Activations& x, int64_t b) {
-    const int8_t* bytes[M];
-    Eight dots[M];
-#pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) bytes[m] = x.bytes(b + m) + g * kGroup, dots[m] = _mm256_setzero_si256();
-#pragma GCC unroll 2
-    for (int64_t i = 0; i < kQuads; ++i) {
-        const Eight quad = quads[i];
-#pragma GCC unroll 4
-        for (int m = 0; m < M; ++m)
-            dots[m] = _mm256_add_epi16(dots[m], _mm256_maddubs_epi16(quad, four_bytes(bytes[m] + 4 * i)));
-    }
-#pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) dots[m] = _mm256_madd_epi16(dots[m], _mm256_set1_epi16(1));
-    add_group<M>(acc, dots, w, g, x, b, true);
-}
-
-template <int M>
-static inline __attribute__((always_inline)) void int8_group(
-    __m256* acc, const Eight* quads, const EightRows& w, int64_t g, const Activations& x, int64_t b, bool has_offsets) {
-    const int16_t* neighbours[M];
-    Eight dots[M];
-#pragma GCC unroll 4
-    for (int m = 0; m < M; ++m) {
-        neighbours[m] = x.neighbours(b + m) + g * kGroup;
-        dots[m] = _mm256_sub_epi32(_mm256_set1_epi32(-x.squares(b + m)[g]), w.squares[g]);
-    }
-#pragma GCC unroll 2
-    for (int64_t i = 0; i < kQuads; ++i) {
-        const Eight even = quads[2 * i], odd = quads[2 * i + 1];
-#pragma GCC unroll 4
-        for (int m = 0; m < M; ++m) {
-            const Eight left = _mm256_add_epi16(even, four_bytes(neighbours[m] + 4 * i));
-            const Eight right = _mm256_add_epi16(odd, four_bytes(neighbours[m] + 4 * i + 2));
-            dots[m] = _mm256_add_epi32(dots[m], _mm256_madd_epi16(left, right));
-        }
-    }
-    add_group<M>(acc, dots, w, g, x, b, has_offsets);
-}
-
-// The same for one strip that is ordered on the way, which pays for a row or two of activations.
+// The columns [32 s, 32 s + 32) of the stored bytes.
 template <int M, bool kInt4>
-static inline __attribute__((always_inline)) void unordered_strip(
+static inline __attribute__((always_inline)) void strip(
     __m256* acc, const uint8_t* const* rows, const EightRows& w, int64_t s, int64_t half, const Activations& x,
     int64_t b, bool has_offsets) {
     const int64_t at = s * kGroup, high_at = (half + s) * kGroup;
@@ -189,11 +139,7 @@ static inline __attribute__((always_inline)) void unordered_strip(
     if constexpr (kInt4) add_group<M>(acc, high_dots, w, half + s, x, b, has_offsets);
 }
 
-constexpr int64_t kStripVectors = 2 * kQuads;
-constexpr int kFew = 2;  // rows of activations for which those of the matrix are not ordered first
-constexpr int64_t kOrderedBytes = 20 << 10;  // of rows that are ordered at once: they stay in the nearest cache
-
-// Everything about the eight rows from `first` on but their quads. Rows behind `last` are row `last` again.
+// Scales, offsets and places of the eight rows from `first` on. Rows behind `last` are row `last` again.
 static void prepare_eight(const Part& part, int64_t first, int64_t last, const uint8_t** bytes, EightRows& w) {
     int64_t rows[kEight];
     for (int64_t r = 0; r < kEight; ++r) {
@@ -207,79 +153,202 @@ static void prepare_eight(const Part& part, int64_t first, int64_t last, const u
         for (int64_t g = 0; g < part.groups; ++g) w.offsets[g] = _mm256_mul_ps(w.scales[g], _mm256_set1_ps(-8));
 }
 
-// y of eight rows and M activations. `bytes`: the rows themselves, where they have not been ordered.
 template <int M, bool kInt4>
-static __attribute__((noinline)) void eight_rows_tile(
-    const EightRows& rows, const uint8_t* const* bytes, int64_t strips, const Activations& x, int64_t b, int64_t n,
-    int64_t count, bool has_offsets, const Output& out) {
-    const EightRows w = rows;
-    __m256 acc[M];
-    for (int m = 0; m < M; ++m) acc[m] = _mm256_setzero_ps();
-    for (int64_t s = 0; s < strips; ++s) {
-        const Eight* quads = w.quads + s * kStripVectors;
-        if constexpr (M <= kFew)
-            if (bytes) {
-                unordered_strip<M, kInt4>(acc, bytes, w, s, strips, x, b, has_offsets);
-                continue;
-            }
-        if constexpr (kInt4) {
-            int4_group<M>(acc, quads, w, s, x, b);
-            int4_group<M>(acc, quads + kQuads, w, strips + s, x, b);
-        } else {
-            int8_group<M>(acc, quads, w, s, x, b, has_offsets);
+static __attribute__((noinline)) void few_part(
+    const Part& part, const Activations& x, int64_t begin, int64_t end, const Output& out) {
+    const int64_t groups = part.groups, strips = kInt4 ? groups / 2 : groups;
+    auto* memory = reinterpret_cast<__m256*>(thread_memory(2 * groups));
+    EightRows w = {memory, memory + groups};
+    const bool has_offsets = kInt4 || part.offsets;
+    for (int64_t n = begin; n < end; n += kEight) {
+        const uint8_t* bytes[kEight];
+        prepare_eight(part, n, end - 1, bytes, w);
+        __m256 acc[M];
+        for (int m = 0; m < M; ++m) acc[m] = _mm256_setzero_ps();
+        for (int64_t s = 0; s < strips; ++s) strip<M, kInt4>(acc, bytes, w, s, strips, x, 0, has_offsets);
+        for (int m = 0; m < M; ++m) {
+            float y[kEight];
+            _mm256_storeu_ps(y, acc[m]);
+            out.put(m, n, y, 1, std::min(kEight, end - n));
         }
-    }
-    for (int m = 0; m < M; ++m) {
-        float y[kEight];
-        _mm256_storeu_ps(y, acc[m]);
-        out.put(b + m, n, y, 1, count);
     }
 }
 
-static Eight* eight_rows_memory(int64_t vectors) {
-    thread_local std::vector<float> memory;
-    const auto needed = static_cast<size_t>((vectors + 1) * sizeof(Eight) / sizeof(float));
-    if (memory.size() < needed) memory.resize(needed);
-    const auto odd = reinterpret_cast<uintptr_t>(memory.data()) % sizeof(Eight);
-    return reinterpret_cast<Eight*>(reinterpret_cast<char*>(memory.data()) + (sizeof(Eight) - odd) % sizeof(Eight));
+// ---- more of them ---------------------------------------------------------------------------------------------------
+
+// The row of a matrix as Lanes<kInt4> has its groups: bytes, or numbers of 16 bits, of which of every four columns the
+// first and the third stand in the first half of a group; scales and offsets; int8: Σ w₀ w₁.
+struct UnpackedRow {
+    uint8_t* elements;
+    float *scales, *offsets;
+    int32_t* squares;
+};
+
+static inline int32_t sum_of(Eight x) {
+    const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    const __m128i two = _mm_add_epi32(four, _mm_unpackhi_epi64(four, four));
+    return _mm_cvtsi128_si32(two) + _mm_extract_epi32(two, 1);
+}
+
+template <bool kInt4>
+static void unpack(const Part& part, int64_t row, float* spare, const UnpackedRow& to) {
+    const int64_t groups = part.groups, half = groups / 2, size = part.half_scales ? 2 : 4;
+    const auto* bytes = static_cast<const uint8_t*>(part.data) + row * part.row_bytes;
+    for (int64_t s = 0; s < (kInt4 ? half : groups); ++s) {
+        const Eight both = read_bytes(bytes + s * kGroup);
+        auto* at = reinterpret_cast<Eight*>(to.elements + s * 2 * kGroup);
+        if constexpr (kInt4) {
+            at[0] = low_halves(both), at[1] = high_halves(both);
+        } else {
+            at[0] = _mm256_srai_epi16(_mm256_slli_epi16(both, 8), 8), at[1] = _mm256_srai_epi16(both, 8);
+            to.squares[s] = sum_of(_mm256_madd_epi16(at[0], at[1]));
+        }
+    }
+    const auto numbers = [&](const void* from, float* out) {
+        const char* place = static_cast<const char*>(from) + row * groups * size;
+        widen_any(place, part.half_scales, groups, kInt4 ? spare : out);
+        if constexpr (kInt4)
+            for (int64_t s = 0; s < half; ++s) out[2 * s] = spare[s], out[2 * s + 1] = spare[half + s];
+    };
+    numbers(part.scales, to.scales);
+    if (part.offsets)
+        numbers(part.offsets, to.offsets);
+    else
+        for (int64_t g = 0; g < groups; ++g) to.offsets[g] = to.scales[g] * (kInt4 ? -8.0f : 0.0f);
+}
+
+// Keeps the compiler from summing as a tree, all of whose leaves would wait in memory.
+static inline __attribute__((always_inline)) Eight in_this_order(Eight x) {
+    asm("" : "+x"(x));
+    return x;
+}
+
+// acc += Σ w x over the groups [begin, end) of a row, for V times eight rows of activations whose lanes stand `apart`.
+template <int V, bool kInt4>
+static inline __attribute__((always_inline)) void add_groups(
+    __m256* sums, const UnpackedRow& w, const uint8_t* lanes, int64_t apart, int64_t begin, int64_t end, bool has_offsets) {
+    constexpr int64_t bytes = kInt4 ? Lanes::kBytes : Lanes::kNeighbours;
+    __m256 acc[V];
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) acc[v] = sums[v];
+    lanes += begin * bytes;
+    for (int64_t g = begin; g < end; ++g, lanes += bytes) {
+        const uint8_t* quads = w.elements + g * (kInt4 ? 1 : 2) * kGroup;
+        const auto read = [&](int v, int64_t at) __attribute__((always_inline)) { return read_bytes(lanes + v * apart + at); };
+        const auto number = [&](int v, int64_t which) __attribute__((always_inline)) {
+            return _mm256_castsi256_ps(read(v, (kInt4 ? 1 : 2) * Lanes::kRows * kGroup + which * 32));
+        };
+        Eight dots[V];
+        if constexpr (kInt4) {
+#pragma GCC unroll 8
+            for (int64_t i = 0; i < kQuads; ++i) {
+                const Eight quad = four_bytes(quads + 4 * i);
+#pragma GCC unroll 4
+                for (int v = 0; v < V; ++v) {
+                    const Eight pairs = _mm256_maddubs_epi16(quad, read(v, 32 * i));
+                    dots[v] = i ? in_this_order(_mm256_add_epi16(dots[v], pairs)) : pairs;
+                }
+            }
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) dots[v] = _mm256_madd_epi16(dots[v], _mm256_set1_epi16(1));
+        } else {
+            const Eight squares = _mm256_set1_epi32(w.squares[g]);
+#pragma GCC unroll 4
+            for (int v = 0; v < V; ++v) dots[v] = _mm256_sub_epi32(_mm256_castps_si256(number(v, 2)), squares);
+#pragma GCC unroll 8
+            for (int64_t i = 0; i < kQuads; ++i) {
+                const Eight even = four_bytes(quads + 4 * i), odd = four_bytes(quads + kGroup + 4 * i);
+#pragma GCC unroll 4
+                for (int v = 0; v < V; ++v) {
+                    const Eight left = _mm256_add_epi16(even, read(v, 64 * i)), right = _mm256_add_epi16(odd, read(v, 64 * i + 32));
+                    dots[v] = in_this_order(_mm256_add_epi32(dots[v], _mm256_madd_epi16(left, right)));
+                }
+            }
+        }
+        const __m256 scale = _mm256_broadcast_ss(w.scales + g), offset = _mm256_broadcast_ss(w.offsets + g);
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) {
+            acc[v] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[v]), _mm256_mul_ps(scale, number(v, 0)), acc[v]);
+            if (has_offsets) acc[v] = _mm256_fmadd_ps(offset, number(v, 1), acc[v]);
+        }
+    }
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) sums[v] = acc[v];
+}
+
+// out[r][i] = in[i · row][r]
+static inline void transpose(const __m256* in, int64_t row, __m256* out) {
+    __m256 a[8], b[8];
+    for (int i = 0; i < 8; i += 2) {
+        a[i] = _mm256_unpacklo_ps(in[i * row], in[(i + 1) * row]);
+        a[i + 1] = _mm256_unpackhi_ps(in[i * row], in[(i + 1) * row]);
+    }
+    for (int i = 0; i < 8; i += 4)
+        for (int j = 0; j < 2; ++j) {
+            b[i + 2 * j] = _mm256_shuffle_ps(a[i + j], a[i + 2 + j], 0x44);
+            b[i + 2 * j + 1] = _mm256_shuffle_ps(a[i + j], a[i + 2 + j], 0xee);
+        }
+    for (int i = 0; i < 4; ++i) {
+        out[i] = _mm256_permute2f128_ps(b[i], b[4 + i], 0x20);
+        out[4 + i] = _mm256_permute2f128_ps(b[i], b[4 + i], 0x31);
+    }
+}
+
+constexpr int64_t kNear = 16 << 10;  // of activations that rows of the matrix meet one after the other, in the nearest cache
+
+// y of up to eight rows from n on, for the activations [b, b + 8 V), of which there are `count`.
+template <int V, bool kInt4>
+static __attribute__((noinline)) void lanes_tile(
+    const UnpackedRow* rows, int64_t groups, const Activations& x, int64_t b, int64_t count, int64_t n, int64_t num_rows,
+    bool has_offsets, const Output& out) {
+    const Lanes& lanes = x.lanes(kInt4);
+    const int64_t pieces = (groups * V * lanes.group_bytes + kNear - 1) / kNear, step = (groups + pieces - 1) / pieces;
+    __m256 sums[kEight][V];
+    for (auto& row : sums)
+        for (__m256& sum : row) sum = _mm256_setzero_ps();
+    for (int64_t g = 0; g < groups; g += step)
+        for (int64_t r = 0; r < num_rows; ++r)
+            add_groups<V, kInt4>(
+                sums[r], rows[r], lanes.at(b), lanes.apart(), g, std::min(groups, g + step), has_offsets);
+    for (int v = 0; v < V; ++v) {
+        __m256 y[kEight];
+        transpose(&sums[0][v], V, y);
+        for (int64_t i = 0; i < kEight && 8 * v + i < count; ++i)
+            out.put(b + 8 * v + i, n, reinterpret_cast<const float*>(y + i), 1, num_rows);
+    }
+}
+
+template <bool kInt4>
+static void lanes_part(const Part& part, const Activations& x, int64_t rows, int64_t begin, int64_t end, const Output& out) {
+    const int64_t groups = part.groups, element_vectors = groups * (kInt4 ? 1 : 2), number_vectors = (groups + 7) / 8;
+    Eight* memory = thread_memory(kEight * (element_vectors + 3 * number_vectors) + number_vectors);
+    auto* spare = reinterpret_cast<float*>(memory);
+    UnpackedRow w[kEight];
+    memory += number_vectors;
+    for (UnpackedRow& row : w) {
+        auto* numbers = reinterpret_cast<float*>(memory + element_vectors);
+        row = {reinterpret_cast<uint8_t*>(memory), numbers, numbers + 8 * number_vectors,
+               reinterpret_cast<int32_t*>(numbers + 16 * number_vectors)};
+        memory += element_vectors + 3 * number_vectors;
+    }
+    const bool has_offsets = kInt4 || part.offsets;
+    for (int64_t n = begin; n < end; n += kEight) {
+        const int64_t here = std::min(kEight, end - n);
+        for (int64_t r = 0; r < here; ++r) unpack<kInt4>(part, n + r, spare, w[r]);
+        for (int64_t b = 0; b < rows; b += 32) {
+            const int64_t count = std::min<int64_t>(32, rows - b);
+            switch ((count + 7) / 8) {
+                case 1: lanes_tile<1, kInt4>(w, groups, x, b, count, n, here, has_offsets, out); break;
+                case 2: lanes_tile<2, kInt4>(w, groups, x, b, count, n, here, has_offsets, out); break;
+                case 3: lanes_tile<3, kInt4>(w, groups, x, b, count, n, here, has_offsets, out); break;
+                default: lanes_tile<4, kInt4>(w, groups, x, b, count, n, here, has_offsets, out);
+            }
+        }
+    }
 }
 
 template <bool kInt4>
 static void eight_rows_part(const Part& part, const Activations& x, int64_t rows, int64_t begin, int64_t end, const Output& out) {
-    const int64_t groups = part.groups, strips = kInt4 ? groups / 2 : groups;
-    const bool few = rows <= kFew;
-    const int64_t each = (few ? 0 : strips) * kStripVectors + 3 * groups;
-    const int64_t together = few ? 1 : std::max<int64_t>(1, std::min<int64_t>(4, kOrderedBytes / (each * sizeof(Eight))));
-    Eight* memory = eight_rows_memory(together * each);
-    EightRows blocks[4];
-    for (int64_t e = 0; e < together; ++e) {
-        Eight* at = memory + e * each;
-        auto* numbers = reinterpret_cast<__m256*>(at);
-        blocks[e] = {at + 3 * groups, numbers, numbers + groups, at + 2 * groups};
-    }
-    const bool has_offsets = kInt4 || part.offsets;
-    const auto tile = [&](const EightRows& w, const uint8_t* const* bytes, int64_t b, int64_t n) {
-        const int64_t count = std::min(kEight, end - n);
-        switch (rows - b) {
-            case 1: return eight_rows_tile<1, kInt4>(w, bytes, strips, x, b, n, count, has_offsets, out);
-            case 2: return eight_rows_tile<2, kInt4>(w, bytes, strips, x, b, n, count, has_offsets, out);
-            case 3: return eight_rows_tile<3, kInt4>(w, bytes, strips, x, b, n, count, has_offsets, out);
-            default: return eight_rows_tile<4, kInt4>(w, bytes, strips, x, b, n, count, has_offsets, out);
-        }
-    };
-    for (int64_t n = begin; n < end; n += together * kEight) {
-        const int64_t here = std::min(together, (end - n + kEight - 1) / kEight);
-        const uint8_t* bytes[kEight];
-        for (int64_t e = 0; e < here; ++e) {
-            const EightRows& w = blocks[e];
-            prepare_eight(part, n + e * kEight, end - 1, bytes, blocks[e]);
-            for (int64_t s = 0; !few && s < strips; ++s)
-                if constexpr (kInt4)
-                    split_halves(bytes, s * kGroup, w.quads + s * kStripVectors);
-                else
-                    split_neighbours(bytes, s * kGroup, w.quads + s * kStripVectors, w.squares + s);
-        }
-        for (int64_t b = 0; b < rows; b += 4)
-            for (int64_t e = 0; e < here; ++e) tile(blocks[e], few ? bytes : nullptr, b, n + e * kEight);
-    }
+    if (rows > kFew) return lanes_part<kInt4>(part, x, rows, begin, end, out);
+    rows == 1 ? few_part<1, kInt4>(part, x, begin, end, out) : few_part<2, kInt4>(part, x, begin, end, out);
 }

@@ -14,6 +14,9 @@ namespace embedgrad {
 // Rows of a matrix in blocks that are multiplied one after the other, while a few rows of activations stay in the cache.
 constexpr int64_t kBlockRows = 8;
 
+// Rows of activations that eight_rows.inl multiplies as rows.
+constexpr int64_t kFew = 2;
+
 // Floats that these rows' scales (eight times each), offsets and unpacked bytes take, with room for a whole vector
 // behind the last.
 constexpr int64_t scratch_floats(int64_t groups) { return kBlockRows * (groups * 17 + 32); }
@@ -28,7 +31,18 @@ constexpr int64_t kLine = 64;  // bytes of a cache line
 
 int64_t up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
+// The first whole line of the memory, which has one line more than is needed.
+uint8_t* first_line(std::vector<uint8_t>& memory) {
+    return memory.data() + (kLine - reinterpret_cast<uintptr_t>(memory.data()) % kLine) % kLine;
+}
+
 }  // namespace
+
+Lanes::Lanes(int64_t rows, int64_t groups, int64_t group_bytes)
+    : group_bytes(group_bytes),
+      groups(groups),
+      memory(up(rows, kRows) / kRows * groups * group_bytes + kLine),
+      first(first_line(memory)) {}
 
 Activations::Activations(int64_t rows, int64_t columns)
     : columns_(columns),
@@ -38,12 +52,12 @@ Activations::Activations(int64_t rows, int64_t columns)
       x_(rows * columns),
       sums_(rows * sums_row_),
       scales_(rows * sums_row_),
-      squares_(rows * sums_row_),
       bytes_(rows * bytes_row()),
-      neighbours_(rows * bytes_row()) {
+      lanes_(rows, 2 * half_groups_, Lanes::kBytes),
+      neighbours_(rows, 2 * half_groups_, Lanes::kNeighbours) {
     const int64_t tiles = up(rows, kTogether) * kUnitBytes;
     memory_.resize(tiles * (half_groups_ + 2 * half_units_) + kLine);
-    plain_ = memory_.data() + (kLine - reinterpret_cast<uintptr_t>(memory_.data()) % kLine) % kLine;
+    plain_ = first_line(memory_);
     split_ = plain_ + tiles * half_groups_;
 }
 
@@ -53,7 +67,8 @@ void Activations::quantise(int64_t b, int32_t orders, int64_t begin, int64_t end
         const int64_t g = from / kGroup, count = std::min(kGroup, end - from);
         int8_t bytes[kGroup];
         float scale;
-        EMBEDGRAD_DISPATCH(quantise_group, row(b) + from, count, bytes, scale, sums_[b * sums_row_ + g])
+        float& sum = sums_[b * sums_row_ + g];
+        EMBEDGRAD_DISPATCH(quantise_group, row(b) + from, count, bytes, scale, sum)
         const auto put = [&](uint8_t* first, int64_t place) {
             uint8_t* unit = first + place / 2 * kTogether * kUnitBytes;
             std::memcpy(unit + place % 2 * kGroup, bytes, kGroup);
@@ -61,31 +76,45 @@ void Activations::quantise(int64_t b, int32_t orders, int64_t begin, int64_t end
             std::fill(scales, scales + 8, scale);
             std::memcpy(unit + kUnit + place % 2 * sizeof scales, scales, sizeof scales);
         };
-        if (orders & (kBytes | kNeighbours)) scales_[b * sums_row_ + g] = scale;
-        if (orders & kBytes) std::memcpy(bytes_.data() + b * bytes_row() + from, bytes, kGroup);
+        const auto number = [&](uint8_t* numbers, int64_t which, const auto& x) {
+            std::memcpy(numbers + (which * Lanes::kRows + b % Lanes::kRows) * 4, &x, 4);
+        };
+        if (orders & kBytes) {
+            scales_[b * sums_row_ + g] = scale;
+            std::memcpy(bytes_.data() + b * bytes_row() + from, bytes, kGroup);
+        }
+        if (orders & kLanes) {
+            const int64_t place = g < half_groups_ ? 2 * g : 2 * (g - half_groups_) + 1;
+            uint8_t* to = lanes_.at(b) + place * Lanes::kBytes;
+            for (int64_t i = 0; i < kGroup / 4; ++i) std::memcpy(to + (i * Lanes::kRows + b % Lanes::kRows) * 4, bytes + 4 * i, 4);
+            number(to + Lanes::kRows * kGroup, 0, scale), number(to + Lanes::kRows * kGroup, 1, sum);
+        }
         if (orders & kNeighbours) {
-            int16_t* to = neighbours_.data() + b * bytes_row() + from;
+            uint8_t* to = neighbours_.at(b) + g * Lanes::kNeighbours;
             int32_t squares = 0;
             for (int64_t i = 0; i < kGroup; i += 4) {
-                to[i] = bytes[i + 1], to[i + 1] = bytes[i + 3], to[i + 2] = bytes[i], to[i + 3] = bytes[i + 2];
-                squares += bytes[i] * bytes[i + 1] + bytes[i + 2] * bytes[i + 3];
+                const int16_t odd[2] = {bytes[i + 1], bytes[i + 3]}, even[2] = {bytes[i], bytes[i + 2]};
+                std::memcpy(to + (i / 2 * Lanes::kRows + b % Lanes::kRows) * 4, odd, 4);
+                std::memcpy(to + ((i / 2 + 1) * Lanes::kRows + b % Lanes::kRows) * 4, even, 4);
+                squares -= bytes[i] * bytes[i + 1] + bytes[i + 2] * bytes[i + 3];
             }
-            squares_[b * sums_row_ + g] = squares;
+            uint8_t* numbers = to + 2 * Lanes::kRows * kGroup;
+            number(numbers, 0, scale), number(numbers, 1, sum), number(numbers, 2, squares);
         }
         if (orders & kPlain) put(at(kPlain, b), g);
         if (orders & kSplit) put(at(kSplit, b) + (g < half_groups_ ? 0 : second_half()), g < half_groups_ ? g : g - half_groups_);
     }
 }
 
-int32_t orders(const Matrix& matrix) {
-    const bool side_by_side = isa() == Isa::avx2;
+int32_t orders(const Matrix& matrix, int64_t rows) {
+    const bool side_by_side = isa() == Isa::avx2, few = rows <= kFew;
     int32_t found = 0;
     for (int32_t i = 0; i < matrix.num_parts; ++i) {
         const Stored stored = matrix.parts[i].stored;
         if (stored == Stored::int4)
-            found |= side_by_side ? kBytes : kSplit;
+            found |= !side_by_side ? kSplit : few ? kBytes : kLanes;
         else if (stored >= Stored::int8)
-            found |= side_by_side && stored == Stored::int8 ? kBytes | kNeighbours : kPlain;
+            found |= !side_by_side || stored != Stored::int8 ? kPlain : few ? kBytes : kNeighbours;
     }
     return found;
 }
@@ -93,6 +122,7 @@ int32_t orders(const Matrix& matrix) {
 void linear(
     const Matrix& matrix, const Activations& x, int64_t rows, const int32_t* target, float* y, int64_t y_row, bool add,
     int64_t begin, int64_t end) {
+    if (rows == 0) return;
     thread_local std::vector<float> buffer;
     const auto needed = static_cast<size_t>(scratch_floats(x.sums_row()));
     if (buffer.size() < needed) buffer.resize(needed);

@@ -20,9 +20,28 @@
 namespace embedgrad {
 
 // The orders in which activations are laid out: that of int8 matrices; that of int4 ones, whose second half of the columns
-// begins at a whole unit, because one byte of theirs holds an element of either half; and, for the kernels that have rows
-// of the matrix side by side (eight_rows.inl), bytes as they stand in a row, and numbers of 16 bits.
-enum Order : int32_t { kPlain = 1, kSplit = 2, kBytes = 4, kNeighbours = 8 };
+// begins at a whole unit, because one byte of theirs holds an element of either half; and, for the kernels of
+// eight_rows.inl, bytes as they stand in a row, for a row or two, and eight rows side by side.
+enum Order : int32_t { kPlain = 1, kSplit = 2, kBytes = 4, kLanes = 8, kNeighbours = 16 };
+
+// Eight rows of activations side by side, group by group: of every four columns the bytes of one row after the other, or
+// as numbers of 16 bits the second and the fourth column and behind them, of all rows, the first and the third. Behind
+// those the eight scales, scale · Σ bytes and, for 16 bits, minus the sums over pairs of columns of their products.
+//
+// Groups stand in the order in which an int4 row holds them, that of the other half of the columns behind each, or, for
+// 16 bits, in that of the columns.
+struct Lanes {
+    static constexpr int64_t kRows = 8, kBytes = kRows * (kGroup + 2 * 4), kNeighbours = kRows * (2 * kGroup + 3 * 4);
+
+    int64_t group_bytes, groups;
+    std::vector<uint8_t> memory;
+    uint8_t* first;
+
+    Lanes(int64_t rows, int64_t groups, int64_t group_bytes);
+    Lanes(const Lanes&) = delete;
+    int64_t apart() const { return groups * group_bytes; }
+    uint8_t* at(int64_t b) const { return first + b / kRows * apart(); }
+};
 
 // Rows of activations, in float32 and, for matrices in blocks, in bytes.
 //
@@ -48,13 +67,11 @@ public:
     const uint8_t* units(Order order, int64_t b) const { return const_cast<Activations*>(this)->at(order, b); }
     // From units() of kSplit to the unit where the second half of the columns begins.
     int64_t second_half() const { return half_units_ * kTogether * kUnitBytes; }
-    // Row b in kBytes, and in kNeighbours: of four columns the second, the fourth, the first, the third.
+    // Row b in kBytes, and the scale of each of its groups.
     const int8_t* bytes(int64_t b) const { return bytes_.data() + b * bytes_row(); }
-    const int16_t* neighbours(int64_t b) const { return neighbours_.data() + b * bytes_row(); }
     int64_t bytes_row() const { return 2 * half_groups_ * kGroup; }
-    // The scale of each group of row b, and the sum over pairs of columns of their products, in kBytes and kNeighbours.
     const float* scales(int64_t b) const { return scales_.data() + b * sums_row_; }
-    const int32_t* squares(int64_t b) const { return squares_.data() + b * sums_row_; }
+    const Lanes& lanes(bool bytes) const { return bytes ? lanes_ : neighbours_; }
     // scale · Σ bytes of each group of row b, 0 behind the last one.
     const float* sums(int64_t b) const { return sums_.data() + b * sums_row_; }
     int64_t sums_row() const { return sums_row_; }
@@ -67,18 +84,17 @@ private:
 
     int64_t columns_, half_groups_, half_units_, sums_row_;
     std::vector<float> x_, sums_, scales_;
-    std::vector<int32_t> squares_;
     std::vector<int8_t> bytes_;
-    std::vector<int16_t> neighbours_;
+    Lanes lanes_, neighbours_;
     std::vector<uint8_t> memory_;
     uint8_t *plain_, *split_;
 };
 
-// Which orders a matrix reads activations in; 0: none.
-int32_t orders(const Matrix&);
+// Which orders a matrix reads so many activations in; 0: none.
+int32_t orders(const Matrix&, int64_t rows);
 
 // Rows [begin, end) of y for activations 0 to `rows` − 1: y[target[b] · y_row + n] = …, plus what is there already
-// where `add`. target null: b. Activations must be quantised where the matrix is in blocks.
+// where `add`. target null: b. Activations must be quantised in orders(matrix, rows).
 void linear(
     const Matrix&, const Activations&, int64_t rows, const int32_t* target, float* y, int64_t y_row, bool add,
     int64_t begin, int64_t end);
