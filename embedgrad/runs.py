@@ -48,7 +48,7 @@ class RunFolder:
         """
         path = Path(path)
         try:
-            if resume is True and not _holds_run(path):
+            if resume is True and not holds_run(path):
                 raise ConfigError(f"there is no run to resume in {path}; start it without resume.")
             (path / "checkpoints").mkdir(parents=True, exist_ok=True)
             lock = open(path / ".lock", "ab")  # noqa: SIM115 (held open as long as the folder is in use)
@@ -65,7 +65,7 @@ class RunFolder:
                     f"another process is working in {path}; wait for it or choose another name."
                 ) from error
             raise SaveError(f"cannot lock {path}: {error.strerror or error}.") from error
-        if resume is False and _holds_run(path):
+        if resume is False and holds_run(path):
             folder.close()
             raise ConfigError(f"{path} already holds a run: resume it, choose another name, or remove the folder.")
         for left_over in (*path.glob(".*.tmp"), *folder.checkpoints.glob(".*.tmp")):  # of a process that was killed
@@ -153,30 +153,36 @@ class RunFolder:
         write_summary(self.path, values)
 
     def _read_metrics(self) -> tuple[list[dict[str, Any]], list[int]]:
-        """The records up to the first line that is torn or not JSON, and where each of them ends in the file."""
+        return read_metrics(self.path)
+
+
+def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The records of a run folder's metrics.jsonl up to the first line that is torn or not JSON, and where each of them
+    ends in the file. Raises ConfigError where it cannot be read."""
+    try:
+        data = (path / "metrics.jsonl").read_bytes()
+    except FileNotFoundError:
+        return [], []
+    except OSError as error:
+        raise ConfigError(f"cannot read {path / 'metrics.jsonl'}: {error.strerror or error}.") from error
+    records: list[dict[str, Any]] = []
+    ends: list[int] = []
+    position = 0
+    for line in data.split(b"\n")[:-1]:
         try:
-            data = (self.path / "metrics.jsonl").read_bytes()
-        except FileNotFoundError:
-            return [], []
-        except OSError as error:
-            raise ConfigError(f"cannot read {self.path / 'metrics.jsonl'}: {error.strerror or error}.") from error
-        records: list[dict[str, Any]] = []
-        ends: list[int] = []
-        position = 0
-        for line in data.split(b"\n")[:-1]:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                break
-            if not isinstance(record, dict):
-                break
-            position += len(line) + 1
-            records.append(record)
-            ends.append(position)
-        return records, ends
+            record = json.loads(line)
+        except ValueError:
+            break
+        if not isinstance(record, dict):
+            break
+        position += len(line) + 1
+        records.append(record)
+        ends.append(position)
+    return records, ends
 
 
-def _holds_run(path: Path) -> bool:
+def holds_run(path: Path) -> bool:
+    """Whether there is a run, or what is left of one, in the folder."""
     known = ("config.yaml", "metrics.jsonl", "summary.json", "prompt.safetensors")
     return any((path / name).exists() for name in known) or bool(checkpoints(path / "checkpoints"))
 
