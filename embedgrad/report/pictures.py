@@ -7,7 +7,7 @@ from typing import Any
 
 from embedgrad.report.curves import COLOURS, HeatMap, Panel
 
-_STYLE = {
+_STYLE: dict[Any, Any] = {
     "svg.fonttype": "path",  # the reader's fonts may lack a token's signs
     "svg.hashsalt": "embedgrad",  # the same bytes for the same run
     "font.size": 9,
