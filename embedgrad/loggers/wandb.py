@@ -12,6 +12,7 @@ from embedgrad.errors import SaveError
 from embedgrad.files import write_atomic
 from embedgrad.loggers import scalars
 from embedgrad.progress import Quiet
+from embedgrad.runs import read_metrics
 
 
 class WeightsAndBiases(Quiet):
@@ -19,8 +20,9 @@ class WeightsAndBiases(Quiet):
 
     Nothing leaves the machine unless the environment says WANDB_MODE=online; other settings (project, name, tags) are
     W&B's own variables. What the terminal shows, code and the state of git are not collected. A resumed run has the
-    same W&B id, kept in `folder`/wandb/id, and its steps go on; offline, each session is a log of its own, which
-    `wandb sync --append` joins. W&B refuses steps that it has seen: those that are taken again have the same figures.
+    same W&B id, kept in `folder`/wandb/id. Its new log begins with what metrics.jsonl says of the steps that were
+    taken, because W&B writes with delay and a kill takes the last of it; so offline the newest log is the whole run.
+    Online, W&B leaves out steps that it has seen; those that are taken again have the same figures.
     """
 
     def __init__(self, folder: Path, description: Mapping[str, Any]) -> None:
@@ -37,12 +39,16 @@ class WeightsAndBiases(Quiet):
             dir=str(self._folder),
             project=os.environ.get("WANDB_PROJECT", "embedgrad"),
             name=os.environ.get("WANDB_NAME", self._folder.resolve().name),
-            id=self._id(fresh=not done),
+            id=self._id(),
             resume="allow",
             config=dict(self._description),
             mode=mode,
             settings=wandb.Settings(console="off", silent=True, disable_code=True, disable_git=True),
         )
+
+        for record in read_metrics(self._folder)[0] if done else ():
+            if record["step"] <= done:
+                {"step": self.step, "validation": self.validation, "alarm": self._value}[record["kind"]](record)
 
     def step(self, record: Mapping[str, Any]) -> None:
         """Figures under train/, and the histogram."""
@@ -57,7 +63,7 @@ class WeightsAndBiases(Quiet):
 
     def alarm(self, record: Mapping[str, Any], sentence: str) -> None:
         """The alarm's value under alarm/, and an alert where W&B is online."""
-        self._run.log({f"alarm/{record['sign']}": record["value"]}, step=record["step"])
+        self._value(record)
         self._run.alert(title=f"embedgrad: {record['sign']}", text=sentence)
 
     def stop(self) -> None:
@@ -65,11 +71,14 @@ class WeightsAndBiases(Quiet):
         if self._run is not None:
             self._run.finish()
 
-    def _id(self, fresh: bool) -> str:
-        """This run's id at W&B: a new one for a run that starts, the one it was given for one that goes on."""
+    def _value(self, record: Mapping[str, Any]) -> None:
+        self._run.log({f"alarm/{record['sign']}": record["value"]}, step=record["step"])
+
+    def _id(self) -> str:
+        """This run's id at W&B: the one it was given in an earlier session, or a new one."""
         file = self._folder / "wandb" / "id"
         try:
-            known = "" if fresh else file.read_text("utf-8").strip()
+            known = file.read_text("utf-8").strip()
         except (OSError, UnicodeDecodeError):
             known = ""
         if known:

@@ -109,8 +109,8 @@ def build(runs: Sequence[Run], examples: int) -> Content:
 
 
 def percent(value: float) -> str:
-    """A share as "88.8 %"."""
-    return f"{100 * value:.1f} %"
+    """A share as "88.8 %", the space of which does not break."""
+    return f"{100 * value:.1f}\u00a0%"
 
 
 def measured(run: Run) -> list[Measured]:
@@ -203,7 +203,8 @@ def _told(one: Measured) -> str:
     if one.test is None:
         return f"{told})."
     told += f"; {one.test.gained} gained, {one.test.lost} lost, p = {one.test.p:.2g})."
-    return told + (" A difference like this may be chance." if one.test.p >= 0.05 else "")
+    changed = one.test.gained + one.test.lost
+    return told + (" A difference like this may be chance." if changed and one.test.p >= 0.05 else "")
 
 
 def _facts(run: Run) -> Table:
@@ -379,30 +380,31 @@ def _plainly(value: Any) -> str:
 
 
 def _comparison(runs: Sequence[Run], names: Sequence[str]) -> Table:
-    told = list(dict.fromkeys(one.name for run in runs for one in measured(run)))
-    header = ["run", "steps", "best", "ended"]
-    for name in told:
-        header += [f"{name}, before", "after", "gained, lost", "p"]
-    header += ["validation accuracy, before", "after", "lowest similarity", "alarms", "training"]
-    rows = []
-    for run, name in zip(runs, names, strict=True):
-        cells = [name, str(run.summary.get("steps", run.steps[-1]["step"] if run.steps else 0)), str(run.best_step)]
-        cells.append(str(run.summary.get("stop_reason", "unfinished")))
-        own = {one.name: one for one in measured(run)}
-        for measure in told:
-            one = own.get(measure)
-            cells += [NOTHING] * 4 if one is None else [one.before.told(), one.after.told(), *_short(one.test)]
-        validation = _validation(run)
-        cells += validation.rows[0][1:3] if validation is not None else [NOTHING] * 2
-        cells += [
-            _fixed(_lowest(run), 4),
-            str(len(run.alarms)),
-            _seconds(number(run.summary.get("train_seconds")), run),
-        ]
-        rows.append(cells)
+    """A column per run, because runs are fewer than what there is to say about them."""
+    columns = [_compared(run) for run in runs]
+    told = list(dict.fromkeys(name for column in columns for name in column))
+    rows = [[name, *(column.get(name, NOTHING) for column in columns)] for name in told]
     note = "Each p compares one run's before and after; it says nothing about the difference between two runs."
-    return Table(header, rows, note)
+    return Table(["", *names], rows, note)
 
 
-def _short(test: McNemar | None) -> list[str]:
-    return [NOTHING] * 2 if test is None else [f"{test.gained}, {test.lost}", f"{test.p:.2g}"]
+def _compared(run: Run) -> dict[str, str]:
+    last = run.steps[-1]["step"] if run.steps else 0
+    column = {
+        "model": str(run.summary.get("model") or (run.prompt.model_name if run.prompt is not None else NOTHING)),
+        "ended": str(run.summary.get("stop_reason", "unfinished")),
+        "steps": str(run.summary.get("steps", last)),
+        "best prompt from step": NOTHING if run.best_step is None else str(run.best_step),
+    }
+    for one in measured(run):
+        column[f"{one.name}: before"] = one.before.told()
+        column[f"{one.name}: after"] = one.after.told()
+        if one.test is not None:
+            column[f"{one.name}: gained, lost, p"] = f"{one.test.gained}, {one.test.lost}, {one.test.p:.2g}"
+    validation = _validation(run)
+    for name, before, after in validation.rows[:2] if validation is not None else ():
+        column |= {f"validation {name}: before": before, f"validation {name}: after": after}
+    column["lowest similarity"] = _fixed(_lowest(run), 4)
+    column["alarms"] = ", ".join(str(record.get("sign")) for record in run.alarms) or "none"
+    column["time in training"] = _seconds(number(run.summary.get("train_seconds")), run)
+    return column

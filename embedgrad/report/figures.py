@@ -42,11 +42,12 @@ def curve_figure(panel: Panel) -> dict[str, Any]:
         figure.add_trace(_alarms(go, panel))
     for mark in panel.marks:
         figure.add_vline(x=mark.step, line={"dash": "dash", "width": 1, "color": ALARM})
+    last = max(1, *(step for line in panel.lines for step in line.steps))
     figure.update_layout(
         template=None, height=340, hovermode="x unified", hoverlabel={"namelength": -1},
         margin={"l": 58, "r": 12, "t": 12, "b": 44},
         legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
-        xaxis={"title": {"text": "step"}, "zeroline": False, "rangemode": "tozero"},
+        xaxis={"title": {"text": "step"}, "zeroline": False, "range": [0, 1.02 * last]},
         yaxis={
             "title": {"text": panel.axis, "standoff": 10}, "automargin": True, "zeroline": False,
             **({"tickformat": ".0%"} if panel.percent else {}),

@@ -98,8 +98,10 @@ def wandb_records(data: bytes) -> Iterator[bytes]:
 
 def history(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """The same, read back from the one W&B log of a folder."""
+    import wandb
     from wandb.proto import wandb_internal_pb2
 
+    wandb.teardown()  # ends the process that writes, as the end of a program does
     (file,) = folder.glob("*.wandb")
     found: dict[str, list[tuple[int, float]]] = {}
     for data in wandb_records(file.read_bytes()):
@@ -162,8 +164,8 @@ def test_a_resumed_run_keeps_its_wandb_id_and_goes_on(tmp_path: Path) -> None:
     known = (folder / "wandb" / "id").read_text().strip()
     assert [log.name for log in logs] == [f"run-{known}.wandb"] * 2
     first, second = (history(log.parent) for log in logs)
-    assert first["train/loss"] + second["train/loss"] == expected(records)["train/loss"]
-    assert first["validation/loss"] + second["validation/loss"] == expected(records)["validation/loss"]
+    assert first["train/loss"] == expected(records)["train/loss"][:4]
+    assert second == expected(records)  # the newest log holds the whole run
 
 
 @pytest.mark.usefixtures("offline")

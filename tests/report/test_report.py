@@ -49,7 +49,7 @@ def test_a_report_says_what_the_run_says(copied: Path) -> None:
     summary = json.loads((copied / "summary.json").read_text())
     page, twin = written(copied)
     for text in (page, twin):
-        text = text.replace("\\", "")
+        text = text.replace("\\", "").replace("\u00a0", " ")
         for name in ("generated_accuracy", "choice_accuracy"):
             for when in ("before", "after"):
                 low, high = summary["intervals"][name][when]
