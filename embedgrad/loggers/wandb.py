@@ -43,9 +43,8 @@ class WeightsAndBiases(Quiet):
             resume="allow",
             config=dict(self._description),
             mode=mode,
-            settings=wandb.Settings(console="off", silent=True, disable_code=True, disable_git=True),
+            settings=wandb.Settings(console="off", silent=mode == "offline", disable_code=True, disable_git=True),
         )
-
         for record in read_metrics(self._folder)[0] if done else ():
             if record["step"] <= done:
                 {"step": self.step, "validation": self.validation, "alarm": self._value}[record["kind"]](record)

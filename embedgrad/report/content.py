@@ -10,7 +10,7 @@ from embedgrad.evaluation import MEASURES
 from embedgrad.leakage import Leakage
 from embedgrad.report.curves import HeatMap, Panel, alarm_sentence, heat_map, overlays, panels
 from embedgrad.report.read import Record, Run, find, number
-from embedgrad.statistics import McNemar, mcnemar_p
+from embedgrad.statistics import Accuracy, McNemar, mcnemar_p
 
 _LONGEST = 1200  # characters of a text in an example; more is cut
 NOTHING = "–"
@@ -114,7 +114,7 @@ def percent(value: float) -> str:
 
 
 def measured(run: Run) -> list[Measured]:
-    """The measures of the test data that have a before and an after: from test.json, else from the summary."""
+    """The measures of the test data that have a before and an after."""
     found = []
     for name, told in MEASURES.items():
         before, after = (_share(run, name, when) for when in ("before", "after"))
@@ -124,14 +124,28 @@ def measured(run: Run) -> list[Measured]:
 
 
 def _share(run: Run, name: str, when: str) -> Share | None:
-    one = find(run.test, when, name)
-    value, low, high = (number(find(one, key)) for key in ("value", "low", "high"))
-    counted = f"{find(one, 'correct')} of {find(one, 'total')}" if isinstance(one, dict) else ""
-    if value is None:
-        value = number(find(run.summary, name, when))
-        interval = find(run.summary, "intervals", name, when)
-        low, high = map(number, interval) if isinstance(interval, list) and len(interval) == 2 else (None, None)
-    return None if value is None or low is None or high is None else Share(value, low, high, counted)
+    """Counted from the answers where they are there, else what the summary says."""
+    records = find(run.test, when, "records")
+    if isinstance(find(run.test, when, name), dict) and _are_records(records):
+        counted = Accuracy.of(list(map(_correct(name), records)))
+        return Share(counted.value, counted.low, counted.high, f"{counted.correct} of {counted.total}")
+    value, interval = number(find(run.summary, name, when)), find(run.summary, "intervals", name, when)
+    low, high = map(number, interval) if isinstance(interval, list) and len(interval) == 2 else (None, None)
+    return None if value is None or low is None or high is None else Share(value, low, high)
+
+
+def _contradictions(run: Run) -> list[str]:
+    """Where the summary says something else than the answers."""
+    found = []
+    for name, told in MEASURES.items():
+        for when in ("before", "after"):
+            said, share = number(find(run.summary, name, when)), _share(run, name, when)
+            if said is not None and share is not None and abs(said - share.value) > 1e-9:
+                found.append(
+                    f"summary.json gives {percent(said)} for “{told}” {when}, but the answers in test.json "
+                    f"come to {percent(share.value)}, which is shown."
+                )
+    return found
 
 
 def _paired(run: Run, name: str) -> McNemar | None:
@@ -155,10 +169,13 @@ def _correct(measure: str) -> Callable[[Record], bool]:
 
 def _pairs(run: Run) -> list[tuple[Record, Record]]:
     before, after = (find(run.test, when, "records") for when in ("before", "after"))
-    if not isinstance(before, list) or not isinstance(after, list) or len(before) != len(after):
+    if not _are_records(before) or not _are_records(after) or len(before) != len(after):
         return []
-    pairs = list(zip(before, after, strict=True))
-    return pairs if all(isinstance(one, dict) for pair in pairs for one in pair) else []
+    return list(zip(before, after, strict=True))
+
+
+def _are_records(values: object) -> bool:
+    return isinstance(values, list) and bool(values) and all(isinstance(value, dict) for value in values)
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
@@ -175,7 +192,7 @@ def _section(run: Run, title: str, examples: int) -> Section:
     return Section(
         title=title,
         verdict=_verdict(run),
-        missing=run.missing,
+        missing=[*run.missing, *_contradictions(run)],
         facts=_facts(run),
         tables={heading: table for heading, table in tables.items() if table is not None},
         leakage=_leakage(run),
@@ -219,7 +236,7 @@ def _facts(run: Run) -> Table:
         ("prompt tokens", len(run.token_names) or summary.get("prompt_tokens")),
         ("training, validation, test examples", _sizes(run)),
         ("lowest similarity of the best prompt", _fixed(_lowest(run), 4)),
-        ("weights unchanged", {True: "yes, by their hash", False: "NO"}.get(summary.get("weights_unchanged", ""))),
+        ("weights unchanged", "yes, by their hash" if summary.get("weights_unchanged") is True else None),
         ("time in training", _seconds(number(summary.get("train_seconds")), run)),
         ("peak memory", _gigabytes(number(summary.get("peak_memory_bytes")))),
     ]

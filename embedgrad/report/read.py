@@ -213,5 +213,5 @@ def _near(record: Record | None, row: int, texts: dict[int, str]) -> tuple[str, 
     try:
         id, cosine, rank = record["nearest"][row], record["nearest_cosine"][row], record["own_rank"][row]
         return _named(int(id), texts), float(cosine), int(rank)
-    except (KeyError, IndexError, TypeError, ValueError):
+    except (KeyError, IndexError, TypeError, ValueError, OverflowError):
         return None

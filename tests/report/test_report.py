@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -220,6 +221,41 @@ def test_records_with_holes_and_nan(copied: Path) -> None:
         ("alarm", [4]),
     ]
     assert set(drawn) == {"run1-loss"}
+
+
+def test_a_summary_that_contradicts_the_answers_is_caught(copied: Path) -> None:
+    """A sceptic's case: better figures than the answers give."""
+    summary = json.loads((copied / "summary.json").read_text())
+    true = summary["generated_accuracy"]["after"]
+    summary["generated_accuracy"]["after"] = 0.99
+    (copied / "summary.json").write_text(json.dumps(summary))
+    page = written(copied)[0].replace("\u00a0", " ")
+    assert "summary.json gives 99.0 % for “answer as generated” after, but the answers in test.json come to" in page
+    assert f"{100 * true:.1f} % before" in page or f"{100 * true:.1f} % after" in page
+
+
+def places(values: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """The path of every value inside, of lists only the first."""
+    inside = values.items() if isinstance(values, dict) else enumerate(values[:1]) if isinstance(values, list) else ()
+    for key, value in inside:
+        yield (*path, key)
+        yield from places(value, (*path, key))
+
+
+@pytest.mark.parametrize("name", ["summary.json", "test.json", "metrics.jsonl"])
+def test_values_of_any_kind_are_survived(name: str, copied: Path) -> None:
+    lines = (copied / name).read_text().splitlines()
+    whole = [json.loads(line) for line in lines] if name == "metrics.jsonl" else json.loads("".join(lines))
+    for path in places(dict(enumerate(whole[:3])) if isinstance(whole, list) else whole):
+        for other in (None, [[1]], "x", 1e400):
+            changed = json.loads(json.dumps(whole))
+            inside = changed
+            for key in path[:-1]:
+                inside = inside[key]
+            inside[path[-1]] = other
+            told = changed if isinstance(changed, list) else [changed]
+            (copied / name).write_text("".join(json.dumps(one) + "\n" for one in told))
+            content.build([read_run(copied)], 5)
 
 
 def test_an_interrupted_run(copied: Path) -> None:
