@@ -242,6 +242,7 @@ def places(values: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]
         yield from places(value, (*path, key))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["summary.json", "test.json", "metrics.jsonl"])
 def test_values_of_any_kind_are_survived(name: str, copied: Path) -> None:
     lines = (copied / name).read_text().splitlines()
