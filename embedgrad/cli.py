@@ -1,4 +1,4 @@
-"""The command line: `embedgrad optimize | evaluate | compare | study | generate | show | doctor`.
+"""The command line: `embedgrad optimize | evaluate | compare | study | report | generate | show | doctor`.
 
 This file only says what the options are. Nothing heavy is imported before a command runs, so `--help` is immediate.
 Exit codes: 0 done, 2 refused (one sentence on stderr), 130 or 143 stopped by Ctrl-C or SIGTERM.
@@ -125,6 +125,21 @@ def study(
     from embedgrad.commands.study import run
 
     raise typer.Exit(run(name, config, set_ or [], data, output))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, such as runs/NAME.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="The page; default: RUN/report.html. A .md twin goes beside it."),
+    ] = None,
+    examples: Annotated[int, typer.Option(min=0, help="Test examples of each kind that are shown.")] = 5,
+) -> None:
+    """Make a page of what runs came to: one HTML file that needs no network, and the same as Markdown."""
+    from embedgrad.commands.report import run
+
+    run(runs, output, examples)
 
 
 @app.command()

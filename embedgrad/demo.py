@@ -11,23 +11,22 @@ import json
 import shutil
 import sys
 import time
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 import embedgrad.waiting  # noqa: F401
+from embedgrad.commands.shared import figures, write_text
 from embedgrad.errors import EmbedGradError
-from embedgrad.evaluation import Accuracy, Evaluation, evaluate, paired_tests
-from embedgrad.files import write_atomic
+from embedgrad.evaluation import Accuracy, Evaluation, evaluate
 from embedgrad.grading.labels import Exact
 from embedgrad.machine import peak_memory
 from embedgrad.model.model import load_model
 from embedgrad.monitors import Judge
 from embedgrad.progress import Bar
 from embedgrad.prompt import SoftPrompt
+from embedgrad.runs import read_summary, write_summary
 from embedgrad.settings import OptimizeConfig
 from embedgrad.tasks import movie_snippets, smollm2
 from embedgrad.tasks.parts import Division, divide
@@ -58,42 +57,14 @@ def main() -> int:
     after = evaluate(model, result.prompt, parts.test, TASK.labels)
 
     report(console, before, after, result)
-    summary = _summary(before, after, result, time.perf_counter() - started)
-    write_atomic(FOLDER / "summary.json", (json.dumps(summary, indent=2) + "\n").encode())
-    console.print(f"\nWritten to {FOLDER}/: summary.json, prompt.safetensors, metrics.jsonl, config.yaml")
+    tested = {"before": before, "after": after}
+    content = {when: evaluation.to_dict() for when, evaluation in tested.items()}
+    write_text(FOLDER / "test.json", json.dumps(content, ensure_ascii=False) + "\n")
+    about = {"task": TASK.name, "leakage": parts.leakage.to_dict(), "peak_memory_bytes": peak_memory()}
+    about |= {"seed": SEED, "total_seconds": time.perf_counter() - started}
+    write_summary(FOLDER, {**read_summary(FOLDER), **figures(tested), **about})
+    console.print(f"\nWritten to {FOLDER}/: summary.json, test.json, prompt.safetensors, metrics.jsonl, config.yaml")
     return 0
-
-
-def _summary(before: Evaluation, after: Evaluation, result: OptimizeResult, seconds: float) -> dict[str, Any]:
-    def accuracies(name: str) -> dict[str, Any]:
-        first, second = getattr(before, name), getattr(after, name)
-        return {
-            "before": first.value,
-            "after": second.value,
-            "interval_before": [first.low, first.high],
-            "interval_after": [second.low, second.high],
-        }
-
-    return {
-        "generated_accuracy": accuracies("generated_accuracy"),
-        "choice_accuracy": accuracies("choice_accuracy"),
-        "min_similarity": result.min_similarity,
-        "test_examples": len(after.records),
-        "steps": result.steps,
-        "best_step": result.best_step,
-        "train_seconds": result.train_seconds,
-        "total_seconds": seconds,
-        "peak_memory_bytes": peak_memory(),
-        "weights_unchanged": result.weights_unchanged,
-        "seed": SEED,
-        "split": dict(TASK.sizes or {}),
-        "mcnemar": {name: asdict(test) for name, test in paired_tests(before, after).items()},
-        "validation": {"before": result.before, "after": result.after},
-        "examples": [
-            {"query": b.query, "target": b.target, "before": b.generated, "after": a.generated}
-            for b, a in zip(before.records, after.records, strict=True)
-        ],
-    }
 
 
 def report(console: Console, before: Evaluation, after: Evaluation, result: OptimizeResult) -> None:

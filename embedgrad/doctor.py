@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import os
-import platform
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
 
-from embedgrad import backends
+from embedgrad import backends, environment
 from embedgrad.backends import cuda_core, native_core
 from embedgrad.errors import EmbedGradError
 from embedgrad.machine import available_memory
 from embedgrad.self_check import TOLERANCE, check_gradient
-
-_PACKAGES = ("embedgrad", "torch", "triton", "numpy", "safetensors", "tokenizers", "gguf", "huggingface_hub")
 
 
 def run(as_json: bool) -> int:
@@ -35,16 +30,8 @@ def examine() -> dict[str, Any]:
     """The report as JSON-able values: machine, versions, backends, checks."""
     devices = ["cpu", *(f"cuda:{index}" for index in range(torch.cuda.device_count()))]
     return {
-        "machine": {
-            "system": platform.platform(),
-            "processor": _processor(),
-            "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-            "torch_threads": torch.get_num_threads(),
-            "available_memory": available_memory(),
-            "vector_instructions": torch.backends.cpu.get_cpu_capability(),
-            "gpus": [_gpu(index) for index in range(torch.cuda.device_count())],
-        },
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
+        "machine": {**environment.machine(), "available_memory": available_memory()},
+        "versions": environment.versions(),
         "libraries": [
             _library("csrc", native_core.library),
             _library("csrc/cuda", cuda_core.library),
@@ -90,30 +77,6 @@ def _checks(name: str, device: str) -> list[dict[str, Any]]:
         except Exception as error:
             checks.append({**told, "passed": False, "error": f"{type(error).__name__}: {error}"})
     return checks
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as file:
-            for line in file:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _gpu(index: int) -> dict[str, Any]:
-    properties = torch.cuda.get_device_properties(index)
-    capability = f"{properties.major}.{properties.minor}"
-    return {"name": properties.name, "memory": properties.total_memory, "capability": capability}
 
 
 def _print(report: dict[str, Any]) -> None:

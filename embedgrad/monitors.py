@@ -149,6 +149,7 @@ class Monitors:
             near = neighbours(self._model, prompt.embeddings, prompt.token_ids)
             figures |= {
                 "nearest": near.nearest,
+                "nearest_texts": self._model.tokenizer.texts(near.nearest),
                 "nearest_cosine": [round(value, DIGITS) for value in near.cosine],
                 "own_rank": near.own_rank,
                 "moved_tokens": sum(rank > 1 for rank in near.own_rank),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Mapping
@@ -81,6 +82,44 @@ class JsonLines(Quiet):
     def _write(self, record: Mapping[str, Any]) -> None:
         self._stream.write(json.dumps(dict(record)) + "\n")
         self._stream.flush()
+
+
+class Several:
+    """Tells each of its listeners, in their order."""
+
+    def __init__(self, *listeners: Progress) -> None:
+        self._listeners = listeners
+
+    def start(self, total: int, done: int) -> None:
+        """Passes it on."""
+        for listener in self._listeners:
+            listener.start(total, done)
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """Passes it on."""
+        for listener in self._listeners:
+            listener.step(record)
+
+    def validation(self, record: Mapping[str, Any]) -> None:
+        """Passes it on."""
+        for listener in self._listeners:
+            listener.validation(record)
+
+    def alarm(self, record: Mapping[str, Any], sentence: str) -> None:
+        """Passes it on."""
+        for listener in self._listeners:
+            listener.alarm(record, sentence)
+
+    def note(self, text: str) -> None:
+        """Passes it on."""
+        for listener in self._listeners:
+            listener.note(text)
+
+    def stop(self) -> None:
+        """Passes it on, to the others too where one of them raises."""
+        with contextlib.ExitStack() as stack:
+            for listener in reversed(self._listeners):
+                stack.callback(listener.stop)
 
 
 class Bar:

@@ -48,7 +48,7 @@ class RunFolder:
         """
         path = Path(path)
         try:
-            if resume is True and not _holds_run(path):
+            if resume is True and not holds_run(path):
                 raise ConfigError(f"there is no run to resume in {path}; start it without resume.")
             (path / "checkpoints").mkdir(parents=True, exist_ok=True)
             lock = open(path / ".lock", "ab")  # noqa: SIM115 (held open as long as the folder is in use)
@@ -65,7 +65,7 @@ class RunFolder:
                     f"another process is working in {path}; wait for it or choose another name."
                 ) from error
             raise SaveError(f"cannot lock {path}: {error.strerror or error}.") from error
-        if resume is False and _holds_run(path):
+        if resume is False and holds_run(path):
             folder.close()
             raise ConfigError(f"{path} already holds a run: resume it, choose another name, or remove the folder.")
         for left_over in (*path.glob(".*.tmp"), *folder.checkpoints.glob(".*.tmp")):  # of a process that was killed
@@ -103,7 +103,7 @@ class RunFolder:
 
         Raises ConfigError where there are checkpoints and none of them can be used.
         """
-        records, _ = _read_metrics(self.path)
+        records, _ = read_metrics(self.path)
         state, problems = load_latest(self.checkpoints, len(records))
         if state is None and checkpoints(self.checkpoints):
             raise ConfigError(f"the run in {self.path} cannot be resumed: {' '.join(problems)}")
@@ -118,7 +118,7 @@ class RunFolder:
 
     def cut_back_to(self, state: RunState) -> None:
         """Remove what was written after `state`: lines of metrics.jsonl, and checkpoints that were passed over."""
-        _, ends = _read_metrics(self.path)
+        _, ends = read_metrics(self.path)
         path = self.path / "metrics.jsonl"
         if path.exists():
             with _saving(path):
@@ -130,7 +130,7 @@ class RunFolder:
 
     def records(self, lines: int) -> list[dict[str, Any]]:
         """The first `lines` records of metrics.jsonl."""
-        return _read_metrics(self.path)[0][:lines]
+        return read_metrics(self.path)[0][:lines]
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Add one line to metrics.jsonl."""
@@ -153,30 +153,15 @@ class RunFolder:
         write_summary(self.path, values)
 
 
-def _holds_run(path: Path) -> bool:
-    known = ("config.yaml", "metrics.jsonl", "summary.json", "prompt.safetensors")
-    return any((path / name).exists() for name in known) or bool(checkpoints(path / "checkpoints"))
-
-
-@contextlib.contextmanager
-def _saving(path: Path) -> Any:
+def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
+    """The records of a run folder's metrics.jsonl up to the first line that is torn or not JSON, and where each of them
+    ends in the file. Raises ConfigError where it cannot be read."""
     try:
-        yield
-    except OSError as error:
-        raise SaveError(
-            f"cannot write {path}: {error.strerror or error}; free some space and resume the run."
-        ) from error
-
-
-def _read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
-    """The records up to the first line that is torn or not JSON, and where each of them ends in the file."""
-    file = path / "metrics.jsonl"
-    try:
-        data = file.read_bytes()
+        data = (path / "metrics.jsonl").read_bytes()
     except FileNotFoundError:
         return [], []
     except OSError as error:
-        raise ConfigError(f"cannot read {file}: {error.strerror or error}.") from error
+        raise ConfigError(f"cannot read {path / 'metrics.jsonl'}: {error.strerror or error}.") from error
     records: list[dict[str, Any]] = []
     ends: list[int] = []
     position = 0
@@ -193,10 +178,26 @@ def _read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     return records, ends
 
 
+def holds_run(path: Path) -> bool:
+    """Whether there is a run, or what is left of one, in the folder."""
+    known = ("config.yaml", "metrics.jsonl", "summary.json", "prompt.safetensors")
+    return any((path / name).exists() for name in known) or bool(checkpoints(path / "checkpoints"))
+
+
+@contextlib.contextmanager
+def _saving(path: Path) -> Any:
+    try:
+        yield
+    except OSError as error:
+        raise SaveError(
+            f"cannot write {path}: {error.strerror or error}; free some space and resume the run."
+        ) from error
+
+
 def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
     """The records of a run's metrics.jsonl, up to a line that is torn; none where there is no such file. Raises
     ConfigError."""
-    return _read_metrics(Path(path))[0]
+    return read_metrics(Path(path))[0]
 
 
 def read_summary(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -58,6 +58,11 @@ def _folder_name(value: str) -> str:
     return value
 
 
+def _listed(value: object) -> object:
+    """A single name is a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
 def _region(value: object) -> object:
     """A region as it is, a name ("none"), or a mapping with `kind` and that kind's numbers."""
     if isinstance(value, str):
@@ -274,10 +279,12 @@ class DataSection(_Section):
 
 
 class RunSection(_Section):
-    """Where the run's folder is: folder/name; the name's default is the configuration file's."""
+    """Where the run's folder is: folder/name; the name's default is the configuration file's. Who else is told how it
+    goes: `loggers` (`embedgrad.loggers`), beside metrics.jsonl."""
 
     name: Annotated[str, AfterValidator(_folder_name)] | None = None
     folder: str = "runs"
+    loggers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(_listed)] = ()
 
 
 class CompareSection(_Section):

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from embedgrad import environment
 from embedgrad.errors import ConfigError, DataError, TrainingError
 from embedgrad.example import Example, check_examples
 from embedgrad.interrupts import stop_on_signals
@@ -162,9 +163,17 @@ def _summary(session: Session, result: OptimizeResult) -> dict[str, Any]:
         "alarms": result.alarms,
         "min_similarity": result.min_similarity,
         "prompt_tokens": len(session.prompt.token_ids),
+        "token_texts": session.model.tokenizer.texts(session.prompt.token_ids),
         "train_examples": len(session.train),
         "validation_examples": len(session.validation),
         "embeddings_sha256": tensor_hash(result.prompt.embeddings),
         "weights_unchanged": result.weights_unchanged,
         "train_seconds": result.train_seconds,
+        "computing": {
+            "backend": session.model.backend,
+            "device": str(session.model.device),
+            "dtype": str(session.model.dtype).removeprefix("torch."),
+        },
+        "versions": environment.versions(),
+        "machine": environment.machine(),
     }

@@ -84,7 +84,7 @@ def test_help_is_immediate_and_loads_no_torch() -> None:
     result = command("--help")
     assert time.monotonic() - started < 1.0
     assert result.returncode == 0
-    for name in ("optimize", "evaluate", "generate", "show", "doctor"):
+    for name in ("optimize", "evaluate", "report", "generate", "show", "doctor"):
         assert name in result.stdout
     loaded = "import sys, embedgrad.cli; print(sorted(set(sys.modules) & {'torch', 'numpy', 'pydantic', 'rich'}))"
     code = subprocess.run([sys.executable, "-c", loaded], cwd=ROOT, capture_output=True, text=True)

@@ -12,9 +12,10 @@ from embedgrad.commands.shared import Plan, answers_told, figures, open_configur
 from embedgrad.evaluation import MEASURES, Evaluation, check_evaluation, evaluate, paired_tests
 from embedgrad.evaluation import shares as evaluation_shares
 from embedgrad.example import Example
+from embedgrad.loggers import open_loggers
 from embedgrad.machine import peak_memory
 from embedgrad.model.model import Model
-from embedgrad.progress import Bar, JsonLines, Progress, Quiet
+from embedgrad.progress import Bar, JsonLines, Progress, Quiet, Several
 from embedgrad.prompt import SoftPrompt
 from embedgrad.runs import read_summary, write_summary
 from embedgrad.settings import expand_path, load_run_config
@@ -32,16 +33,19 @@ def run(
     planned = plan(load_run_config(config_path, overrides))
     config = planned.config
     folder = expand_path(config.run.folder) / str(config.run.name)
+    progress: Progress = JsonLines() if as_json else Quiet() if quiet else Bar()
+    description = config.model_dump(mode="json")
+    loggers = open_loggers(config.run.loggers, folder, description, progress.note)  # refused before anything heavy
+    progress = Several(progress, *loggers) if loggers else progress
     model = open_configured(config)
     parts = planned.parts(model.tokenizer)
     prompt = SoftPrompt.from_text(model, planned.prompt, config.template)
     if parts.test:  # refused now, not after the training
         check_evaluation(model, prompt, parts.test, planned.labels)
-    progress: Progress = JsonLines() if as_json else Quiet() if quiet else Bar()
     progress.note(parts.leakage.sentence() + ".")
     result = optimize(
         model, prompt, parts.train, parts.validation, config.optimize,
-        run_dir=folder, resume=resume, progress=progress, description=config.model_dump(mode="json"),
+        run_dir=folder, resume=resume, progress=progress, description=description,
         terminate_cleanly=True, judge=planned.judge,
     )  # fmt: skip
     if result.stop_reason in _STOPPED:

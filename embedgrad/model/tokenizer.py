@@ -68,6 +68,10 @@ class Tokenizer:
         """The text of `ids`; ids of embedding rows that are no token say nothing."""
         return str(self._backend.decode(list(ids), skip_special_tokens=skip_special))
 
+    def texts(self, ids: Sequence[int]) -> list[str]:
+        """The text of each id by itself; half a character of UTF-8 shows as U+FFFD."""
+        return [self.decode([id], skip_special=False) for id in ids]
+
     def token(self, id: int) -> str:
         """The vocabulary's own spelling of a token; empty for an embedding row that is no token."""
         return self._backend.id_to_token(id) or ""

@@ -1,0 +1,56 @@
+"""A run's figures as TensorBoard's event files: `tensorboard --logdir runs`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from embedgrad.loggers import scalars
+from embedgrad.progress import Quiet
+
+
+class TensorBoard(Quiet):
+    """Writes scalars, a histogram of the similarities per token, and alarms as text into `folder`.
+
+    A resumed run goes on in the same folder: what earlier sessions wrote of steps that are taken again is taken back.
+    Every record is on its way to the disk before the run goes on, so that a kill loses nothing a checkpoint counts on.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._writer: Any = None
+
+    def start(self, total: int, done: int) -> None:
+        """Open the log; hides what was written after step `done`."""
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(self._folder), purge_step=done + 1 if done else None)
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """Scalars under train/, and the histogram."""
+        self._scalars(record)
+        if record.get("similarity"):
+            self._writer.add_histogram("train/similarity", np.asarray(record["similarity"]), record["step"])
+        self._writer.flush()
+
+    def validation(self, record: Mapping[str, Any]) -> None:
+        """Scalars under validation/."""
+        self._scalars(record)
+        self._writer.flush()
+
+    def alarm(self, record: Mapping[str, Any], sentence: str) -> None:
+        """The sentence as text."""
+        self._writer.add_text("alarm", sentence, record["step"])
+        self._writer.flush()
+
+    def stop(self) -> None:
+        """Close the log."""
+        if self._writer is not None:
+            self._writer.close()
+
+    def _scalars(self, record: Mapping[str, Any]) -> None:
+        for name, value in scalars(record).items():
+            self._writer.add_scalar(name, value, record["step"])
