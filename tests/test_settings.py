@@ -12,8 +12,8 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedgrad.commands.shared import with_defaults
 from embedgrad.errors import ConfigError, EmbedGradError
+from embedgrad.plan import with_defaults
 from embedgrad.settings import OptimizeConfig, RunConfig, expand_path, load_run_config
 from embedgrad.trust_region import CosineCone, MeanCosine, NoRegion
 

@@ -8,11 +8,12 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from embedgrad.commands.shared import open_configured, plan, with_interval, write_text
+from embedgrad.commands.shared import open_configured, with_interval, write_text
 from embedgrad.compare.arms import arms
 from embedgrad.compare.outcome import Outcome
 from embedgrad.compare.runner import Runner, Stopped
 from embedgrad.compare.table import columns, explanation, lines, markdown, to_json
+from embedgrad.plan import plan
 from embedgrad.settings import expand_path, load_run_config
 from embedgrad.statistics import Accuracy
 

@@ -8,16 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embedgrad.commands.shared import (
-    Plan,
-    answers_told,
-    figures,
-    open_configured,
-    open_model,
-    plan,
-    with_interval,
-    write_text,
-)
+from embedgrad.commands.shared import answers_told, figures, open_configured, open_model, with_interval, write_text
 from embedgrad.data import read_jsonl
 from embedgrad.errors import ConfigError
 from embedgrad.evaluation import MEASURES, Evaluation, evaluate, paired_tests
@@ -26,6 +17,7 @@ from embedgrad.example import Example
 from embedgrad.files import check_target
 from embedgrad.grading.grader import Grader, make_grader
 from embedgrad.model.model import Model
+from embedgrad.plan import Plan, plan
 from embedgrad.prompt import SoftPrompt
 from embedgrad.sampling import Sampling
 from embedgrad.settings import load_run_config, run_config

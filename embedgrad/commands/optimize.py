@@ -8,13 +8,14 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from embedgrad.commands.shared import Plan, answers_told, figures, open_configured, plan, with_interval, write_text
+from embedgrad.commands.shared import answers_told, figures, open_configured, with_interval, write_text
 from embedgrad.evaluation import MEASURES, Evaluation, check_evaluation, evaluate, paired_tests
 from embedgrad.evaluation import shares as evaluation_shares
 from embedgrad.example import Example
 from embedgrad.loggers import open_loggers
 from embedgrad.machine import peak_memory
 from embedgrad.model.model import Model
+from embedgrad.plan import Plan, plan
 from embedgrad.progress import Bar, JsonLines, Progress, Quiet, Several
 from embedgrad.prompt import SoftPrompt
 from embedgrad.runs import read_summary, write_summary

@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from embedgrad.errors import ConfigError
 from embedgrad.evaluation import Evaluation, paired_tests
 from embedgrad.evaluation import shares as evaluation_shares
-from embedgrad.grading.grader import Grader, make_grader
 from embedgrad.model.model import Model, load_model
-from embedgrad.monitors import Judge
-from embedgrad.sampling import Sampling
-from embedgrad.settings import DataSection, FileSection, OptimizeConfig, PromptSection, RunConfig, expand_path
+from embedgrad.settings import RunConfig, expand_path
 from embedgrad.statistics import Accuracy
-from embedgrad.tasks import find_task
-from embedgrad.tasks.jsonl import File, of_files
-from embedgrad.tasks.parts import Division, Encoder, Parts, divide
-from embedgrad.tasks.source import Source
-from embedgrad.tasks.task import Pools, Task
 
 
 def open_model(
@@ -41,118 +32,6 @@ def open_configured(config: RunConfig) -> Model:
     return open_model(
         section.path, section.dtype, section.backend, section.device, section.weights, section.max_device_memory
     )
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A configuration whose task is found and whose data are read.
-
-    config: with the task's prompt, template and settings wherever the user's say nothing. labels: all answers there
-    are. sampling: None is greedy, as long as the targets need.
-    """
-
-    config: RunConfig
-    task: Task
-    pools: Pools
-    labels: tuple[str, ...] | None
-    grader: Grader
-    sampling: Sampling | None
-    prompt: str
-
-    @property
-    def judge(self) -> Judge:
-        """How validations make and grade answers."""
-        return Judge(self.grader, self.sampling)
-
-    def parts(self, tokenizer: Encoder) -> Parts:
-        """Training, validation and test data. Raises DataError, ConfigError."""
-        return divide(self.task, self.pools, division(self.config.data), tokenizer)
-
-
-def plan(config: RunConfig) -> Plan:
-    """Finds the task and reads its data; nothing heavy yet. Raises ConfigError, DataError."""
-    task = task_of(config.data)
-    labels = task.labels if config.data.labels is None else config.data.labels
-    grader = make_grader(task.grader if config.data.grader is None else config.data.grader, labels)
-    source = Source.of(config.data.folder) if task.name != "jsonl" else Source(None)
-    pools = task.load(source, config.data.variant)
-    prompt = config.prompt or PromptSection(text=task.prompt)
-    filled = config.model_copy(
-        update={
-            "prompt": prompt,
-            "template": task.template if config.template is None else config.template,
-            "optimize": with_defaults(config.optimize, task.optimize),
-        }
-    )
-    return Plan(filled, task, pools, labels, grader, sampling_of(config, task), prompt_text(prompt))
-
-
-def task_of(section: DataSection) -> Task:
-    """The task of a configuration: one by its name, or its own files. Raises ConfigError."""
-    if section.task is None or section.task == "jsonl":
-        train = File(expand_path(section.path)) if section.path is not None else _file(section.train)
-        assert train is not None  # DataSection sees to it
-        return of_files(
-            train, _file(section.validation), _file(section.test), section.query, section.target, section.labels,
-            divided=section.path is not None,
-        )  # fmt: skip
-    task = find_task(section.task)
-    if section.variant is not None and section.variant not in task.variants:
-        known = f"one of {', '.join(task.variants)}" if task.variants else "left out, for there is only one"
-        raise ConfigError(f"data.variant is {section.variant!r}, but for the task {task.name} it must be {known}.")
-    return task
-
-
-def division(section: DataSection) -> Division:
-    """How a configuration divides its task's pools."""
-    split = section.split
-    return Division(
-        None if split is None else {name: getattr(split, name) for name in ("train", "validation", "test")},
-        0 if split is None else split.seed,
-        section.folds,
-        section.fold,
-        section.query_tokens,
-        section.target_tokens,
-    )
-
-
-def with_defaults(config: OptimizeConfig, defaults: Mapping[str, Any]) -> OptimizeConfig:
-    """`config`, with a task's `defaults` for whatever was not said."""
-    said = config.model_dump(exclude_unset=True)
-    merged = {**defaults, **said}
-    if isinstance(defaults.get("monitors"), Mapping) and "monitors" in said:
-        merged["monitors"] = {**defaults["monitors"], **said["monitors"]}
-    if "epochs" in said and "steps" not in said:
-        merged.pop("steps", None)
-    return OptimizeConfig(**merged)
-
-
-def sampling_of(config: RunConfig, task: Task) -> Sampling | None:
-    """How answers are generated: as the configuration says, else as long as the task says."""
-    if config.sampling is not None:
-        said = config.sampling.model_dump(exclude_unset=True)
-        if task.max_new_tokens is not None:
-            said.setdefault("max_new_tokens", task.max_new_tokens)
-        return Sampling(**said)
-    return None if task.max_new_tokens is None else Sampling(max_new_tokens=task.max_new_tokens)
-
-
-def _file(section: FileSection | None) -> File | None:
-    return None if section is None else File(expand_path(section.path), section.limit)
-
-
-def prompt_text(section: PromptSection) -> str:
-    """The prompt that a configuration gives. Raises ConfigError."""
-    if section.text is not None:
-        return section.text
-    path = expand_path(section.file or "")
-    try:
-        text = path.read_text("utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot read the prompt file {path}: {error.strerror or error}.") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"the prompt file {path} is not UTF-8 text (byte {error.start}).") from error
-    return text.removesuffix("\n").removesuffix("\r")
 
 
 def write_text(path: Path, text: str) -> None:

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from embedgrad.commands.compare import EXIT
-from embedgrad.commands.shared import open_configured, plan, write_text
+from embedgrad.commands.shared import open_configured, write_text
 from embedgrad.compare.runner import Runner, Stopped
 from embedgrad.pictures import save, style
+from embedgrad.plan import plan
 from embedgrad.settings import expand_path, load_run_config
 from embedgrad.studies import NAMES, find_study
 

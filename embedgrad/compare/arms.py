@@ -5,13 +5,13 @@ from __future__ import annotations
 import importlib.util
 from collections.abc import Sequence
 
-from embedgrad.commands.shared import Plan
 from embedgrad.compare.arm import Arm, Candidates, Training, only
 from embedgrad.compare.demonstrations import few_shot
 from embedgrad.compare.twin import no_twin
 from embedgrad.errors import ConfigError, TemplateError
 from embedgrad.example import Example
 from embedgrad.model.model import Model
+from embedgrad.plan import Plan
 from embedgrad.prompt import PLAIN_TEXT, SYSTEM_TURN, USER_TURN, SoftPrompt, default_template
 from embedgrad.template import PROMPT, QUERY, Template
 from embedgrad.trust_region import CosineCone, NoRegion

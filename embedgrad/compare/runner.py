@@ -12,7 +12,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from embedgrad.commands.shared import Plan, division
 from embedgrad.compare.arm import Arm
 from embedgrad.compare.arms import OPTIMISED
 from embedgrad.compare.outcome import Outcome, item_hashes, verdicts
@@ -22,6 +21,7 @@ from embedgrad.evaluation import Evaluation, evaluate
 from embedgrad.example import Example
 from embedgrad.files import write_atomic
 from embedgrad.model.model import Model
+from embedgrad.plan import Plan, division
 from embedgrad.prompt import SoftPrompt
 from embedgrad.rendering import render
 from embedgrad.runs import read_records
