@@ -20,9 +20,7 @@ settings.register_profile("repeatable", derandomize=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # a background job of a shell: Ctrl-C would stop no test's process
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job, whose children Ctrl-C would not stop
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
