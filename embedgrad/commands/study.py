@@ -10,8 +10,9 @@ from pathlib import Path
 from embedgrad.commands.compare import EXIT
 from embedgrad.commands.shared import open_configured, write_text
 from embedgrad.compare.runner import Runner, Stopped
+from embedgrad.model.model import Model
 from embedgrad.pictures import save, style
-from embedgrad.plan import plan
+from embedgrad.plan import Plan, plan
 from embedgrad.settings import expand_path, load_run_config
 from embedgrad.studies import NAMES, find_study
 
@@ -27,6 +28,7 @@ def run(name: str, config_path: Path, overrides: Sequence[str], data: Path | Non
     with style():
         model = open_configured(planned.config)
         runner = Runner(planned, model, runs / f"{section.name}-compare")
+        pages = []
         try:
             for one, study in studies.items():
                 found = study.run(runner)
@@ -34,12 +36,25 @@ def run(name: str, config_path: Path, overrides: Sequence[str], data: Path | Non
                 content = {"study": one, "model": model.name, "test_items": len(runner.parts(0).test), **found.data}
                 write_text(folder / f"{one}.json", json.dumps(content, indent=1) + "\n")
                 save(found.figure, folder / f"{one}.svg")
-                heading = f"## {one}: {study.question}\n\n"
-                write_text(folder / f"{one}.md", f"{heading}{found.paragraph}\n\n![{one}]({one}.svg)\n")
+                pages.append(f"## {one}: {study.question}\n\n{found.paragraph}\n\n![{one}]({one}.svg)\n")
+                write_text(folder / f"{one}.md", pages[-1])
                 print(f"{one}: {found.paragraph}\n", flush=True)
         except (KeyboardInterrupt, Stopped) as stopped:
             reason = stopped.reason if isinstance(stopped, Stopped) else "interrupted"
             print("Stopped; the same command goes on from here.", file=sys.stderr)
             return EXIT[reason]
+    if name == "all":
+        write_text(folder / "studies.md", _together(planned, model, len(runner.parts(0).test), pages))
     print(f"Written to {folder}/: for each study its data (.json), a picture (.svg) and a paragraph (.md)")
     return 0
+
+
+def _together(planned: Plan, model: Model, items: int, pages: Sequence[str]) -> str:
+    """All studies on one page, and what they were made on."""
+    config = planned.config.optimize
+    told = (
+        f"Task {planned.task.name}, model {model.name}, {items} test items, prompt: {planned.prompt!r}. One seed each; "
+        f"batches of {config.batch_size}, learning rate {config.learning_rate:g} unless it says otherwise. "
+        "Intervals are 95 % Wilson intervals."
+    )
+    return "\n".join(["# Studies", "", told, "", *pages])
