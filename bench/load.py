@@ -36,7 +36,7 @@ TOKENS = 16
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this bench."""
-    parser.add_argument("--repeats", type=int, default=3, help="warm processes of each (default 3)")
+    parser.add_argument("--repeats", type=int, default=2, help="warm processes of each (default 2)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--worker", choices=(*OURS, *OTHERS), help=argparse.SUPPRESS)
     parser.add_argument("--point", choices=POINTS, default="step", help=argparse.SUPPRESS)
