@@ -35,7 +35,7 @@ NOTHING = "nothing"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this bench."""
-    parser.add_argument("--repeats", type=int, default=2, help="steps that count (default 2)")
+    parser.add_argument("--repeats", type=int, default=1, help="steps that count (default 1)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--backend", default="auto", help="of embedgrad (default auto)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

@@ -33,7 +33,7 @@ from bench.worker import Worker, serve
 LLAMA_SLOTS = {1: (1,), 8: (8,), 32: (8, 32)}  # tried for so many queries; others: as many slots as queries
 SYSTEM = "You are a helpful assistant that explains things to people in plain words and short sentences. "
 PROMPT_TOKENS = 190
-MANY = 32  # queries, of which transformers does the last round only
+MANY = 8  # queries, of which what computes in float32 does the last round only
 WARM_TOKENS = 4  # of the round that does not count
 JUDGED = 8  # answers of each contender whose tokens are judged
 CONTEXT = 512  # tokens of a sequence that llama.cpp keeps room for
@@ -53,7 +53,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--queries", nargs="*", type=int, default=None, help="default: 1 8 32")
     parser.add_argument("--tokens", type=int, default=64, help="longest answer (default 64)")
     parser.add_argument(
-        "--repeats", type=int, default=2, help="rounds that count (default 2; of transformers with 32 queries 1)"
+        "--repeats", type=int, default=2, help="rounds that count (default 2; in float32 with 8 queries or more 1)"
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of ours and of transformers")
@@ -83,7 +83,7 @@ def main(args: argparse.Namespace) -> list[Row]:
             for name in names
         }
         for count in counts:
-            rows += _rounds(workers, count, args.tokens, 2 if args.quick or count >= MANY else args.repeats, args)
+            rows += _rounds(workers, count, args.tokens, 2 if args.quick else args.repeats, args)
     return [*rows, _floor(args.threads)]
 
 
@@ -95,7 +95,8 @@ def _rounds(workers: dict[str, Worker], count: int, tokens: int, repeats: int, a
     answers: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for number in range(repeats + 1):  # the first round is short and not counted
         for name, worker in workers.items():
-            slow = name == "transformers" and count >= MANY and 0 < number < repeats
+            slow = "float32" in name or name == "transformers"
+            slow = slow and count >= MANY and 0 < number < repeats
             if _takes_part(name, count) and not slow:
                 wanted = tokens if number else WARM_TOKENS
                 answers[name].append(worker.ask(queries=_queries(count, number), tokens=wanted))

@@ -30,7 +30,7 @@ OURS = {"embedgrad, GGUF as stored": ("gguf", "stored"), "embedgrad, GGUF to flo
         "embedgrad, safetensors": ("safetensors", "compute")}  # fmt: skip
 OTHERS = {"transformers, GGUF": "gguf", "transformers, safetensors": "safetensors"}
 POINTS = ("step", "token")
-ONCE = ("transformers, GGUF",)  # so slow that one measurement, warm, must do
+ONCE = ("transformers, GGUF",)  # so slow that one measurement must do: warm, to the first step
 TOKENS = 16
 
 
@@ -54,7 +54,8 @@ def main(args: argparse.Namespace) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         files = {"gguf": smollm2.path(), "safetensors": write_safetensors(Path(folder))}
         for point in POINTS[:1] if args.quick else POINTS:
-            for name in OURS if args.quick else (*OURS, *OTHERS):
+            slow = ONCE if point == POINTS[-1] else ()
+            for name in OURS if args.quick else (n for n in (*OURS, *OTHERS) if n not in slow):
                 path = files[OURS[name][0] if name in OURS else OTHERS[name]]
                 few = args.quick or name in ONCE
                 for state in (*(() if name in ONCE else ("cold",)), *["warm"] * (1 if few else args.repeats)):
@@ -223,6 +224,7 @@ def pictures(rows: Sequence[Row]) -> dict[str, Any]:
     from bench import style
 
     points = list(dict.fromkeys(str(one.case["point"]) for one in rows))
+    names = list(dict.fromkeys(one.contender for one in rows))
     figure, panels = plt.subplots(1, len(points), figsize=(4.4 * len(points), 2.6), sharey=True, squeeze=False)
     for axes, point in zip(panels[0], points, strict=True):
         found = [one for one in rows if one.case["point"] == point and one.case["state"] == "warm"]
@@ -232,9 +234,9 @@ def pictures(rows: Sequence[Row]) -> dict[str, Any]:
             ("loading", style.OURS_TOO, [one.more["load_seconds"] for one in found]),
             (f"first {point}", style.OURS, [one.median - one.more["load_seconds"] for one in found]),
         ):
-            axes.barh(range(len(found)), widths, left=left, color=colour, label=label)
+            axes.barh([names.index(one.contender) for one in found], widths, left=left, color=colour, label=label)
             left = [a + b for a, b in zip(left, widths, strict=True)]
-        axes.set_yticks(range(len(found)), [one.contender for one in found], fontsize=8)
+        axes.set_yticks(range(len(names)), names, fontsize=8)
         axes.set_xlabel("seconds, warm")
         axes.grid(axis="y", visible=False)
         axes.legend(fontsize=8)
