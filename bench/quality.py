@@ -20,8 +20,8 @@ from bench.rows import Row, row
 CHECKS = ("tests/engine/test_gradient.py::test_policies_and_repetition_give_the_same_bits",)
 WEIGHTS = {"fp32": "float32", "bf16": "bfloat16", "stored": "Q4_1 as stored"}
 POLICIES = ("all", "mlp", "layer")
-SIZES = {"train": 1000, "validation": 40, "test": 100}
-STEPS, BATCH, RATE, SEED = 12, 8, 4e-3, 0
+SIZES = {"train": 1000, "validation": 40, "test": 80}
+STEPS, BATCH, RATE, SEED = 10, 8, 4e-3, 0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
