@@ -33,21 +33,25 @@ Weights = Annotated[str, typer.Option(help="How matrices are kept: auto, compute
 Backend = Annotated[str, typer.Option(help="Which kernels: auto, or one that `doctor` lists.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
 QueryField = Annotated[str, typer.Option(help="Field of the JSON lines that holds the query.")]
+ConfigFile = Annotated[Path, typer.Argument(help="Configuration file (YAML).")]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", help="Override one setting: section.key=value; may be repeated.")
+]
+TaskFolder = Annotated[
+    Path | None, typer.Option("--data", "-d", help="Folder with the task's data; default: EMBEDGRAD_DATA.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
 Json = Annotated[bool, typer.Option("--json", help="JSON on stdout instead of text for people.")]
 MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")]
 
 
 @app.command()
 def optimize(
-    config: Annotated[Path, typer.Argument(help="Configuration file (YAML).")],
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Override one setting: section.key=value; may be repeated.")
-    ] = None,
-    data: Annotated[
-        Path | None, typer.Option("--data", "-d", help="Folder with the task's data; default: EMBEDGRAD_DATA.")
-    ] = None,
+    config: ConfigFile,
+    set_: Sets = None,
+    data: TaskFolder = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run that is in the run's folder.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")] = False,
+    quiet: Quiet = False,
     json: Annotated[bool, typer.Option("--json", help="JSON lines on stdout instead of a progress bar.")] = False,
 ) -> None:
     """Optimise a prompt; the result is in runs/NAME/prompt.safetensors."""
@@ -93,14 +97,10 @@ def evaluate(
 
 @app.command()
 def compare(
-    config: Annotated[Path, typer.Argument(help="Configuration file (YAML), as of `optimize`.")],
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Override one setting: section.key=value; may be repeated.")
-    ] = None,
-    data: Annotated[
-        Path | None, typer.Option("--data", "-d", help="Folder with the task's data; default: EMBEDGRAD_DATA.")
-    ] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")] = False,
+    config: ConfigFile,
+    set_: Sets = None,
+    data: TaskFolder = None,
+    quiet: Quiet = False,
     json: Annotated[bool, typer.Option("--json", help="JSON lines on stdout instead of a table.")] = False,
 ) -> None:
     """The optimised prompt beside its controls on the same test items; run again, it goes on where it stopped."""
@@ -112,13 +112,9 @@ def compare(
 @app.command()
 def study(
     name: Annotated[str, typer.Argument(help="similarity, curves, entropy, drift, tau, prompt-quality, or all.")],
-    config: Annotated[Path, typer.Argument(help="Configuration file (YAML), as of `compare`.")],
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Override one setting: section.key=value; may be repeated.")
-    ] = None,
-    data: Annotated[
-        Path | None, typer.Option("--data", "-d", help="Folder with the task's data; default: EMBEDGRAD_DATA.")
-    ] = None,
+    config: ConfigFile,
+    set_: Sets = None,
+    data: TaskFolder = None,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for data, pictures and words.")] = None,
 ) -> None:
     """Answer a question of the paper by runs: data, a picture, and what was seen; shares its runs with `compare`."""
