@@ -9,6 +9,8 @@ from typing import Any
 from embedgrad.errors import ConfigError
 from embedgrad.grading.grader import Grader, make_grader
 from embedgrad.monitors import Judge
+from embedgrad.prompt import default_template
+from embedgrad.rendering import ModelLike
 from embedgrad.sampling import Sampling
 from embedgrad.settings import DataSection, FileSection, OptimizeConfig, PromptSection, RunConfig, expand_path
 from embedgrad.tasks import find_task
@@ -16,6 +18,7 @@ from embedgrad.tasks.jsonl import File, of_files
 from embedgrad.tasks.parts import Division, Encoder, Parts, divide
 from embedgrad.tasks.source import Source
 from embedgrad.tasks.task import Pools, Task
+from embedgrad.template import Template
 
 
 @dataclass(frozen=True)
@@ -39,9 +42,15 @@ class Plan:
         """How validations make and grade answers."""
         return Judge(self.grader, self.sampling)
 
-    def parts(self, tokenizer: Encoder) -> Parts:
-        """Training, validation and test data. Raises DataError, ConfigError."""
-        return divide(self.task, self.pools, division(self.config.data), tokenizer)
+    def parts(self, tokenizer: Encoder, fold: int | None = None) -> Parts:
+        """Training, validation and test data; of another fold than the configuration's with `fold`. Raises DataError,
+        ConfigError."""
+        section = self.config.data if fold is None else self.config.data.model_copy(update={"fold": fold})
+        return divide(self.task, self.pools, division(section), tokenizer)
+
+    def template(self, model: ModelLike) -> Template:
+        """Where the prompt stands."""
+        return default_template(model) if self.config.template is None else self.config.template
 
 
 def plan(config: RunConfig) -> Plan:

@@ -194,12 +194,6 @@ def _saving(path: Path) -> Any:
         ) from error
 
 
-def read_records(path: str | os.PathLike[str]) -> list[dict[str, Any]]:
-    """The records of a run's metrics.jsonl, up to a line that is torn; none where there is no such file. Raises
-    ConfigError."""
-    return read_metrics(Path(path))[0]
-
-
 def read_summary(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The summary.json of a run's folder. Raises ConfigError."""
     file = Path(path) / "summary.json"

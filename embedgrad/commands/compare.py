@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from embedgrad.commands.shared import open_configured, with_interval, write_text
+from embedgrad.commands.shared import STOPPED, open_configured, with_folder, with_interval, write_text
 from embedgrad.compare.arms import arms
 from embedgrad.compare.outcome import Outcome
 from embedgrad.compare.runner import Runner, Stopped
@@ -18,12 +17,11 @@ from embedgrad.settings import expand_path, load_run_config
 from embedgrad.statistics import Accuracy
 
 SHOWN = ("generated_accuracy", "choice_accuracy")  # on a terminal; the files have all
-EXIT = {"interrupted": 128 + signal.SIGINT, "terminated": 128 + signal.SIGTERM}
 
 
 def run(config_path: Path, overrides: Sequence[str], data: Path | None, quiet: bool, as_json: bool) -> int:
     """The command; returns its exit code. Raises EmbedGradError."""
-    overrides = [*overrides, *([] if data is None else [f"data.folder={json.dumps(str(data))}"])]
+    overrides = with_folder(overrides, data)
     planned = plan(load_run_config(config_path, overrides))
     section = planned.config.run
     folder = expand_path(section.folder) / f"{section.name}-compare"
@@ -52,7 +50,7 @@ def run(config_path: Path, overrides: Sequence[str], data: Path | None, quiet: b
     except (KeyboardInterrupt, Stopped) as stopped:
         reason = stopped.reason if isinstance(stopped, Stopped) else "interrupted"
         print("Stopped; the same command goes on from here.", file=sys.stderr)
-        return EXIT[reason]
+        return STOPPED[reason]
     if not (quiet or as_json):
         _show(outcomes)
         print(f"Written to {folder}/: compare.json, compare.md, and a folder for each arm")

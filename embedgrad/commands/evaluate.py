@@ -8,7 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embedgrad.commands.shared import answers_told, figures, open_configured, open_model, with_interval, write_text
+from embedgrad.commands.shared import (
+    answers_told,
+    figures,
+    open_configured,
+    open_model,
+    with_folder,
+    with_interval,
+    write_text,
+)
 from embedgrad.data import read_jsonl
 from embedgrad.errors import ConfigError
 from embedgrad.evaluation import MEASURES, Evaluation, evaluate, paired_tests
@@ -90,7 +98,7 @@ def run(prompt_path: Path, model_path: str | None, computing: Sequence[Any], opt
 
 def _plan(options: Options, model_path: str | None) -> Plan | None:
     """The plan of a configuration or a task; None for a file of one's own."""
-    folder = [] if options.data is None else [f"data.folder={json.dumps(str(options.data))}"]
+    folder = with_folder((), options.data)
     if options.config is not None:
         return plan(load_run_config(options.config, folder))
     if options.task is not None:

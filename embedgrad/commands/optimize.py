@@ -8,7 +8,15 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from embedgrad.commands.shared import answers_told, figures, open_configured, with_interval, write_text
+from embedgrad.commands.shared import (
+    STOPPED,
+    answers_told,
+    figures,
+    open_configured,
+    with_folder,
+    with_interval,
+    write_text,
+)
 from embedgrad.evaluation import MEASURES, Evaluation, check_evaluation, evaluate, paired_tests
 from embedgrad.evaluation import shares as evaluation_shares
 from embedgrad.example import Example
@@ -23,14 +31,13 @@ from embedgrad.settings import expand_path, load_run_config
 from embedgrad.train import OptimizeResult, optimize
 
 _SHOWN = 3  # test examples in the report
-_STOPPED = {"interrupted": 130, "terminated": 143}  # 128 + signal number, as shells have it
 
 
 def run(
     config_path: Path, overrides: Sequence[str], data: Path | None, resume: bool, quiet: bool, as_json: bool
 ) -> int:
     """The command; returns its exit code. `data`: the folder of the task's files. Raises EmbedGradError."""
-    overrides = [*overrides, *([] if data is None else [f"data.folder={json.dumps(str(data))}"])]
+    overrides = with_folder(overrides, data)
     planned = plan(load_run_config(config_path, overrides))
     config = planned.config
     folder = expand_path(config.run.folder) / str(config.run.name)
@@ -49,11 +56,11 @@ def run(
         run_dir=folder, resume=resume, progress=progress, description=description,
         terminate_cleanly=True, judge=planned.judge,
     )  # fmt: skip
-    if result.stop_reason in _STOPPED:
+    if result.stop_reason in STOPPED:
         sets = "".join(f" --set {_quoted(one)}" for one in overrides)
         again = f"embedgrad optimize {shlex.quote(str(config_path))}{sets} --resume"
         print(f"Stopped after step {result.steps}, all of it saved; to go on: {again}", file=sys.stderr)
-        return _STOPPED[result.stop_reason]
+        return STOPPED[result.stop_reason]
     tested = _test(model, prompt, result, parts.test, planned)
     if tested:
         content = {when: evaluation.to_dict() for when, evaluation in tested.items()}

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,14 @@ from embedgrad.evaluation import shares as evaluation_shares
 from embedgrad.model.model import Model, load_model
 from embedgrad.settings import RunConfig, expand_path
 from embedgrad.statistics import Accuracy
+
+STOPPED = {"interrupted": 130, "terminated": 143}
+"""Exit codes of commands that a signal ended: 128 + its number, as shells have it."""
+
+
+def with_folder(overrides: Sequence[str], data: Path | None) -> list[str]:
+    """Overrides of a configuration and, behind them, the folder of the task's files, where one is named."""
+    return [*overrides, *([] if data is None else [f"data.folder={json.dumps(str(data))}"])]
 
 
 def open_model(

@@ -7,8 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from embedgrad.commands.compare import EXIT
-from embedgrad.commands.shared import open_configured, write_text
+from embedgrad.commands.shared import STOPPED, open_configured, with_folder, write_text
 from embedgrad.compare.runner import Runner, Stopped
 from embedgrad.model.model import Model
 from embedgrad.pictures import save, style
@@ -20,7 +19,7 @@ from embedgrad.studies import NAMES, find_study
 def run(name: str, config_path: Path, overrides: Sequence[str], data: Path | None, output: Path | None) -> int:
     """The command; returns its exit code. `name`: of a study, or "all". Raises EmbedGradError."""
     studies = {one: find_study(one) for one in (NAMES if name == "all" else (name,))}
-    overrides = [*overrides, *([] if data is None else [f"data.folder={json.dumps(str(data))}"])]
+    overrides = with_folder(overrides, data)
     planned = plan(load_run_config(config_path, overrides))
     section = planned.config.run
     runs = expand_path(section.folder)
@@ -42,7 +41,7 @@ def run(name: str, config_path: Path, overrides: Sequence[str], data: Path | Non
         except (KeyboardInterrupt, Stopped) as stopped:
             reason = stopped.reason if isinstance(stopped, Stopped) else "interrupted"
             print("Stopped; the same command goes on from here.", file=sys.stderr)
-            return EXIT[reason]
+            return STOPPED[reason]
     if name == "all":
         write_text(folder / "studies.md", _together(planned, model, len(runner.parts(0).test), pages))
     print(f"Written to {folder}/: for each study its data (.json), a picture (.svg) and a paragraph (.md)")

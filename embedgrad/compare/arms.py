@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Sequence
+from dataclasses import replace
 
 from embedgrad.compare.arm import Arm, Candidates, Training, only
 from embedgrad.compare.demonstrations import few_shot
@@ -12,7 +13,7 @@ from embedgrad.errors import ConfigError, TemplateError
 from embedgrad.example import Example
 from embedgrad.model.model import Model
 from embedgrad.plan import Plan
-from embedgrad.prompt import PLAIN_TEXT, SYSTEM_TURN, USER_TURN, SoftPrompt, default_template
+from embedgrad.prompt import PLAIN_TEXT, SYSTEM_TURN, USER_TURN, SoftPrompt
 from embedgrad.template import PROMPT, QUERY, Template
 from embedgrad.trust_region import CosineCone, NoRegion
 
@@ -37,7 +38,7 @@ def arms(plan: Plan, model: Model) -> tuple[list[Arm], list[str]]:
 
 def _all(plan: Plan, model: Model) -> tuple[list[Arm], list[str]]:
     section, text = plan.config.compare, plan.prompt
-    template = default_template(model) if plan.config.template is None else plan.config.template
+    template = plan.template(model)
     left_out: list[str] = []
 
     def start(model: Model) -> SoftPrompt:
@@ -79,20 +80,8 @@ def in_front(model: Model, text: str, template: Template) -> SoftPrompt:
         return SoftPrompt.from_text(model, text, Template.text(PROMPT + rest.body, rest.end))
     source = rest.chat_template or model.tokenizer.chat_template
     first = "{{ messages[0]['content'] }}{% set messages = messages[1:] %}"
-    messages = [("system", PROMPT), *rest.messages]
-    moved = Template.chat(
-        [{"role": role, "content": content} for role, content in messages], f"{first}{source}",
-        None if rest.variables == "{}" else _variables(rest),
-    )  # fmt: skip
+    moved = replace(rest, messages=(("system", PROMPT), *rest.messages), chat_template=f"{first}{source}")
     return SoftPrompt.from_text(model, text, moved)
-
-
-def _variables(template: Template) -> dict[str, object]:
-    import json
-
-    values = json.loads(template.variables)
-    assert isinstance(values, dict)
-    return values
 
 
 def _templates(model: Model, text: str, template: Template) -> list[Arm]:

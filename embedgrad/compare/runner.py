@@ -21,12 +21,12 @@ from embedgrad.evaluation import Evaluation, evaluate
 from embedgrad.example import Example
 from embedgrad.files import write_atomic
 from embedgrad.model.model import Model
-from embedgrad.plan import Plan, division
+from embedgrad.plan import Plan
 from embedgrad.prompt import SoftPrompt
 from embedgrad.rendering import render
-from embedgrad.runs import read_records
+from embedgrad.runs import read_metrics
 from embedgrad.settings import OptimizeConfig
-from embedgrad.tasks.parts import Parts, divide
+from embedgrad.tasks.parts import Parts
 from embedgrad.train import OptimizeResult, optimize
 
 IDENTITY = "identity.json"
@@ -73,9 +73,7 @@ class Runner:
     def parts(self, fold: int) -> Parts:
         """The data of one fold."""
         if fold not in self._parts:
-            how = division(self.plan.config.data)
-            how = replace(how, fold=fold) if how.folds else how
-            self._parts[fold] = divide(self.plan.task, self.plan.pools, how, self.model.tokenizer)
+            self._parts[fold] = self.plan.parts(self.model.tokenizer, fold)
             if not self._parts[fold].test:
                 raise ConfigError("a comparison needs test data: give data.test, or a split with a test part.")
         return self._parts[fold]
@@ -121,7 +119,7 @@ class Runner:
 
     def records(self, arm: str, seed: int, fold: int) -> list[dict[str, Any]]:
         """The lines of metrics.jsonl of an arm that was optimised."""
-        return read_records(self.place(arm, seed, fold))
+        return read_metrics(self.place(arm, seed, fold))[0]
 
     def evaluate(self, prompt: SoftPrompt, examples: Sequence[Example]) -> Evaluation:
         """As the configuration says."""

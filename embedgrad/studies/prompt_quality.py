@@ -20,7 +20,6 @@ from embedgrad.studies.study import (
     percent,
     share,
     starting,
-    template_of,
     trained,
     untrained,
 )
@@ -77,7 +76,7 @@ def _nonsense(runner: Runner) -> SoftPrompt:
     special = set(model.tokenizer.eos_ids)
     ids = [i for i in draw.sample(range(model.config.vocab_size), 4 * count) if i not in special]
     words = [i for i in ids if model.tokenizer.decode([i]).strip()][:count]
-    return SoftPrompt.from_ids(model, words or ids[:count], template_of(runner))
+    return SoftPrompt.from_ids(model, words or ids[:count], runner.plan.template(model))
 
 
 def _figures(outcome: Any, measure: str) -> dict[str, Any]:

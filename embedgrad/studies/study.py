@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from embedgrad.compare.arm import Arm, Training, only
+from embedgrad.compare.arms import OPTIMISED, ORIGINAL
 from embedgrad.compare.outcome import Outcome
 from embedgrad.compare.runner import Runner
-from embedgrad.prompt import SoftPrompt, default_template
+from embedgrad.prompt import SoftPrompt
 from embedgrad.statistics import Accuracy
-from embedgrad.template import Template
 
 Record = Mapping[str, Any]
 
@@ -34,25 +34,19 @@ class Study:
     run: Callable[[Runner], Finding]
 
 
-def template_of(runner: Runner) -> Template:
-    """Where the configuration's prompt stands."""
-    template = runner.plan.config.template
-    return default_template(runner.model) if template is None else template
-
-
 def starting(text: str) -> Callable[[Runner], SoftPrompt]:
     """The prompt that says `text`, in the configuration's template."""
-    return lambda runner: SoftPrompt.from_text(runner.model, text, template_of(runner))
+    return lambda runner: SoftPrompt.from_text(runner.model, text, runner.plan.template(runner.model))
 
 
 def original(runner: Runner) -> Outcome:
     """The configuration's prompt as it starts."""
-    return _first(runner, Arm("original", "the original text", _own(runner)))
+    return _first(runner, Arm(ORIGINAL, "the original text", _own(runner)))
 
 
 def optimised(runner: Runner) -> tuple[Outcome, list[dict[str, Any]]]:
     """The configuration's optimisation, and its records."""
-    return trained(runner, "optimised", "optimised", Training())
+    return trained(runner, OPTIMISED, "optimised", Training())
 
 
 def trained(

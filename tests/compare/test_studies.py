@@ -31,7 +31,7 @@ def studied(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def test_similarity_is_what_the_records_say(studied: dict[str, Any]) -> None:
     data = studied["data"]["similarity"]
-    records = runner_module.read_records(studied["runs"] / "optimised/seed-3")
+    records = runner_module.read_metrics(studied["runs"] / "optimised/seed-3")[0]
     assert data["least"] == [record["similarity_min"] for record in records if record["kind"] == "step"]
     assert f"lowest of any token was {min(data['least']):.4f}" in studied["words"]["similarity"]
     assert data["tau"] == 0.9
