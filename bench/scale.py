@@ -74,12 +74,14 @@ def main(args: argparse.Namespace) -> list[Row]:
             print(f"{part} {key or ''} {model} {case}: {seconds(found.median)}", flush=True)
             return found
 
-        rows = [
-            ask("axis", Case(**{**vars(BASE), axis: value}), axis=axis, value=value)
+        points = [
+            (axis, value, Case(**{**vars(BASE), axis: value}))
             for axis, values in AXES.items()
             if axis != "layers"
             for value in (values[::2] if args.quick else values)
         ]
+        points.sort(key=lambda point: point[2].prompt + point[2].batch * point[2].query)  # nothing larger is left over
+        rows = [ask("axis", case, axis=axis, value=value) for axis, value, case in points]
         rows += [ask("axis", BASE, layers=n, axis="layers", value=n) for n in AXES["layers"]]
         rows += [ask("grid", case) for case in (() if args.quick else GRID)]
         rows += [ask("width", WIDTH_CASE, model) for model in (WIDTHS[:1] if args.quick else WIDTHS)]
@@ -154,7 +156,7 @@ def _axes(rows: Sequence[Row]) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = defaultdict(list)
     for one in _part(rows, "axis"):
         found[str(one.case["axis"])].append(one)
-    return found
+    return {axis: found[axis] for axis in AXES if axis in found}
 
 
 def exponent(x: Sequence[float], y: Sequence[float]) -> float:
@@ -174,6 +176,12 @@ def token_and_pair(rows: Sequence[Row]) -> tuple[float, float, float]:
     solution, *_ = np.linalg.lstsq(design, times, rcond=None)
     left = times - design @ solution
     return float(solution[1]), float(solution[2]), float(1 - left.var() / times.var())
+
+
+def _values(rows: Sequence[Row], name: str) -> str:
+    """Those of the grid, such as "1, 4 and 8"."""
+    *others, last = (str(value) for value in sorted({int(one.case[name]) for one in _part(rows, "grid")}))
+    return f"{', '.join(others)} and {last}" if others else last
 
 
 def tables(rows: Sequence[Row]) -> dict[str, str]:
@@ -203,9 +211,10 @@ def tables(rows: Sequence[Row]) -> dict[str, str]:
     if _part(rows, "grid"):
         token, pair, explained = token_and_pair(rows)
         shown["scale"] += (
-            f"\n\nOver prompts of 16 and 128 and batches of 1, 4 and 16: {token * 1e3:.2f} ms for each packed token, "
-            f"{pair * 1e3:.3f} ms for each pair of a query and a prompt token, {pair / token:.1%} of a token (by "
-            f"attention to the prompt; 100 % with copies of it); that explains {explained:.2%} of the variance."
+            f"\n\nOver prompts of {_values(rows, 'prompt')} and batches of {_values(rows, 'batch')}: "
+            f"{token * 1e3:.2f} ms for each packed token, {pair * 1e3:.3f} ms for each pair of a query and a prompt "
+            f"token, {pair / token:.1%} of a token (by attention to the prompt; 100 % with copies of it); that "
+            f"explains {explained:.2%} of the variance."
         )
     widths = _part(rows, "width")
     columns = ("shape", "width", "layers", "parameters", "seconds", "ms per packed token and 10⁹ parameters", "peak MB")

@@ -50,7 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--grid", nargs="*", default=None, help=f"with fewer contenders (default: {' '.join(GRID)})")
     parser.add_argument("--contenders", nargs="*", choices=CONTENDERS, default=None, help="default: all")
     parser.add_argument("--repeats", type=int, default=5, help="steps per contender that count (default 5)")
-    parser.add_argument("--seconds", type=float, default=150, help="start no third round after so long (default 150)")
+    parser.add_argument("--seconds", type=float, default=120, help="start no third round after so long (default 120)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--backend", default="auto", help="of embedgrad (default auto)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
