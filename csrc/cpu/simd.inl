@@ -61,13 +61,18 @@ static inline float sum(Vec x) {
     return (parts[0][0] + parts[0][2]) + (parts[0][1] + parts[0][3]);
 }
 
-static inline float highest(Vec x) {
-    float found = x[0];
-    for (int i = 1; i < VL; ++i) found = x[i] > found ? x[i] : found;
-    return found;
-}
-
 static inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+
+static inline float highest(Vec x) {
+    typedef float Four __attribute__((vector_size(16)));
+    Four parts[VL / 4];
+    __builtin_memcpy(parts, &x, sizeof x);
+    for (int n = VL / 8; n > 0; n /= 2)
+        for (int i = 0; i < n; ++i) parts[i] = parts[i] > parts[i + n] ? parts[i] : parts[i + n];
+    const float even = parts[0][0] > parts[0][2] ? parts[0][0] : parts[0][2];
+    const float odd = parts[0][1] > parts[0][3] ? parts[0][1] : parts[0][3];
+    return even > odd ? even : odd;
+}
 
 // exp of N vectors of numbers from −87.33 to 88.37, to 0.87 units in the last place: 2ⁿ·p(r) with x = n ln 2 + r,
 // |r| ≤ ln 2 / 2, ln 2 in two parts (Cephes' split), p the polynomial of degree 6 with the least relative error

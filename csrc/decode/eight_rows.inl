@@ -85,26 +85,18 @@ static inline Eight four_bytes(const void* p) {
     return _mm256_set1_epi32(four);
 }
 
-static Eight* thread_memory(int64_t vectors) {
-    thread_local std::vector<float> memory;
-    const auto needed = static_cast<size_t>((vectors + 1) * sizeof(Eight) / sizeof(float));
-    if (memory.size() < needed) memory.resize(needed);
-    const auto odd = reinterpret_cast<uintptr_t>(memory.data()) % sizeof(Eight);
-    return reinterpret_cast<Eight*>(reinterpret_cast<char*>(memory.data()) + (sizeof(Eight) - odd) % sizeof(Eight));
-}
-
 // ---- a row or two of activations ------------------------------------------------------------------------------------
 
 // acc += Σ w x over one group of eight rows, for M rows of activations from b on.
 template <int M>
 static inline __attribute__((always_inline)) void add_group(
     __m256* acc, const Eight* dots, const EightRows& w, int64_t g, const Activations& x, int64_t b, bool has_offsets) {
-    const float *scales = x.scales(b) + g, *sums = x.sums(b) + g;
 #pragma GCC unroll 2
     for (int m = 0; m < M; ++m) {
-        const __m256 scale = _mm256_mul_ps(w.scales[g], _mm256_broadcast_ss(scales + m * x.sums_row()));
+        const GroupOfBytes& group = x.groups(b + m)[g];
+        const __m256 scale = _mm256_mul_ps(w.scales[g], _mm256_broadcast_ss(&group.scale));
         acc[m] = _mm256_fmadd_ps(_mm256_cvtepi32_ps(dots[m]), scale, acc[m]);
-        if (has_offsets) acc[m] = _mm256_fmadd_ps(w.offsets[g], _mm256_broadcast_ss(sums + m * x.sums_row()), acc[m]);
+        if (has_offsets) acc[m] = _mm256_fmadd_ps(w.offsets[g], _mm256_broadcast_ss(&group.sum), acc[m]);
     }
 }
 
@@ -113,15 +105,15 @@ template <int M, bool kInt4>
 static inline __attribute__((always_inline)) void strip(
     __m256* acc, const uint8_t* const* rows, const EightRows& w, int64_t s, int64_t half, const Activations& x,
     int64_t b, bool has_offsets) {
-    const int64_t at = s * kGroup, high_at = (half + s) * kGroup;
     Eight dots[M], high_dots[M];
     for (int m = 0; m < M; ++m) dots[m] = high_dots[m] = _mm256_setzero_si256();
-    order_rows(rows, at, [&](int64_t i, const Eight& quad) __attribute__((always_inline)) {
+    order_rows(rows, s * kGroup, [&](int64_t i, const Eight& quad) __attribute__((always_inline)) {
 #pragma GCC unroll 2
         for (int m = 0; m < M; ++m) {
-            const Eight quad_x = four_bytes(x.bytes(b + m) + at + 4 * i);
+            const GroupOfBytes* groups = x.groups(b + m);
+            const Eight quad_x = four_bytes(groups[s].bytes + 4 * i);
             if constexpr (kInt4) {
-                const Eight high_x = four_bytes(x.bytes(b + m) + high_at + 4 * i);
+                const Eight high_x = four_bytes(groups[half + s].bytes + 4 * i);
                 dots[m] = _mm256_add_epi16(dots[m], _mm256_maddubs_epi16(low_halves(quad), quad_x));
                 high_dots[m] = _mm256_add_epi16(high_dots[m], _mm256_maddubs_epi16(high_halves(quad), high_x));
             } else {
@@ -146,7 +138,10 @@ static void prepare_eight(const Part& part, int64_t first, int64_t last, const u
         rows[r] = std::min(first + r, last);
         bytes[r] = static_cast<const uint8_t*>(part.data) + rows[r] * part.row_bytes;
     }
+    const int64_t size = part.groups * (part.half_scales ? 2 : 4);
+    fetch(static_cast<const char*>(part.scales) + (rows[0] + kEight) * size, kEight * size);
     order_numbers(part.scales, part.half_scales, part.groups, rows, w.scales);
+    if (part.offsets) fetch(static_cast<const char*>(part.offsets) + (rows[0] + kEight) * size, kEight * size);
     if (part.offsets)
         order_numbers(part.offsets, part.half_scales, part.groups, rows, w.offsets);
     else if (part.stored == Stored::int4)
@@ -157,7 +152,7 @@ template <int M, bool kInt4>
 static __attribute__((noinline)) void few_part(
     const Part& part, const Activations& x, int64_t begin, int64_t end, const Output& out) {
     const int64_t groups = part.groups, strips = kInt4 ? groups / 2 : groups;
-    auto* memory = reinterpret_cast<__m256*>(thread_memory(2 * groups));
+    auto* memory = reinterpret_cast<__m256*>(thread_memory(2 * groups * sizeof(Eight)));
     EightRows w = {memory, memory + groups};
     const bool has_offsets = kInt4 || part.offsets;
     for (int64_t n = begin; n < end; n += kEight) {
@@ -165,7 +160,10 @@ static __attribute__((noinline)) void few_part(
         prepare_eight(part, n, end - 1, bytes, w);
         __m256 acc[M];
         for (int m = 0; m < M; ++m) acc[m] = _mm256_setzero_ps();
-        for (int64_t s = 0; s < strips; ++s) strip<M, kInt4>(acc, bytes, w, s, strips, x, 0, has_offsets);
+        for (int64_t s = 0; s < strips; ++s) {
+            fetch(bytes[0] + kEight * (part.row_bytes + s * kGroup), kEight * kGroup);  // of the eight rows behind these
+            strip<M, kInt4>(acc, bytes, w, s, strips, x, 0, has_offsets);
+        }
         for (int m = 0; m < M; ++m) {
             float y[kEight];
             _mm256_storeu_ps(y, acc[m]);
@@ -321,7 +319,8 @@ static __attribute__((noinline)) void lanes_tile(
 template <bool kInt4>
 static void lanes_part(const Part& part, const Activations& x, int64_t rows, int64_t begin, int64_t end, const Output& out) {
     const int64_t groups = part.groups, element_vectors = groups * (kInt4 ? 1 : 2), number_vectors = (groups + 7) / 8;
-    Eight* memory = thread_memory(kEight * (element_vectors + 3 * number_vectors) + number_vectors);
+    const int64_t vectors = kEight * (element_vectors + 3 * number_vectors) + number_vectors;
+    auto* memory = reinterpret_cast<Eight*>(thread_memory(vectors * sizeof(Eight)));
     auto* spare = reinterpret_cast<float*>(memory);
     UnpackedRow w[kEight];
     memory += number_vectors;

@@ -7,27 +7,50 @@
 #endif
 
 #include "../cpu/isa.h"
-#include "blocks.h"
 
 namespace embedgrad {
-
-// Rows of a matrix in blocks that are multiplied one after the other, while a few rows of activations stay in the cache.
-constexpr int64_t kBlockRows = 8;
 
 // Rows of activations that eight_rows.inl multiplies as rows.
 constexpr int64_t kFew = 2;
 
-// Floats that these rows' scales (eight times each), offsets and unpacked bytes take, with room for a whole vector
-// behind the last.
-constexpr int64_t scratch_floats(int64_t groups) { return kBlockRows * (groups * 17 + 32); }
+constexpr int64_t kLine = 64;  // bytes of a cache line
+
+// Whole cache lines of this thread's; what an earlier call gave is gone.
+static char* thread_memory(int64_t bytes) {
+    thread_local std::vector<char> memory;
+    if (memory.size() < static_cast<size_t>(bytes + kLine)) memory.resize(bytes + kLine);
+    return memory.data() + (kLine - reinterpret_cast<uintptr_t>(memory.data()) % kLine) % kLine;
+}
+
+namespace {
+
+// Where a part's products go.
+struct Output {
+    const int32_t* target;
+    float* y;
+    int64_t row;
+    const float* bias;  // of the part's first row, or null
+    bool add;
+
+    // The columns [n, n + count) of activation b; the values stand `step` apart.
+    void put(int64_t b, int64_t n, const float* values, int64_t step, int64_t count) const {
+        float* place = y + (target ? target[b] : b) * row + n;
+        if (!add && !bias) {
+            for (int64_t i = 0; i < count; ++i) place[i] = values[i * step];
+            return;
+        }
+        for (int64_t i = 0; i < count; ++i)
+            place[i] = (add ? place[i] : 0.0f) + (values[i * step] + (bias ? bias[n + i] : 0.0f));
+    }
+};
+
+}  // namespace
 
 #define EMBEDGRAD_WITH_VNNI
 #define EMBEDGRAD_KERNELS "../decode/linear.inl"
 #include "../cpu/per_isa.inl"
 
 namespace {
-
-constexpr int64_t kLine = 64;  // bytes of a cache line
 
 int64_t up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
@@ -51,8 +74,7 @@ Activations::Activations(int64_t rows, int64_t columns)
       sums_row_(up(2 * half_groups_, 16)),
       x_(rows * columns),
       sums_(rows * sums_row_),
-      scales_(rows * sums_row_),
-      bytes_(rows * bytes_row()),
+      groups_(rows * 2 * half_groups_),
       lanes_(rows, 2 * half_groups_, Lanes::kBytes),
       neighbours_(rows, 2 * half_groups_, Lanes::kNeighbours) {
     const int64_t tiles = up(rows, kTogether) * kUnitBytes;
@@ -66,9 +88,9 @@ void Activations::quantise(int64_t b, int32_t orders, int64_t begin, int64_t end
     for (int64_t from = begin; from < end; from += kGroup) {
         const int64_t g = from / kGroup, count = std::min(kGroup, end - from);
         int8_t bytes[kGroup];
-        float scale;
-        float& sum = sums_[b * sums_row_ + g];
-        EMBEDGRAD_DISPATCH(quantise_group, row(b) + from, count, bytes, scale, sum)
+        float scale, halves[2];
+        EMBEDGRAD_DISPATCH(quantise_group, row(b) + from, count, bytes, scale, halves)
+        const float sum = sums_[b * sums_row_ + g] = scale * (halves[0] + halves[1]);
         const auto put = [&](uint8_t* first, int64_t place) {
             uint8_t* unit = first + place / 2 * kTogether * kUnitBytes;
             std::memcpy(unit + place % 2 * kGroup, bytes, kGroup);
@@ -80,8 +102,10 @@ void Activations::quantise(int64_t b, int32_t orders, int64_t begin, int64_t end
             std::memcpy(numbers + (which * Lanes::kRows + b % Lanes::kRows) * 4, &x, 4);
         };
         if (orders & kBytes) {
-            scales_[b * sums_row_ + g] = scale;
-            std::memcpy(bytes_.data() + b * bytes_row() + from, bytes, kGroup);
+            GroupOfBytes& to = groups_[b * 2 * half_groups_ + g];
+            std::memcpy(to.bytes, bytes, kGroup);
+            to.scale = scale, to.sum = sum;
+            for (int half = 0; half < 2; ++half) to.excess[half] = -128 * static_cast<int32_t>(halves[half]);
         }
         if (orders & kLanes) {
             const int64_t place = g < half_groups_ ? 2 * g : 2 * (g - half_groups_) + 1;
@@ -107,14 +131,18 @@ void Activations::quantise(int64_t b, int32_t orders, int64_t begin, int64_t end
 }
 
 int32_t orders(const Matrix& matrix, int64_t rows) {
-    const bool side_by_side = isa() == Isa::avx2, few = rows <= kFew;
+    const bool sixteen_rows = isa() == Isa::avx512vnni, few = rows <= kFew;
+    const bool eight_rows = isa() == Isa::avx2 || isa() == Isa::avx512;
     int32_t found = 0;
     for (int32_t i = 0; i < matrix.num_parts; ++i) {
         const Stored stored = matrix.parts[i].stored;
-        if (stored == Stored::int4)
-            found |= !side_by_side ? kSplit : few ? kBytes : kLanes;
-        else if (stored >= Stored::int8)
-            found |= !side_by_side || stored != Stored::int8 ? kPlain : few ? kBytes : kNeighbours;
+        if (stored < Stored::int8) continue;
+        if (sixteen_rows)
+            found |= kBytes;
+        else if (stored == Stored::int4)
+            found |= !eight_rows ? kSplit : few ? kBytes : kLanes;
+        else
+            found |= !eight_rows || stored != Stored::int8 ? kPlain : few ? kBytes : kNeighbours;
     }
     return found;
 }
@@ -123,16 +151,19 @@ void linear(
     const Matrix& matrix, const Activations& x, int64_t rows, const int32_t* target, float* y, int64_t y_row, bool add,
     int64_t begin, int64_t end) {
     if (rows == 0) return;
-    thread_local std::vector<float> buffer;
-    const auto needed = static_cast<size_t>(scratch_floats(x.sums_row()));
-    if (buffer.size() < needed) buffer.resize(needed);
     int64_t first = 0;
     for (int32_t i = 0; i < matrix.num_parts; ++i) {
         const Part& part = matrix.parts[i];
         const int64_t from = std::max(begin, first) - first, to = std::min(end, first + part.rows) - first;
         if (from < to) {
             const float* bias = matrix.bias ? matrix.bias + first : nullptr;
-            EMBEDGRAD_DISPATCH_VNNI(linear_part, part, x, rows, from, to, {target, y + first, y_row, bias, add}, buffer.data())
+            const Output out = {target, y + first, y_row, bias, add};
+#if defined(__x86_64__)
+            if (part.stored >= Stored::int8 && isa() == Isa::avx512)
+                avx2::linear_part(part, x, rows, from, to, out);
+            else
+#endif
+                EMBEDGRAD_DISPATCH_VNNI(linear_part, part, x, rows, from, to, out)
         }
         first += part.rows;
     }

@@ -19,10 +19,21 @@
 
 namespace embedgrad {
 
-// The orders in which activations are laid out: that of int8 matrices; that of int4 ones, whose second half of the columns
-// begins at a whole unit, because one byte of theirs holds an element of either half; and, for the kernels of
-// eight_rows.inl, bytes as they stand in a row, for a row or two, and eight rows side by side.
+// The orders in which activations are laid out for matrices in blocks:
+//
+//   kPlain, kSplit      for one_row.inl; split: as int4 needs them, whose second half of the columns begins at a whole
+//                       unit, because one byte of its rows holds an element of either half
+//   kBytes              group by group, for sixteen_rows.inl, and for a row or two in eight_rows.inl
+//   kLanes, kNeighbours eight rows side by side, for more of them in eight_rows.inl
 enum Order : int32_t { kPlain = 1, kSplit = 2, kBytes = 4, kLanes = 8, kNeighbours = 16 };
+
+// A group of a row: x ≈ scale · bytes, sum = scale · Σ bytes, and −128 · Σ bytes of either half: what Σ (w + 128) · bytes
+// counts too much.
+struct GroupOfBytes {
+    int8_t bytes[kGroup];
+    float scale, sum;
+    int32_t excess[2];
+};
 
 // Eight rows of activations side by side, group by group: of every four columns the bytes of one row after the other, or
 // as numbers of 16 bits the second and the fourth column and behind them, of all rows, the first and the third. Behind
@@ -67,10 +78,8 @@ public:
     const uint8_t* units(Order order, int64_t b) const { return const_cast<Activations*>(this)->at(order, b); }
     // From units() of kSplit to the unit where the second half of the columns begins.
     int64_t second_half() const { return half_units_ * kTogether * kUnitBytes; }
-    // Row b in kBytes, and the scale of each of its groups.
-    const int8_t* bytes(int64_t b) const { return bytes_.data() + b * bytes_row(); }
-    int64_t bytes_row() const { return 2 * half_groups_ * kGroup; }
-    const float* scales(int64_t b) const { return scales_.data() + b * sums_row_; }
+    // Row b in kBytes.
+    const GroupOfBytes* groups(int64_t b) const { return groups_.data() + b * 2 * half_groups_; }
     const Lanes& lanes(bool bytes) const { return bytes ? lanes_ : neighbours_; }
     // scale · Σ bytes of each group of row b, 0 behind the last one.
     const float* sums(int64_t b) const { return sums_.data() + b * sums_row_; }
@@ -83,8 +92,8 @@ private:
     }
 
     int64_t columns_, half_groups_, half_units_, sums_row_;
-    std::vector<float> x_, sums_, scales_;
-    std::vector<int8_t> bytes_;
+    std::vector<float> x_, sums_;
+    std::vector<GroupOfBytes> groups_;
     Lanes lanes_, neighbours_;
     std::vector<uint8_t> memory_;
     uint8_t *plain_, *split_;

@@ -6,7 +6,7 @@
 namespace embedgrad {
 
 // How the elements of a part are stored: in int8 and int4 (kernels/packing.py) 32 elements of a row share a scale; q5_0,
-// q4_k and q6_k are GGUF's blocks as a file has them (blocks.h).
+// q4_k and q6_k are GGUF's blocks as a file has them (blocks.inl).
 enum class Stored : int32_t { f32, bf16, f16, int8, int4, q5_0, q4_k, q6_k };
 
 constexpr int64_t kGroup = 32;

@@ -24,11 +24,12 @@ except ImportError as error:
     pytest.skip(f"csrc/ is not built: {error}", allow_module_level=True)
 
 SETS = native.INSTRUCTION_SETS[: native.INSTRUCTION_SETS.index(native.instruction_set()) + 1]
-FORMS = ("float32", "bfloat16", "float16", "int8", "int4", "int4 without offsets", *GGUF_BLOCKS)
+PACKED = ("int8", "int8 with offsets", "int4", "int4 without offsets")
+FORMS = ("float32", "bfloat16", "float16", *PACKED, *GGUF_BLOCKS)
 SCALES_AT = {"Q5_0": (0,), "Q4_K": (0, 2), "Q6_K": (208,)}  # bytes of a block where a float16 begins
 drawn = settings(max_examples=150, deadline=None)
 cases = given(
-    st.integers(0, 2**31), st.sampled_from(FORMS), st.integers(1, 40), st.integers(1, 300), st.integers(1, 11),
+    st.integers(0, 2**31), st.sampled_from(FORMS), st.integers(1, 40), st.integers(1, 620), st.integers(1, 19),
     st.sampled_from(SETS),
 )  # fmt: skip
 
@@ -38,8 +39,10 @@ def weight(seed: int, form: str, rows: int, columns: int) -> Any:
     if form in GGUF_BLOCKS:
         return blocks_of(form, rows, columns, draw)
     w = torch.randn(rows, columns, generator=draw)
-    if form == "int8":
-        return quantize_int8(w)[0]
+    if form.startswith("int8"):
+        q = quantize_int8(w)[0]
+        offsets = torch.randn(q.scales.shape, generator=draw).to(q.scales.dtype) if form.endswith("offsets") else None
+        return PackedWeight(q.kind, q.packed, q.scales, offsets, q.group, q.shape)
     if form == "int4":
         return quantize_int4(w)[0]
     if form == "int4 without offsets":
@@ -70,7 +73,7 @@ def test_a_files_blocks_are_widened_to_what_gguf_gives(form: str, name: str) -> 
         assert torch.equal(w.take(torch.tensor([7, 0, 7])).dequantize(), truth[[7, 0, 7]])
 
 
-@pytest.mark.parametrize("form", ["int8", "int4", "int4 without offsets"])
+@pytest.mark.parametrize("form", PACKED)
 @pytest.mark.parametrize("name", SETS)
 def test_packed_weights_are_widened_as_torch_does(form: str, name: str) -> None:
     for columns in (32, 70, 96, 300):
@@ -148,6 +151,22 @@ def test_a_row_does_not_depend_on_the_others(
     assert torch.equal(spoilt[others], together[others])
     if not isinstance(w, Tensor):
         assert bool(spoilt[seed % batch].isnan().all())
+
+
+@pytest.mark.skipif("avx2" not in SETS, reason="this machine has no AVX2")
+@pytest.mark.parametrize("form", PACKED)
+def test_machines_with_different_vectors_give_the_same_bits(form: str) -> None:
+    """Of the same activations: exact integers inside a group, and the groups in the same order."""
+    w = weight(6, form, 37, 544)
+    matrix = native_matrix([w], None)
+    assert matrix is not None
+    for batch in (1, 2, 13):
+        x = torch.randn(batch, 544, generator=torch.Generator().manual_seed(batch))
+        said = {}
+        for name in SETS[SETS.index("avx2") :]:
+            with native.using(name):
+                said[name] = few_rows(matrix, x, library())
+        assert all(torch.equal(y, said["avx2"]) for y in said.values()), batch
 
 
 def test_the_rounding_of_activations() -> None:

@@ -8,37 +8,28 @@
 // d and m are float16. The layouts are those of the GGUF files that llama.cpp writes (ggml-common.h: block_q5_0,
 // block_q4_K, block_q6_K). scale · q is exact in float32, and adding the offset rounds once: the values are those that
 // the gguf package dequantises to, bit for bit.
-#pragma once
-
-#include <cstdint>
-#include <cstring>
-
-namespace embedgrad {
 
 constexpr int64_t kSixteen = 16;  // elements that a scale is given for
 
-// `half` gives a float16 as a float.
-template <class Half>
-inline void unpack_q5_0(const uint8_t* block, Half half, int8_t* q, float* scales, float* offsets) {
+static inline void unpack_q5_0(const uint8_t* __restrict block, int8_t* __restrict q, float* __restrict scales, float* __restrict offsets) {
     uint16_t d;
     uint32_t fifth;
-    std::memcpy(&d, block, 2);
-    std::memcpy(&fifth, block + 2, 4);
+    __builtin_memcpy(&d, block, 2);
+    __builtin_memcpy(&fifth, block + 2, 4);
     for (int i = 0; i < 16; ++i) {
         const uint8_t both = block[6 + i];
         q[i] = static_cast<int8_t>(((both & 15) | (fifth >> i & 1) << 4) - 16);
         q[16 + i] = static_cast<int8_t>(((both >> 4) | (fifth >> (16 + i) & 1) << 4) - 16);
     }
-    scales[0] = scales[1] = half(d);
+    scales[0] = scales[1] = from_half(d);
     offsets[0] = offsets[1] = 0;
 }
 
-template <class Half>
-inline void unpack_q4_k(const uint8_t* block, Half half, int8_t* q, float* scales, float* offsets) {
+static inline void unpack_q4_k(const uint8_t* __restrict block, int8_t* __restrict q, float* __restrict scales, float* __restrict offsets) {
     uint16_t d, m;
-    std::memcpy(&d, block, 2);
-    std::memcpy(&m, block + 2, 2);
-    const float scale = half(d), least = half(m);
+    __builtin_memcpy(&d, block, 2);
+    __builtin_memcpy(&m, block + 2, 2);
+    const float scale = from_half(d), least = from_half(m);
     const uint8_t* six = block + 4;
     for (int g = 0; g < 8; ++g) {  // the upper two bits of the first eight bytes belong to the last four groups
         const int s = g < 4 ? six[g] & 63 : (six[g + 4] & 15) | six[g - 4] >> 6 << 4;
@@ -54,13 +45,12 @@ inline void unpack_q4_k(const uint8_t* block, Half half, int8_t* q, float* scale
         }
 }
 
-template <class Half>
-inline void unpack_q6_k(const uint8_t* block, Half half, int8_t* q, float* scales, float* offsets) {
+static inline void unpack_q6_k(const uint8_t* __restrict block, int8_t* __restrict q, float* __restrict scales, float* __restrict offsets) {
     const uint8_t *low = block, *high = block + 128;
     const auto* s = reinterpret_cast<const int8_t*>(block + 192);
     uint16_t d;
-    std::memcpy(&d, block + 208, 2);
-    const float scale = half(d);
+    __builtin_memcpy(&d, block + 208, 2);
+    const float scale = from_half(d);
     for (int g = 0; g < 16; ++g) scales[g] = scale * static_cast<float>(s[g]), offsets[g] = 0;
     for (int part = 0; part < 2; ++part, low += 64, high += 32, q += 128)
         for (int i = 0; i < 32; ++i) {
@@ -70,5 +60,3 @@ inline void unpack_q6_k(const uint8_t* block, Half half, int8_t* q, float* scale
             q[96 + i] = static_cast<int8_t>((low[32 + i] >> 4 | high[i] >> 6 << 4) - 32);
         }
 }
-
-}  // namespace embedgrad
