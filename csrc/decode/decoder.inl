@@ -1,66 +1,107 @@
 // Norms, rotation, SwiGLU and attention of one token for one instruction set; see decoder.h.
 #include "../cpu/rowwise.inl"
 
-constexpr int64_t kKeys = 128;  // keys whose weights are kept at once
+constexpr int64_t kKeys = 128;              // keys whose weights are kept at once
+constexpr int64_t kScores = kKeys + 2 * VL;  // and room behind them
 
-// The sums of the lanes of N vectors, of each in the same order for every N.
-template <int N>
-static inline void sums_of(const Vec* x, float* out) {
-#if EMBEDGRAD_ISA
-    if constexpr (N == 4) {
-        __m256 half[4];
+// Four (AVX2: two) vectors' sums of what `sum` adds first: of the vectors x[0] to x[3], four numbers of each are left.
 #if EMBEDGRAD_ISA == 512
-        for (int i = 0; i < 4; ++i) {
-            const auto v = reinterpret_cast<__m512>(x[i]);
-            half[i] = _mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1));
-        }
-#else
-        for (int i = 0; i < 4; ++i) half[i] = reinterpret_cast<__m256>(x[i]);
+constexpr int kGathered = 4;
+static inline Vec gather(const Vec* x) {
+    const auto v = [&](int i) __attribute__((always_inline)) { return reinterpret_cast<__m512>(x[i]); };
+    const __m512 one = _mm512_add_ps(_mm512_shuffle_f32x4(v(0), v(1), 0x44), _mm512_shuffle_f32x4(v(0), v(1), 0xee));
+    const __m512 two = _mm512_add_ps(_mm512_shuffle_f32x4(v(2), v(3), 0x44), _mm512_shuffle_f32x4(v(2), v(3), 0xee));
+    return reinterpret_cast<Vec>(_mm512_add_ps(_mm512_shuffle_f32x4(one, two, 0x88), _mm512_shuffle_f32x4(one, two, 0xdd)));
+}
+template <int kSelection>
+static inline Vec select(Vec a, Vec b) {
+    return reinterpret_cast<Vec>(_mm512_shuffle_ps(reinterpret_cast<__m512>(a), reinterpret_cast<__m512>(b), kSelection));
+}
+#elif EMBEDGRAD_ISA == 2
+constexpr int kGathered = 2;
+static inline Vec gather(const Vec* x) {
+    const auto a = reinterpret_cast<__m256>(x[0]), b = reinterpret_cast<__m256>(x[1]);
+    return reinterpret_cast<Vec>(_mm256_add_ps(_mm256_permute2f128_ps(a, b, 0x20), _mm256_permute2f128_ps(a, b, 0x31)));
+}
+template <int kSelection>
+static inline Vec select(Vec a, Vec b) {
+    return reinterpret_cast<Vec>(_mm256_shuffle_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), kSelection));
+}
 #endif
-        // Lanes 0 and 2, 1 and 3 of each quarter, as `sum` adds them.
-        __m128 quarter[4];
-        for (int i = 0; i < 4; ++i)
-            quarter[i] = _mm_add_ps(_mm256_castps256_ps128(half[i]), _mm256_extractf128_ps(half[i], 1));
-        const __m128 low = _mm_unpacklo_ps(quarter[0], quarter[1]), high = _mm_unpackhi_ps(quarter[0], quarter[1]);
-        const __m128 low2 = _mm_unpacklo_ps(quarter[2], quarter[3]), high2 = _mm_unpackhi_ps(quarter[2], quarter[3]);
-        const __m128 one = _mm_add_ps(low, high), two = _mm_add_ps(low2, high2);  // (x0+x2, y0+y2, x1+x3, y1+y3)
-        _mm_storeu_ps(out, _mm_add_ps(_mm_movelh_ps(one, two), _mm_movehl_ps(two, one)));
-        return;
+
+// p[h][j] = scale · (sums[h] + Σ q_h k over the columns from c on)
+template <int H>
+static inline void finish_score(
+    const float* q, float scale, const float* k, int64_t c, int64_t d, const float* sums, float (*p)[kScores], int64_t j) {
+    for (int h = 0; h < H; ++h) {
+        float score = sums[h];
+        for (int64_t i = c; i < d; ++i) score += q[h * d + i] * k[i];
+        p[h][j] = score * scale;
     }
-#endif
-    for (int i = 0; i < N; ++i) out[i] = sum(x[i]);
 }
 
-// p[h][j] = scale · q_h k_j for N keys from j on.
-template <int H, int N>
-static inline void score_keys(
-    const float* q, float scale, const float* k, int64_t row, int64_t d, float (*p)[kKeys], int64_t j) {
-    Vec dots[H][N] = {};
+// p[h][j] = scale · q_h k
+template <int H>
+static inline void score_key(const float* q, float scale, const float* k, int64_t d, float (*p)[kScores], int64_t j) {
+    Vec dots[H] = {};
     int64_t c = 0;
     for (; c + VL <= d; c += VL) {
-        Vec keys[N];
+        const Vec key = load(k + c);
 #pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) keys[n] = load(k + n * row + c);
-#pragma GCC unroll 4
-        for (int h = 0; h < H; ++h) {
-            const Vec query = load(q + h * d + c);
-#pragma GCC unroll 4
-            for (int n = 0; n < N; ++n) dots[h][n] += query * keys[n];
-        }
+        for (int h = 0; h < H; ++h) dots[h] += load(q + h * d + c) * key;
     }
-    for (int h = 0; h < H; ++h) {
-        sums_of<N>(dots[h], p[h] + j);
-        for (int n = 0; n < N; ++n) {
-            for (int64_t i = c; i < d; ++i) p[h][j + n] += q[h * d + i] * k[n * row + i];
-            p[h][j + n] *= scale;
+    float sums[H];
+    for (int h = 0; h < H; ++h) sums[h] = sum(dots[h]);
+    finish_score<H>(q, scale, k, c, d, sums, p, j);
+}
+
+#if EMBEDGRAD_ISA
+// The same for VL keys, of which there are `count`, from j on; behind those, p has anything. The lanes are summed in the
+// order of `sum`, which does not depend on the key's place.
+template <int H>
+static inline void score_keys(
+    const float* q, float scale, const float* k, int64_t row, int64_t count, int64_t d, float (*p)[kScores], int64_t j) {
+    const auto key = [&](int64_t n) __attribute__((always_inline)) { return k + std::min(n, count - 1) * row; };
+    Vec quarters[H][4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) {
+        const float* keys[kGathered];
+        for (int n = 0; n < kGathered; ++n) keys[n] = key(i + 4 * n);
+        Vec dots[H][kGathered] = {};
+        for (int64_t c = 0; c + VL <= d; c += VL) {
+            Vec some[kGathered];
+#pragma GCC unroll 4
+            for (int n = 0; n < kGathered; ++n) some[n] = load(keys[n] + c);
+#pragma GCC unroll 4
+            for (int h = 0; h < H; ++h) {
+                const Vec query = load(q + h * d + c);
+#pragma GCC unroll 4
+                for (int n = 0; n < kGathered; ++n) dots[h][n] += query * some[n];
+            }
         }
+        for (int h = 0; h < H; ++h) quarters[h][i] = gather(dots[h]);
+    }
+    const int64_t whole = d / VL * VL;
+    for (int h = 0; h < H; ++h) {
+        const Vec* x = quarters[h];
+        const Vec low = select<0x44>(x[0], x[1]) + select<0xee>(x[0], x[1]);
+        const Vec high = select<0x44>(x[2], x[3]) + select<0xee>(x[2], x[3]);
+        const Vec sums = select<0x88>(low, high) + select<0xdd>(low, high);
+        if (whole == d) {
+            store(p[h] + j, sums * scale);
+            continue;
+        }
+        store(p[h] + j, sums);
+        for (int64_t n = 0; n < std::min<int64_t>(VL, count); ++n)
+            finish_score<1>(q + h * d, scale, key(n), whole, d, p[h] + j + n, p + h, j + n);
     }
 }
+#endif
 
 // out_h += Σ p[h][first + j] v_j over j < count.
 template <int H>
 static inline void add_values(
-    const float (*p)[kKeys], int64_t count, const float* v, int64_t row, int64_t d, float* out, int64_t first_key) {
+    const float (*p)[kScores], int64_t count, const float* v, int64_t row, int64_t d, float* out, int64_t first_key) {
     int64_t c = 0;
     for (; c + 2 * VL <= d; c += 2 * VL) {
         Vec sums[H][2];
@@ -80,7 +121,7 @@ static inline void add_values(
 // softmax(scale · q kᵀ) v for H heads of a group; q, out [H, d]. At least one key is visible: the token's own.
 template <int H>
 static void attend(const float* q, float scale, const Stretch* stretches, int64_t d, float* out) {
-    float p[H][kKeys], top[H], mass[H];
+    float p[H][kScores], top[H], mass[H];
     for (int h = 0; h < H; ++h) top[h] = -std::numeric_limits<float>::infinity(), mass[h] = 0;
     for (int64_t i = 0; i < H * d; ++i) out[i] = 0;
     const int64_t total = stretches[0].count + stretches[1].count;
@@ -93,10 +134,14 @@ static void attend(const float* q, float scale, const Stretch* stretches, int64_
             const Stretch& s = stretches[j < in_first ? 0 : 1];
             const float* k = s.k + (j < in_first ? from + j : second + j - in_first) * s.row;
             const int64_t left = (j < in_first ? in_first : count) - j;
-            if (left >= 4)
-                score_keys<H, 4>(q, scale, k, s.row, d, p, j), j += 4;
-            else
-                score_keys<H, 1>(q, scale, k, s.row, d, p, j), j += 1;
+#if EMBEDGRAD_ISA
+            if (left > 2) {
+                score_keys<H>(q, scale, k, s.row, left, d, p, j);
+                j += std::min<int64_t>(VL, left);
+                continue;
+            }
+#endif
+            score_key<H>(q, scale, k, d, p, j++);
         }
         for (int h = 0; h < H; ++h) {
             for (int64_t j = count; j % VL; ++j) p[h][j] = -std::numeric_limits<float>::infinity();
