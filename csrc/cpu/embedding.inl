@@ -27,18 +27,26 @@ static void embed_rows(
     }
 }
 
-// Columns [begin, end) of all rows.
+// Columns [begin, end) of all rows: the first that a row of the prompt gets is copied, others are added.
 template <typename T>
 static void add_columns(
     Rows<T> dx, const int64_t* prompt_rows, Rows<float> grad, int64_t count, int64_t k, int64_t begin, int64_t end) {
     const int64_t d = end - begin;
-    for (int64_t r = 0; r < k; ++r) std::memset(grad.at(r) + begin, 0, sizeof(float) * d);
+    std::vector<uint8_t> has(k);
     for (int64_t i = 0; i < count; ++i) {
         if (prompt_rows[i] < 0) continue;
         const T* from = dx.at(i) + begin;
         float* to = grad.at(prompt_rows[i]) + begin;
+        uint8_t& any = has[prompt_rows[i]];
+        if (!any) {
+            any = 1;
+            copy_row(from, to, d);
+            continue;
+        }
         int64_t c = 0;
         for (; c + VL <= d; c += VL) store(to + c, load(to + c) + load(from + c));
         if (c < d) store(to + c, load(to + c, d - c) + load(from + c, d - c), d - c);
     }
+    for (int64_t r = 0; r < k; ++r)
+        if (!has[r]) std::memset(grad.at(r) + begin, 0, sizeof(float) * d);
 }

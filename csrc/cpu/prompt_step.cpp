@@ -16,6 +16,7 @@ namespace {
 
 constexpr double kTolerance = 0x1p-22;  // share of a row's length by which float32 rounding may move it, four times
 constexpr double kParallel = 1e-14;     // share of a row's length below which its part across û is float64's rounding
+constexpr double kSlanted = 1e-2;       // share above which ‖e‖² − (e·û)² gives that part's length to 1e-11
 
 struct Lengths {
     double ee, ea, aa;  // ‖e‖², e·e0, ‖e0‖²
@@ -34,15 +35,18 @@ struct Across {
 
 namespace {
 
-// A row with its anchor, whose length is not 0.
+// A row with its anchor, whose length is not 0. Where the row is moved, so are its `lengths`.
 class Row {
 public:
-    Row(float* e, const float* anchor, int64_t d, const Lengths& lengths)
-        : e_(e), anchor_(anchor), d_(d), length(std::sqrt(lengths.ee)), anchor_length(std::sqrt(lengths.aa)),
-          along(lengths.ea / anchor_length) {}
+    Row(float* e, const float* anchor, int64_t d, Lengths& lengths)
+        : e_(e), anchor_(anchor), d_(d), lengths_(lengths), length(std::sqrt(lengths.ee)),
+          anchor_length(std::sqrt(lengths.aa)), along(lengths.ea / anchor_length) {}
 
     // ‖e − (e·û) û‖, 0 where that is only rounding; `turn` needs it.
     double split() {
+        const double difference = length * length - along * along;
+        slanted_ = difference > kSlanted * kSlanted * length * length;
+        if (slanted_) return across_length_ = std::sqrt(difference);
         across_ = {1 / anchor_length, along, 0, 1, 0, 1};
         double squared = 0, ignored = 0;
         sums(across_.first, squared);
@@ -70,6 +74,10 @@ public:
     // The row becomes x û + y v; where e has no part across û, v is the first of the axes that û is farthest from, made
     // orthogonal to û.
     void turn(double x, double y, bool& moved) {
+        if (slanted_) {  // v = (e − along û) / ‖e − along û‖
+            const double by = y / across_length_;
+            return place(by, (x - by * along) / anchor_length, 0, moved);
+        }
         if (!parallel_) return place(0, x / anchor_length, y, moved);
         int64_t axis = 0;
         for (int64_t i = 1; i < d_; ++i)
@@ -84,6 +92,7 @@ public:
             moved = moved || after != e_[i];
             e_[i] = after;
         }
+        EMBEDGRAD_DISPATCH(measure, e_, anchor_, d_, lengths_)
     }
 
 private:
@@ -91,14 +100,16 @@ private:
         EMBEDGRAD_DISPATCH(across_sums, e_, anchor_, d_, across_, along_unit, squared)
     }
     void place(double of_row, double of_anchor, double of_across, bool& moved) {
-        EMBEDGRAD_DISPATCH(place_row, e_, anchor_, d_, of_row, of_anchor, of_across, across_, moved)
+        EMBEDGRAD_DISPATCH(place_row, e_, anchor_, d_, of_row, of_anchor, of_across, across_, moved, lengths_)
     }
 
     float* e_;
     const float* anchor_;
     int64_t d_;
+    Lengths& lengths_;
     Across across_ = {};
-    bool parallel_ = false;
+    double across_length_ = 0;
+    bool parallel_ = false, slanted_ = false;
 
 public:
     const double length, anchor_length, along;
@@ -138,15 +149,15 @@ void project_cosine(const TrustRegion& region, Row& row, bool& moved) {
     }
 }
 
-void project_ball(const TrustRegion& region, float* e, const float* anchor, int64_t d, double aa, bool& moved) {
+void project_ball(const TrustRegion& region, float* e, const float* anchor, int64_t d, Lengths& lengths, bool& moved) {
     double squared = 0;
     EMBEDGRAD_DISPATCH(distance, e, anchor, d, squared)
-    const double length = std::sqrt(aa), far = std::sqrt(squared);
+    const double length = std::sqrt(lengths.aa), far = std::sqrt(squared);
     const double radius = region.relative ? region.radius * length : region.radius;
     // The rounding is of e, as long as its anchor, not of the offset, which may be much shorter.
     if (!(far > radius + kTolerance * (length + radius))) return;
     const double share = radius / far;
-    EMBEDGRAD_DISPATCH(place_row, e, anchor, d, share, 1 - share, 0.0, Across{}, moved)
+    EMBEDGRAD_DISPATCH(place_row, e, anchor, d, share, 1 - share, 0.0, Across{}, moved, lengths)
 }
 
 // The t with mean(max(cosine, t)) = τ, for cosines whose mean is below τ.
@@ -165,7 +176,7 @@ double water_level(std::vector<double> cosines, double tau) {
 
 // Every row below the common level is turned up to it; see MeanCosine in trust_region.py.
 void project_mean(
-    const TrustRegion& region, Rows<float> e, Rows<float> anchor, const std::vector<Lengths>& lengths, int64_t d,
+    const TrustRegion& region, Rows<float> e, Rows<float> anchor, std::vector<Lengths>& lengths, int64_t d,
     bool* projected) {
     std::vector<double> cosines;
     std::vector<int64_t> directed;
@@ -208,10 +219,6 @@ void prompt_step(
     const Pool& pool, const AdamW& adamw, const TrustRegion& region, Rows<float> e, Rows<float> anchor, Rows<float> m,
     Rows<float> v, Rows<float> g, double* similarity, double* norm_ratio, bool* projected, int64_t k, int64_t d) {
     std::vector<Lengths> lengths(k);
-    const auto finish = [&](int64_t t) {
-        if (projected[t]) { EMBEDGRAD_DISPATCH(measure, e.at(t), anchor.at(t), d, lengths[t]) }
-        report(lengths[t], similarity[t], norm_ratio[t]);
-    };
     pool.run(k, std::max<int64_t>(1, (1 << 12) / std::max<int64_t>(1, d)), [&](int64_t begin, int64_t end) {
         for (int64_t t = begin; t < end; ++t) {
             projected[t] = false;
@@ -220,14 +227,14 @@ void prompt_step(
                 Row row(e.at(t), anchor.at(t), d, lengths[t]);
                 project_cosine(region, row, projected[t]);
             } else if (region.kind == TrustRegion::l2_ball) {
-                project_ball(region, e.at(t), anchor.at(t), d, lengths[t].aa, projected[t]);
+                project_ball(region, e.at(t), anchor.at(t), d, lengths[t], projected[t]);
             }
-            if (region.kind != TrustRegion::mean_cosine) finish(t);
+            if (region.kind != TrustRegion::mean_cosine) report(lengths[t], similarity[t], norm_ratio[t]);
         }
     });
     if (region.kind != TrustRegion::mean_cosine) return;
     project_mean(region, e, anchor, lengths, d, projected);
-    for (int64_t t = 0; t < k; ++t) finish(t);
+    for (int64_t t = 0; t < k; ++t) report(lengths[t], similarity[t], norm_ratio[t]);
 }
 
 }  // namespace embedgrad

@@ -112,10 +112,11 @@ static void across_sums(
     along = vu.total(), squared = vv.total();
 }
 
-// The row becomes of_row · e + of_anchor · anchor + of_across · v, rounded; says whether a bit of it changed.
+// The row becomes of_row · e + of_anchor · anchor + of_across · v, rounded, and is measured; says whether a bit changed.
 static void place_row(
     float* e, const float* anchor, int64_t d, double of_row, double of_anchor, double of_across, const Across& across,
-    bool& moved) {
+    bool& moved, Lengths& lengths) {
+    Sum ee, ea;
     IVec changed = {};
     for (int64_t i = 0; i < d; i += VL) {
         const Vec before = load(e + i, d - i);
@@ -126,6 +127,9 @@ static void place_row(
                                     of_row * row.high + of_anchor * to.high + of_across * v.high});
         store(e + i, after, d - i);
         changed |= after != before;
+        const Pair placed = widened(after);  // 0 behind the row's end, as e and the anchor are
+        ee.add(placed, placed), ea.add(placed, to);
     }
+    lengths.ee = ee.total(), lengths.ea = ea.total();
     for (int i = 0; i < VL; ++i) moved |= changed[i] != 0;
 }
