@@ -1,11 +1,12 @@
-// Writes the answers of a tiny random model in every storage form, on one and on three threads; what it prints must not
-// depend on the build. Compiled by test_decode_builds.py, under sanitizers among others.
+// Writes the answers of a tiny random model in every storage form and with every instruction set that the machine has, on
+// one and on three threads; what it prints must not depend on the build. Compiled by test_decode_builds.py, under sanitizers among others.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <deque>
 #include <vector>
 
+#include "cpu/isa.h"
 #include "decode/api.h"
 
 using namespace embedgrad;
@@ -114,13 +115,16 @@ int main() {
         LayerSpec layers[kLayers];
         const DecoderSpec spec = model(stored, layers);
         void* decoder = embedgrad_decoder_create(&spec);
-        for (float temperature : {0.0f, 1.0f}) {
-            std::vector<int32_t> one, three;
-            write_answers(decoder, temperature, 1, one);
-            write_answers(decoder, temperature, 3, three);
-            if (one != three) return std::puts("threads differ"), 1;
-            for (int32_t id : one) std::printf("%d ", id);
-            std::puts("");
+        for (int set = 0; set <= static_cast<int>(best_isa()); ++set) {
+            isa_in_use() = static_cast<Isa>(set);
+            for (float temperature : {0.0f, 1.0f}) {
+                std::vector<int32_t> one, three;
+                write_answers(decoder, temperature, 1, one);
+                write_answers(decoder, temperature, 3, three);
+                if (one != three) return std::puts("threads differ"), 1;
+                for (int32_t id : one) std::printf("%d ", id);
+                std::puts("");
+            }
         }
         embedgrad_decoder_free(decoder);
     }

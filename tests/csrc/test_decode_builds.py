@@ -47,7 +47,7 @@ def test_same_answers_from_every_build_and_number_of_threads(tmp_path: Path) -> 
         done = run(built(tmp_path / name, flags))
         assert done.returncode == 0, f"{name}: {done.stdout[-300:]} {done.stderr[-3000:]}"
         said[name] = done.stdout
-    assert len(said["plain"].splitlines()) == 8
+    assert len(said["plain"].splitlines()) in (8, 16, 24, 32)  # eight for each instruction set that this machine has
     assert len(set(said.values())) == 1, said
 
 
