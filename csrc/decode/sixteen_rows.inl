@@ -122,14 +122,17 @@ static inline __attribute__((always_inline)) void fetch_strip(const uint8_t* con
     fetch(rows[0] + kSixteenRows * (row_bytes + s * kGroup), kSixteenRows * kGroup);
 }
 
-// The tile of the rows from `first` on; `spare` holds sixteen rows of bytes and numbers.
+// Of a row that unpack_row writes: bytes, and a scale and an offset for every 16 of them.
+constexpr int64_t unpacked_bytes(int64_t groups) { return groups * (kGroup + 2 * 2 * static_cast<int64_t>(sizeof(float))); }
+
+// The tile of the rows from `first` on; `spare` has room for sixteen unpacked rows.
 template <Kind K>
 static void fill(const Part& part, int64_t first, int64_t last, int64_t groups, char* spare, Tile& to) {
     const uint8_t* rows[kSixteenRows];
     if constexpr (K == Kind::unpacked) {
         const int64_t columns = groups * kGroup, numbers = 2 * groups;
         const uint8_t *scales[kSixteenRows], *offsets[kSixteenRows];
-        for (int64_t r = 0; r < kSixteenRows; ++r, spare += columns + 2 * numbers * 4) {
+        for (int64_t r = 0; r < kSixteenRows; ++r, spare += unpacked_bytes(groups)) {
             auto* row = reinterpret_cast<float*>(spare + columns);
             unpack_row(part, std::min(first + r, last), columns, reinterpret_cast<int8_t*>(spare), row, row + numbers);
             rows[r] = reinterpret_cast<const uint8_t*>(spare);
@@ -215,7 +218,8 @@ static void many_part(
     const Part& part, int64_t groups, const Activations& x, int64_t rows, int64_t begin, int64_t end, const Output& out) {
     const int64_t numbers = groups * (K == Kind::unpacked ? 2 : 1);
     const int64_t vectors = groups * kQuads + numbers * (kOffsets ? 2 : 1);
-    auto* memory = reinterpret_cast<__m512*>(thread_memory((vectors + 4 * groups * kQuads + 4 * numbers) * 64));
+    const int64_t spare = K == Kind::unpacked ? kSixteenRows * unpacked_bytes(groups) : 0;
+    auto* memory = reinterpret_cast<__m512*>(thread_memory(vectors * sizeof(__m512) + spare));
     Tile w = {memory, kOffsets ? memory + numbers : nullptr,
               reinterpret_cast<Sixteen*>(memory + numbers * (kOffsets ? 2 : 1))};
     for (int64_t n = begin; n < end; n += kSixteenRows) {
@@ -265,7 +269,7 @@ template <int M, Kind K, bool kOffsets>
 static __attribute__((noinline)) void few_part(
     const Part& part, const Activations& x, int64_t begin, int64_t end, const Output& out) {
     const int64_t groups = part.groups, strips = K == Kind::int4 ? groups / 2 : groups;
-    auto* memory = reinterpret_cast<__m512*>(thread_memory(2 * groups * 64));
+    auto* memory = reinterpret_cast<__m512*>(thread_memory(2 * groups * sizeof(__m512)));
     Tile w = {memory, kOffsets ? memory + groups : nullptr, nullptr};
     for (int64_t n = begin; n < end; n += kSixteenRows) {
         const uint8_t* rows[kSixteenRows];
