@@ -1,7 +1,7 @@
 """Frozen matrices in GGUF's Q5_0, Q4_K and Q6_K blocks, exactly as the file has them; mapped from it, where their rows
 need no reordering.
 
-csrc/decode/blocks.h unpacks them; without it the gguf package does, several times more slowly.
+csrc/decode/blocks.inl unpacks them; without it the gguf package does, several times more slowly.
 """
 
 from __future__ import annotations
