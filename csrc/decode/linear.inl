@@ -5,7 +5,7 @@
 static inline float from_half(uint16_t h) {
 #if EMBEDGRAD_ISA
     return _cvtsh_ss(h);
-#endif
+#else
     const uint32_t sign = uint32_t{h & 0x8000u} << 16, rest = h & 0x7fffu;
     uint32_t bits;
     if (rest >= 0x7c00u) {
@@ -20,6 +20,7 @@ static inline float from_half(uint16_t h) {
     float result;
     __builtin_memcpy(&result, &bits, 4);
     return result;
+#endif
 }
 
 static inline float from_bf16(uint16_t b) {
