@@ -133,8 +133,8 @@ static void attend(const float* q, float scale, const Stretch* stretches, int64_
         for (int64_t j = 0; j < count;) {
             const Stretch& s = stretches[j < in_first ? 0 : 1];
             const float* k = s.k + (j < in_first ? from + j : second + j - in_first) * s.row;
-            const int64_t left = (j < in_first ? in_first : count) - j;
 #if EMBEDGRAD_ISA
+            const int64_t left = (j < in_first ? in_first : count) - j;
             if (left > 2) {
                 score_keys<H>(q, scale, k, s.row, left, d, p, j);
                 j += std::min<int64_t>(VL, left);

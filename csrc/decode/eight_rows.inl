@@ -138,12 +138,14 @@ static void prepare_eight(const Part& part, int64_t first, int64_t last, const u
         rows[r] = std::min(first + r, last);
         bytes[r] = static_cast<const uint8_t*>(part.data) + rows[r] * part.row_bytes;
     }
-    const int64_t size = part.groups * (part.half_scales ? 2 : 4);
-    fetch(static_cast<const char*>(part.scales) + (rows[0] + kEight) * size, kEight * size);
-    order_numbers(part.scales, part.half_scales, part.groups, rows, w.scales);
-    if (part.offsets) fetch(static_cast<const char*>(part.offsets) + (rows[0] + kEight) * size, kEight * size);
+    const auto order = [&](const void* numbers, __m256* out) {
+        const int64_t row_bytes = part.groups * (part.half_scales ? 2 : 4);
+        fetch(static_cast<const char*>(numbers) + (rows[0] + kEight) * row_bytes, kEight * row_bytes);
+        order_numbers(numbers, part.half_scales, part.groups, rows, out);
+    };
+    order(part.scales, w.scales);
     if (part.offsets)
-        order_numbers(part.offsets, part.half_scales, part.groups, rows, w.offsets);
+        order(part.offsets, w.offsets);
     else if (part.stored == Stored::int4)
         for (int64_t g = 0; g < part.groups; ++g) w.offsets[g] = _mm256_mul_ps(w.scales[g], _mm256_set1_ps(-8));
 }

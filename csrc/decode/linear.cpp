@@ -15,11 +15,16 @@ constexpr int64_t kFew = 2;
 
 constexpr int64_t kLine = 64;  // bytes of a cache line
 
-// Whole cache lines of this thread's; what an earlier call gave is gone.
-static char* thread_memory(int64_t bytes) {
-    thread_local std::vector<char> memory;
-    if (memory.size() < static_cast<size_t>(bytes + kLine)) memory.resize(bytes + kLine);
+// The first whole line of the memory, which has one line more than is needed.
+static uint8_t* first_line(std::vector<uint8_t>& memory) {
     return memory.data() + (kLine - reinterpret_cast<uintptr_t>(memory.data()) % kLine) % kLine;
+}
+
+// Whole cache lines of this thread's; what an earlier call gave is gone.
+static uint8_t* thread_memory(int64_t bytes) {
+    thread_local std::vector<uint8_t> memory;
+    if (memory.size() < static_cast<size_t>(bytes + kLine)) memory.resize(bytes + kLine);
+    return first_line(memory);
 }
 
 namespace {
@@ -53,11 +58,6 @@ struct Output {
 namespace {
 
 int64_t up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-
-// The first whole line of the memory, which has one line more than is needed.
-uint8_t* first_line(std::vector<uint8_t>& memory) {
-    return memory.data() + (kLine - reinterpret_cast<uintptr_t>(memory.data()) % kLine) % kLine;
-}
 
 }  // namespace
 

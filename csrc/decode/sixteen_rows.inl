@@ -93,6 +93,16 @@ static inline __m512 add_offset(__m512 acc, __m512 offset, const GroupOfBytes& x
     return _mm512_fmadd_ps(offset, _mm512_set1_ps(x.sum), acc);
 }
 
+// y of `count` rows of the matrix from n on, for M rows of activations from b on.
+template <int M>
+static inline void put(const __m512* acc, int64_t b, int64_t n, int64_t count, const Output& out) {
+    for (int m = 0; m < M; ++m) {
+        float y[kSixteenRows];
+        _mm512_storeu_ps(y, acc[m]);
+        out.put(b + m, n, y, 1, count);
+    }
+}
+
 // ---- sixteen rows of the matrix -------------------------------------------------------------------------------------
 
 // Places of the rows from `first` on. Rows behind `last` are row `last` again.
@@ -102,19 +112,18 @@ static void find_rows(const void* data, int64_t row_bytes, int64_t first, int64_
 }
 
 static void order_scales(const Part& part, int64_t first, int64_t last, Tile& to) {
-    const uint8_t* rows[kSixteenRows];
-    const int64_t row_bytes = part.groups * (part.half_scales ? 2 : 4);
-    find_rows(part.scales, row_bytes, first, last, rows);
-    fetch(rows[0] + kSixteenRows * row_bytes, kSixteenRows * row_bytes);
-    order_numbers(rows, part.half_scales, part.groups, to.scales);
+    const auto order = [&](const void* numbers, __m512* out) {
+        const uint8_t* rows[kSixteenRows];
+        const int64_t row_bytes = part.groups * (part.half_scales ? 2 : 4);
+        find_rows(numbers, row_bytes, first, last, rows);
+        fetch(rows[0] + kSixteenRows * row_bytes, kSixteenRows * row_bytes);
+        order_numbers(rows, part.half_scales, part.groups, out);
+    };
+    order(part.scales, to.scales);
     if (!to.offsets) return;
-    if (!part.offsets) {  // of int4, which stands for q − 8
-        for (int64_t g = 0; g < part.groups; ++g) to.offsets[g] = _mm512_mul_ps(to.scales[g], _mm512_set1_ps(-8));
-        return;
-    }
-    find_rows(part.offsets, row_bytes, first, last, rows);
-    fetch(rows[0] + kSixteenRows * row_bytes, kSixteenRows * row_bytes);
-    order_numbers(rows, part.half_scales, part.groups, to.offsets);
+    if (part.offsets) return order(part.offsets, to.offsets);
+    for (int64_t g = 0; g < part.groups; ++g)  // of int4, which stands for q − 8
+        to.offsets[g] = _mm512_mul_ps(to.scales[g], _mm512_set1_ps(-8));
 }
 
 // Asks for a strip's share of the sixteen rows behind these.
@@ -127,7 +136,7 @@ constexpr int64_t unpacked_bytes(int64_t groups) { return groups * (kGroup + 2 *
 
 // The tile of the rows from `first` on; `spare` has room for sixteen unpacked rows.
 template <Kind K>
-static void fill(const Part& part, int64_t first, int64_t last, int64_t groups, char* spare, Tile& to) {
+static void fill(const Part& part, int64_t first, int64_t last, int64_t groups, uint8_t* spare, Tile& to) {
     const uint8_t* rows[kSixteenRows];
     if constexpr (K == Kind::unpacked) {
         const int64_t columns = groups * kGroup, numbers = 2 * groups;
@@ -135,7 +144,7 @@ static void fill(const Part& part, int64_t first, int64_t last, int64_t groups, 
         for (int64_t r = 0; r < kSixteenRows; ++r, spare += unpacked_bytes(groups)) {
             auto* row = reinterpret_cast<float*>(spare + columns);
             unpack_row(part, std::min(first + r, last), columns, reinterpret_cast<int8_t*>(spare), row, row + numbers);
-            rows[r] = reinterpret_cast<const uint8_t*>(spare);
+            rows[r] = spare;
             scales[r] = reinterpret_cast<const uint8_t*>(row), offsets[r] = reinterpret_cast<const uint8_t*>(row + numbers);
         }
         order_numbers(scales, false, numbers, to.scales);
@@ -206,11 +215,7 @@ static __attribute__((noinline)) void tile_rows(
     } else {
         for (int64_t g = 0; g < groups; ++g) add_group<M, K, kOffsets>(acc, w, g, rows);
     }
-    for (int m = 0; m < M; ++m) {
-        float y[kSixteenRows];
-        _mm512_storeu_ps(y, acc[m]);
-        out.put(b + m, n, y, 1, count);
-    }
+    put<M>(acc, b, n, count, out);
 }
 
 template <Kind K, bool kOffsets>
@@ -224,7 +229,7 @@ static void many_part(
               reinterpret_cast<Sixteen*>(memory + numbers * (kOffsets ? 2 : 1))};
     for (int64_t n = begin; n < end; n += kSixteenRows) {
         const int64_t count = std::min(kSixteenRows, end - n);
-        fill<K>(part, n, end - 1, groups, reinterpret_cast<char*>(memory + vectors), w);
+        fill<K>(part, n, end - 1, groups, reinterpret_cast<uint8_t*>(memory + vectors), w);
         int64_t b = 0;
         for (; b + 8 <= rows; b += 8) tile_rows<8, K, kOffsets>(w, groups, x, b, n, count, out);
         if (b + 4 <= rows) tile_rows<4, K, kOffsets>(w, groups, x, b, n, count, out), b += 4;
@@ -281,11 +286,7 @@ static __attribute__((noinline)) void few_part(
             fetch_strip(rows, part.row_bytes, s);
             add_strip<M, K, kOffsets>(acc, rows, w, s, strips, x);
         }
-        for (int m = 0; m < M; ++m) {
-            float y[kSixteenRows];
-            _mm512_storeu_ps(y, acc[m]);
-            out.put(m, n, y, 1, std::min(kSixteenRows, end - n));
-        }
+        put<M>(acc, 0, n, std::min(kSixteenRows, end - n), out);
     }
 }
 

@@ -1,5 +1,6 @@
 // Writes the answers of a tiny random model in every storage form and with every instruction set that the machine has, on
-// one and on three threads; what it prints must not depend on the build. Compiled by test_decode_builds.py, under sanitizers among others.
+// one and on three threads, behind a line with the number of sets; what it prints must not depend on the build. Compiled by
+// test_decode_builds.py, under sanitizers among others.
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
@@ -111,11 +112,13 @@ void write_answers(void* decoder, float temperature, int32_t threads, std::vecto
 }  // namespace
 
 int main() {
+    const int sets = static_cast<int>(best_isa()) + 1;
+    std::printf("%d\n", sets);
     for (Stored stored : {Stored::f32, Stored::int8, Stored::int4, Stored::q6_k}) {
         LayerSpec layers[kLayers];
         const DecoderSpec spec = model(stored, layers);
         void* decoder = embedgrad_decoder_create(&spec);
-        for (int set = 0; set <= static_cast<int>(best_isa()); ++set) {
+        for (int set = 0; set < sets; ++set) {
             isa_in_use() = static_cast<Isa>(set);
             for (float temperature : {0.0f, 1.0f}) {
                 std::vector<int32_t> one, three;
