@@ -305,9 +305,7 @@ Tree tree(
     TORCH_CHECK(groups > 0 && heads % groups == 0, heads, " query heads cannot share ", groups, " key heads");
     TORCH_CHECK(0 <= kept && kept <= t.mask.keys, "kept is ", kept, ", but there are ", t.mask.keys, " keys");
     t.schedule = indices(schedule, "schedule", schedule.numel());
-    const int64_t panels = (t.mask.keys + embedgrad::kPanel - 1) / embedgrad::kPanel;
-    const int64_t fixed = 3 * panels * embedgrad::kPanel + t.mask.blocks + 1;
-    TORCH_CHECK(schedule.numel() >= fixed && schedule.numel() == fixed + t.schedule[fixed - 1], "the schedule is of another mask");
+    TORCH_CHECK(embedgrad::fits(t.mask, t.schedule, schedule.numel()), "the schedule is of another mask");
     for (int64_t b = 0; b < t.mask.blocks; ++b)
         t.rows = std::max<int64_t>(t.rows, (t.mask.block_start[b + 1] - t.mask.block_start[b]) * (heads / groups));
     return t;

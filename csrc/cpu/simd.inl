@@ -19,7 +19,7 @@ EMBEDGRAD_INLINE To bits_as(const From& from) {
 
 static inline Vec load(const float* p) { return *reinterpret_cast<const VecAnywhere*>(p); }
 static inline void store(float* p, Vec x) { *reinterpret_cast<VecAnywhere*>(p) = x; }
-static inline Vec all(float x) { return Vec{} + x; }
+static inline Vec all(float x) { return x - Vec{}; }  // the same bits; 0 + x is an addition, because of −0
 
 static inline Vec load(const Bf16* p) {
     return bits_as<Vec>(__builtin_convertvector(*reinterpret_cast<const HalvesAnywhere*>(p), UVec) << 16);

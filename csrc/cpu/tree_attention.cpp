@@ -10,7 +10,8 @@
 namespace embedgrad {
 namespace {
 
-constexpr int64_t kChunk = 8;  // panels whose scores exist at once: they stay in the cache beside q and o
+constexpr int64_t kChunk = 8;      // panels whose scores exist at once: they stay in the cache beside q and o
+constexpr int64_t kSpareRows = 3;  // behind a block's rows: a product's last tile is four rows or more
 
 int64_t panels_of(int64_t keys) { return (keys + kPanel - 1) / kPanel; }
 int64_t padded_to_panels(int64_t n) { return panels_of(n) * kPanel; }
@@ -18,7 +19,7 @@ int64_t padded_to_panels(int64_t n) { return panels_of(n) * kPanel; }
 // A block's rows, scores and sums, for one thread; the backward pass takes one more of each.
 int64_t block_floats(int64_t rows, int64_t padded, bool backward) {
     const int64_t wide = backward ? 3 * padded + 2 * kChunk * kPanel : 2 * padded + kChunk * kPanel;
-    return padded_to_panels(rows * (wide + 2) + 7 * 16);
+    return padded_to_panels((rows + kSpareRows) * (wide + 2) + 7 * 16);
 }
 
 // `threads + 1` numbers of 64 bits, twice.
@@ -38,17 +39,27 @@ private:
     float* data_;
 };
 
+// A panel that some queries of a block see, those of its rows [from, to); `partly`: one of them does not see every key.
+struct Seen {
+    int32_t panel, from, to, partly;
+
+    bool by(int64_t query) const { return from <= query && query < to; }
+    bool follows(const Seen& other) const { return panel == other.panel + 1 && from == other.from && to == other.to; }
+};
+
 // The schedule's arrays, and what one call adds to them.
 struct Plan {
     const TreeMask& mask;
     TreeShape shape;
     int64_t panels, padded, size;  // padded: the head dimension in whole panels, the rest zero; size: of a group's keys
-    const int32_t *begin, *end, *position, *first_seen, *seen;
+    const int32_t *begin, *end, *position, *first_seen, *cost;
+    const Seen* seen;
 
     Plan(const TreeMask& m, const int32_t* schedule, const TreeShape& s)
         : mask(m), shape(s), panels(panels_of(m.keys)), padded(padded_to_panels(s.head_dim)), size(panels * kPanel * padded),
           begin(schedule), end(begin + panels * kPanel), position(end + panels * kPanel),
-          first_seen(position + panels * kPanel), seen(first_seen + m.blocks + 1) {}
+          first_seen(position + panels * kPanel), cost(first_seen + m.blocks + 1),
+          seen(reinterpret_cast<const Seen*>(cost + m.blocks)) {}
 
     int64_t heads_per_group() const { return shape.heads / shape.groups; }
     int64_t items() const { return shape.groups * mask.blocks; }
@@ -60,30 +71,27 @@ struct Plan {
     }
 };
 
-// Some query rows and the heads of one group over them: `rows` = queries · heads per group. Panel i of those it sees is
-// seen[i] / 2, masked where that is odd.
+// Some query rows and the heads of one group over them: `rows` = queries · heads per group; it sees `count` panels.
 struct Block {
     int64_t group, first, queries, rows, count;
-    const int32_t* seen;
+    const Seen* seen;
 
     Block(const Plan& plan, int64_t item)
         : group(item / plan.mask.blocks), first(plan.mask.block_start[item % plan.mask.blocks]),
           queries(plan.mask.block_start[item % plan.mask.blocks + 1] - first), rows(queries * plan.heads_per_group()),
           count(plan.first_seen[item % plan.mask.blocks + 1] - plan.first_seen[item % plan.mask.blocks]),
           seen(plan.seen + plan.first_seen[item % plan.mask.blocks]) {}
-    int64_t panel(int64_t i) const { return seen[i] >> 1; }
-    bool partly(int64_t i) const { return seen[i] & 1; }
-    double cost() const { return static_cast<double>(rows) * static_cast<double>(count + 1); }
 };
 
 // Items [range[i], range[i + 1]) for thread i: contiguous, of about equal cost.
 void share(const Plan& plan, int64_t threads, int64_t* range) {
     double total = 0, sum = 0;
-    for (int64_t item = 0; item < plan.items(); ++item) total += Block(plan, item).cost();
+    const auto cost_of = [&](int64_t item) { return static_cast<double>(plan.cost[item % plan.mask.blocks]); };
+    for (int64_t item = 0; item < plan.items(); ++item) total += cost_of(item);
     int64_t next = 0;
     range[next++] = 0;
     for (int64_t item = 0; item < plan.items(); ++item) {
-        const double cost = Block(plan, item).cost(), middle = sum + cost / 2;
+        const double cost = cost_of(item), middle = sum + cost / 2;
         while (next < threads && middle > total * static_cast<double>(next) / static_cast<double>(threads))
             range[next++] = item;
         sum += cost;
@@ -113,59 +121,26 @@ struct Keys {
     const float *k_rows, *v_rows, *k_panels, *v_panels;
 };
 
-inline float widened(float x) { return x; }
-inline float widened(Bf16 x) {
-    const uint32_t bits = uint32_t{x.bits} << 16;
-    float wide;
-    std::memcpy(&wide, &bits, sizeof wide);
-    return wide;
-}
-
-// Every group's rows and panels of k or v, laid out group by group.
-template <typename T>
-void lay_out(const Pool& pool, const Plan& plan, Heads<T> x, float* rows, float* transposed) {
-    const int64_t d = plan.padded, head_dim = plan.shape.head_dim;
-    pool.run(plan.shape.groups * plan.panels, 8, [&](int64_t begin, int64_t end) {
-        for (int64_t item = begin; item < end; ++item) {
-            const int64_t g = item / plan.panels, p = item % plan.panels;
-            for (int64_t j = 0; j < kPanel; ++j) {
-                const int64_t key = p * kPanel + j;
-                const T* from = key < plan.mask.keys ? x.data + key * x.row + g * head_dim : nullptr;
-                const int64_t filled = from ? head_dim : 0;
-                if (rows) {
-                    float* to = rows + g * plan.size + key * d;
-                    for (int64_t c = 0; c < filled; ++c) to[c] = widened(from[c]);
-                    std::fill(to + filled, to + d, 0.0f);
-                }
-                if (transposed) {
-                    float* to = transposed + g * plan.size + p * kPanel * d + j;
-                    for (int64_t c = 0; c < filled; ++c) to[c * kPanel] = widened(from[c]);
-                    for (int64_t c = filled; c < d; ++c) to[c * kPanel] = 0.0f;
-                }
-            }
-        }
-    });
-}
-
-// The block's rows of x, times `factor`, [rows, padded]: query by query, the group's heads together.
-template <typename T>
-void gather(const Plan& plan, const Block& block, Heads<T> x, float factor, float* to) {
-    const int64_t group = plan.heads_per_group(), head_dim = plan.shape.head_dim;
-    for (int64_t r = 0; r < block.rows; ++r, to += plan.padded) {
-        const T* from = x.data + (block.first + r / group) * x.row + (block.group * group + r % group) * head_dim;
-        for (int64_t c = 0; c < head_dim; ++c) to[c] = widened(from[c]) * factor;
-        std::fill(to + head_dim, to + plan.padded, 0.0f);
-    }
-}
-
 }  // namespace
 
 #define EMBEDGRAD_KERNELS "tree_attention.inl"
 #include "per_isa.inl"
 
+namespace {
+
+// Every group's rows and panels of k or v, laid out group by group.
+template <typename T>
+void lay_out(const Pool& pool, const Plan& plan, Heads<T> x, float* rows, float* transposed) {
+    pool.run(plan.shape.groups * plan.panels, 8, [&](int64_t begin, int64_t end) {
+        EMBEDGRAD_DISPATCH(lay_out_panels, plan, x, rows, transposed, begin, end)
+    });
+}
+
+}  // namespace
+
 std::vector<int32_t> tree_schedule(const TreeMask& m) {
     const int64_t panels = panels_of(m.keys), padded = panels * kPanel;
-    std::vector<int32_t> schedule(3 * padded + m.blocks + 1, 0);
+    std::vector<int32_t> schedule(3 * padded + 2 * m.blocks + 1, 0);
     int32_t *begin = schedule.data(), *end = begin + padded, *position = end + padded;
     std::fill(begin + m.keys, end, std::numeric_limits<int32_t>::max());
     std::copy(m.key_begin, m.key_begin + m.keys, begin);
@@ -185,23 +160,35 @@ std::vector<int32_t> tree_schedule(const TreeMask& m) {
         positions.push_back(bounds(position + p * kPanel, std::min(kPanel, m.keys - p * kPanel)));
     }
     std::vector<int32_t> seen;
+    int32_t* const first_seen = schedule.data() + 3 * padded;
+    int32_t* const cost = first_seen + m.blocks + 1;
     for (int64_t b = 0; b < m.blocks; ++b) {
-        const int64_t first = m.block_start[b], stop = m.block_start[b + 1];
-        const int32_t low = m.query_index[first], high = m.query_index[stop - 1];
-        const Bounds queries = m.query_position ? bounds(m.query_position + first, stop - first) : Bounds{0, 0};
+        const int32_t *const first = m.query_index + m.block_start[b], *const stop = m.query_index + m.block_start[b + 1];
+        const Bounds queries =
+            m.query_position ? bounds(m.query_position + m.block_start[b], stop - first) : Bounds{0, 0};
+        cost[b] = static_cast<int32_t>(stop - first);
         for (int64_t p = 0; p < panels; ++p) {
-            if (begins[p].low > high || ends[p].high <= low) continue;
-            bool partly = begins[p].high > low || ends[p].low <= high;
+            const int32_t* const from = std::lower_bound(first, stop, begins[p].low);
+            const int32_t* const to = std::lower_bound(from, stop, ends[p].high);
+            if (from == to) continue;
+            bool partly = begins[p].high > *from || ends[p].low <= to[-1];
             if (m.query_position) {
                 if (queries.low - positions[p].high >= m.window) continue;
                 partly = partly || queries.high - positions[p].low >= m.window;
             }
-            seen.push_back(static_cast<int32_t>(2 * p + partly));
+            for (const int64_t value : {p, from - first, to - first, static_cast<int64_t>(partly)})
+                seen.push_back(static_cast<int32_t>(value));
+            cost[b] += static_cast<int32_t>(to - from);
         }
-        schedule[3 * padded + b + 1] = static_cast<int32_t>(seen.size());
+        first_seen[b + 1] = static_cast<int32_t>(seen.size() / 4);
     }
     schedule.insert(schedule.end(), seen.begin(), seen.end());
     return schedule;
+}
+
+bool fits(const TreeMask& m, const int32_t* schedule, int64_t length) {
+    const int64_t arrays = 3 * padded_to_panels(m.keys), fixed = arrays + 2 * m.blocks + 1;
+    return length >= fixed && length == fixed + 4 * int64_t{schedule[arrays + m.blocks]};
 }
 
 int64_t tree_attention_floats(int64_t keys, int64_t groups, int64_t head_dim, int64_t rows, int64_t threads) {

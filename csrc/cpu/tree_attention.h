@@ -7,8 +7,8 @@
 //     dq = scale · dS k              dk = scale · dSᵀ q                      (summed over the group's query heads)
 //
 // The query heads of a group are the rows of one block, so that a key is read once for all of them. Keys are laid out in
-// panels of kPanel, transposed, so that a product is `broadcast one number, multiply a vector, add` throughout; panels
-// that no query of a block sees are skipped, and only panels that some see and some do not are masked.
+// panels of kPanel, transposed, so that a product is `broadcast one number, multiply a vector, add` throughout. A panel is
+// multiplied for those queries of a block that see some key of it, and masked where one of them does not see all.
 //
 // Which panels a block sees depends on the mask only: `tree_schedule` finds it once for all layers. Nothing here
 // allocates: memory for one call is handed in.
@@ -41,9 +41,12 @@ struct TreeMask {
 };
 
 // Three arrays [panels · kPanel] of the keys' begin, end and position, with empty intervals behind the last key; then
-// [blocks + 1], where each block's panels begin; then of each panel that a block sees 2 · panel, plus 1 where some query
-// of the block does not see some key of it.
+// [blocks + 1], where each block's panels begin; [blocks], what a block costs (queries · panels); then 4 numbers for each
+// panel that a block sees: which, the queries of the block that see some key of it (from, to), and 1 where one of these
+// does not see every key.
 std::vector<int32_t> tree_schedule(const TreeMask&);
+// Whether a schedule of so many numbers has a schedule's form for the mask.
+bool fits(const TreeMask&, const int32_t* schedule, int64_t length);
 
 struct TreeShape {
     int64_t kept;                     // keys in front that have no gradient

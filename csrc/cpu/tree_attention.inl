@@ -1,12 +1,76 @@
 // Blocks of tree attention for one instruction set; see tree_attention.h.
 
-// C[m, :] (+)= Σ_k A[m, k] B[k, :] for ROWS rows and kPanel columns, A read at a + m·a_row + k·a_col. Accumulators
-// stay in registers: ROWS · kPanel / VL of them.
-template <int ROWS>
+typedef float Four __attribute__((vector_size(16)));
+
+// to[4 × 4], rows kPanel apart = the transpose of from, whose rows are kPanel apart, too.
+EMBEDGRAD_INLINE void transpose_four(const float* from, float* to) {
+    Four x[4];
+    for (int i = 0; i < 4; ++i) __builtin_memcpy(&x[i], from + i * kPanel, sizeof(Four));
+    const Four a = {x[0][0], x[1][0], x[0][1], x[1][1]}, b = {x[2][0], x[3][0], x[2][1], x[3][1]};
+    const Four c = {x[0][2], x[1][2], x[0][3], x[1][3]}, d = {x[2][2], x[3][2], x[2][3], x[3][3]};
+    const Four out[4] = {{a[0], a[1], b[0], b[1]}, {a[2], a[3], b[2], b[3]}, {c[0], c[1], d[0], d[1]}, {c[2], c[3], d[2], d[3]}};
+    for (int i = 0; i < 4; ++i) __builtin_memcpy(to + i * kPanel, &out[i], sizeof(Four));
+}
+
+// Panels [begin, end), counted group by group, of k or v as float32: rows, and transposed, where these are wanted.
+template <typename T>
+static void lay_out_panels(const Plan& plan, Heads<T> x, float* rows, float* transposed, int64_t begin, int64_t end) {
+    const int64_t d = plan.padded, head_dim = plan.shape.head_dim;
+    for (int64_t item = begin; item < end; ++item) {
+        const int64_t g = item / plan.panels, key = item % plan.panels * kPanel;
+        const int64_t keys = std::min(kPanel, plan.mask.keys - key);
+        const T* from = x.data + key * x.row + g * head_dim;
+        for (int64_t column = 0; column < d; column += kPanel) {
+            alignas(64) float square[kPanel * kPanel] = {};
+            for (int64_t j = 0; j < keys; ++j)
+                for (int64_t c = 0; c < kPanel && column + c < head_dim; c += VL)
+                    store(square + j * kPanel + c, load(from + j * x.row + column + c, head_dim - column - c));
+            if (rows)
+                for (int64_t j = 0; j < kPanel; ++j)
+                    __builtin_memcpy(
+                        rows + g * plan.size + (key + j) * d + column, square + j * kPanel, sizeof(float) * kPanel);
+            if (transposed)
+                for (int64_t c = 0; c < kPanel; c += 4)
+                    for (int64_t j = 0; j < kPanel; j += 4)
+                        transpose_four(
+                            square + j * kPanel + c, transposed + g * plan.size + key * d + (column + c) * kPanel + j);
+        }
+    }
+}
+
+// A group's share of a row is a few lines long, and ends before the processor has seen that it is a stream: the rows to
+// come are asked for.
+constexpr int64_t kAhead = 4;
+template <typename T>
+constexpr int64_t kLine = 64 / sizeof(T);
+
+// The block's rows of x, times `factor`, [rows + kSpareRows, padded]: query by query, the group's heads together, then 0.
+template <typename T>
+static void gather(const Plan& plan, const Block& block, Heads<T> x, float factor, float* to) {
+    const int64_t group = plan.heads_per_group(), head_dim = plan.shape.head_dim, d = plan.padded;
+    for (int64_t n = block.first; n < block.first + block.queries; ++n) {
+        const T* from = x.data + n * x.row + block.group * group * head_dim;
+        if (n + kAhead < block.first + block.queries)
+            for (int64_t c = 0; c < group * head_dim; c += kLine<T>) __builtin_prefetch(from + kAhead * x.row + c);
+        for (int64_t h = 0; h < group; ++h, from += head_dim, to += d)
+            for (int64_t c = 0; c < d; c += VL)
+                store(to + c, c < head_dim ? load(from + c, head_dim - c) * factor : Vec{});
+    }
+    std::memset(to, 0, sizeof(float) * kSpareRows * d);
+}
+
+constexpr int kTogether = static_cast<int>(kPanel) / VL;   // vectors of a panel's row
+constexpr int kWide = VL == 16 ? 2 : 1;                     // panels that a tile takes beside each other
+constexpr int kTallest = VL == 16 ? 12 : VL == 8 ? 6 : 2;  // rows of a tile: its sums fill the registers
+constexpr int kTallestOfKeys = VL == 16 ? 8 : kTallest;     // where the rows are a panel's keys
+
+// C[m, :] (+)= Σ_k A[m, k] B[k, :] for ROWS rows and PANELS panels of columns, A read at a + m·a_row + k·a_col, panels of
+// B `b_next` apart, those of C beside each other. Accumulators stay in registers: ROWS · PANELS · kPanel / VL of them.
+template <int ROWS, int PANELS>
 static inline void product_tile(
-    const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t b_row, int64_t depth, float* c, int64_t c_row,
-    bool add) {
-    constexpr int N = static_cast<int>(kPanel) / VL;
+    const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t b_row, int64_t b_next, int64_t depth, float* c,
+    int64_t c_row, bool add) {
+    constexpr int N = PANELS * kTogether;
     Vec sums[ROWS][N];
 #pragma GCC unroll 16
     for (int m = 0; m < ROWS; ++m)
@@ -15,7 +79,7 @@ static inline void product_tile(
     for (int64_t k = 0; k < depth; ++k) {
         Vec row[N];
 #pragma GCC unroll 4
-        for (int n = 0; n < N; ++n) row[n] = load(b + k * b_row + n * VL);
+        for (int n = 0; n < N; ++n) row[n] = load(b + k * b_row + n / kTogether * b_next + n % kTogether * VL);
 #pragma GCC unroll 16
         for (int m = 0; m < ROWS; ++m) {
             const Vec left = all(a[m * a_row + k * a_col]);
@@ -29,85 +93,145 @@ static inline void product_tile(
         for (int n = 0; n < N; ++n) store(c + m * c_row + n * VL, sums[m][n]);
 }
 
-// The same for any number of rows.
+// The same for any number of rows, TALLEST at a time; A and C have kSpareRows more than `rows`, so that four always fit.
+template <int PANELS, int TALLEST = kTallest>
 static void product(
-    const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t b_row, int64_t depth, float* c, int64_t c_row,
-    int64_t rows, bool add) {
-    constexpr int MOST = VL == 16 ? 12 : VL == 8 ? 6 : 3;
+    const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t b_row, int64_t b_next, int64_t depth, float* c,
+    int64_t c_row, int64_t rows, bool add) {
+    static_assert(kSpareRows == 3);
     int64_t m = 0;
-    for (; m + MOST <= rows; m += MOST)
-        product_tile<MOST>(a + m * a_row, a_row, a_col, b, b_row, depth, c + m * c_row, c_row, add);
-    if (VL == 16)
-        for (; m + 4 <= rows; m += 4)
-            product_tile<4>(a + m * a_row, a_row, a_col, b, b_row, depth, c + m * c_row, c_row, add);
-    if (VL == 8 && m + 3 <= rows) {
-        product_tile<3>(a + m * a_row, a_row, a_col, b, b_row, depth, c + m * c_row, c_row, add);
-        m += 3;
-    }
-    for (; m < rows; ++m)
-        product_tile<1>(a + m * a_row, a_row, a_col, b, b_row, depth, c + m * c_row, c_row, add);
+    const auto tile = [&](auto rows_of_it) {
+        constexpr int ROWS = decltype(rows_of_it)::value;
+        product_tile<ROWS, PANELS>(a + m * a_row, a_row, a_col, b, b_row, b_next, depth, c + m * c_row, c_row, add);
+        m += ROWS;
+    };
+    while (rows - m >= TALLEST) tile(std::integral_constant<int, TALLEST>{});
+    if (TALLEST > 8 && rows - m > 4) tile(std::integral_constant<int, 8>{});
+    if (TALLEST > 4 && rows - m > 2) tile(std::integral_constant<int, 4>{});
+    while (rows - m > 0) tile(std::integral_constant<int, (TALLEST > 8 ? 4 : 2)>{});
 }
 
-// −inf where the query does not see the key; scores [queries · group, kPanel] at `s`.
-static void hide(const Plan& plan, const Block& block, int64_t panel, float* s, int64_t s_row) {
+// For `width` columns of B, a multiple of kPanel: panels of it stand beside each other.
+template <int TALLEST = kTallest>
+static void product_of_columns(
+    const float* a, int64_t a_row, int64_t a_col, const float* b, int64_t b_row, int64_t depth, float* c, int64_t c_row,
+    int64_t rows, int64_t width) {
+    int64_t at = 0;
+    for (; at + kWide * kPanel <= width; at += kWide * kPanel)
+        product<kWide, TALLEST>(a, a_row, a_col, b + at, b_row, kPanel, depth, c + at, c_row, rows, true);
+    if (at < width) product<1, TALLEST>(a, a_row, a_col, b + at, b_row, 0, depth, c + at, c_row, rows, true);
+}
+
+// −inf where a query of those that see some key of the panel does not see this one, and where a query sees none of them;
+// scores at s + row · kChunk · kPanel.
+static void hide(const Plan& plan, const Block& block, int64_t i, float* s) {
+    constexpr int64_t row = kChunk * kPanel;
     const TreeMask& mask = plan.mask;
+    const Seen& seen = block.seen[i];
     const int64_t group = plan.heads_per_group();
-    const int32_t *begin = plan.begin + panel * kPanel, *end = plan.end + panel * kPanel;
-    for (int64_t n = block.first; n < block.first + block.queries; ++n) {
-        const int32_t i = mask.query_index[n];
+    const Vec hidden = all(-std::numeric_limits<float>::infinity());
+    const auto hide_rows = [&](int64_t from, int64_t to) {
+        for (int64_t r = from; r < to; ++r)
+            for (int64_t j = 0; j < kPanel; j += VL) store(s + r * row + j, hidden);
+    };
+    hide_rows(0, seen.from * group);
+    hide_rows(seen.to * group, block.rows);
+    if (!seen.partly) return;
+    const int32_t *begin = plan.begin + seen.panel * kPanel, *end = plan.end + seen.panel * kPanel;
+    s += seen.from * group * row;
+    for (int64_t n = block.first + seen.from; n < block.first + seen.to; ++n) {
+        const int32_t index = mask.query_index[n];
         float bias[kPanel];
         for (int64_t j = 0; j < kPanel; ++j)
-            bias[j] = begin[j] <= i && i < end[j] ? 0.0f : -std::numeric_limits<float>::infinity();
+            bias[j] = begin[j] <= index && index < end[j] ? 0.0f : -std::numeric_limits<float>::infinity();
         if (mask.query_position) {
-            const int32_t* position = plan.position + panel * kPanel;
+            const int32_t* position = plan.position + seen.panel * kPanel;
             for (int64_t j = 0; j < kPanel; ++j)
                 if (mask.query_position[n] - position[j] >= mask.window) bias[j] = -std::numeric_limits<float>::infinity();
         }
-        for (int64_t h = 0; h < group; ++h, s += s_row)
+        for (int64_t h = 0; h < group; ++h, s += row)
             for (int64_t j = 0; j < kPanel; j += VL) store(s + j, load(s + j) + load(bias + j));
     }
 }
 
-// Scores of one block against the panels [from, to) of those it sees, [rows, (to − from)·kPanel].
+// a [rows, d] · the panels [from, to) of those that a block sees, at s + row · kChunk · kPanel; only the rows that see a
+// panel are computed, and those that see its neighbour in the same tile.
+static void panel_products(
+    const Plan& plan, const Block& block, const float* a, const float* panels, int64_t from, int64_t to, float* s) {
+    const int64_t d = plan.padded, group = plan.heads_per_group(), apart = kPanel * d;
+    for (int64_t i = from; i < to;) {
+        const int64_t last = std::min<int64_t>(to, i + kWide) - 1;
+        const int64_t first_row = std::min(block.seen[i].from, block.seen[last].from) * group;
+        const int64_t rows = std::max(block.seen[i].to, block.seen[last].to) * group - first_row;
+        const float *left = a + first_row * d, *right = panels + block.seen[i].panel * apart;
+        float* at = s + first_row * kChunk * kPanel + (i - from) * kPanel;
+        const int64_t next = (block.seen[last].panel - block.seen[i].panel) * apart;
+        if (last > i)
+            product<kWide>(left, d, 1, right, kPanel, next, d, at, kChunk * kPanel, rows, false);
+        else
+            product<1>(left, d, 1, right, kPanel, 0, d, at, kChunk * kPanel, rows, false);
+        i = last + 1;
+    }
+}
+
+// Scores of one block against the panels [from, to) of those that it sees.
 static void scores(
     const Plan& plan, const Block& block, const float* q, const float* k_panels, int64_t from, int64_t to, float* s) {
-    const int64_t width = (to - from) * kPanel, d = plan.padded;
-    for (int64_t p = from; p < to; ++p) {
-        float* at = s + (p - from) * kPanel;
-        product(q, d, 1, k_panels + block.panel(p) * kPanel * d, kPanel, d, at, width, block.rows, false);
-        if (block.partly(p)) hide(plan, block, block.panel(p), at, width);
-    }
+    panel_products(plan, block, q, k_panels, from, to, s);
+    for (int64_t i = from; i < to; ++i) hide(plan, block, i, s + (i - from) * kPanel);
 }
 
 // c [rows, d] += a [rows, keys of the panels from..to] · b, whose rows of d elements stand at the keys' own numbers.
 static void add_products(
-    const Block& block, const float* a, int64_t a_row, const float* b, int64_t d, int64_t from, int64_t to, float* c) {
+    const Plan& plan, const Block& block, const float* a, const float* b, int64_t from, int64_t to, float* c) {
+    const int64_t d = plan.padded, group = plan.heads_per_group();
     for (int64_t i = from; i < to;) {
-        int64_t end = i + 1;  // panels that follow each other are one longer sum
-        while (end < to && block.panel(end) == block.panel(end - 1) + 1) ++end;
-        const float* left = a + (i - from) * kPanel;
-        const float* right = b + block.panel(i) * kPanel * d;
-        for (int64_t column = 0; column < d; column += kPanel)
-            product(left, a_row, 1, right + column, d, (end - i) * kPanel, c + column, d, block.rows, true);
+        int64_t end = i + 1;  // panels that follow each other, seen by the same queries, are one longer sum
+        while (end < to && block.seen[end].follows(block.seen[end - 1])) ++end;
+        const int64_t row = block.seen[i].from * group, rows = block.seen[i].to * group - row;
+        const float* left = a + row * kChunk * kPanel + (i - from) * kPanel;
+        const float* right = b + block.seen[i].panel * kPanel * d;
+        product_of_columns(left, kChunk * kPanel, 1, right, d, (end - i) * kPanel, c + row * d, d, rows, d);
         i = end;
     }
 }
 
-constexpr int kTogether = static_cast<int>(kPanel) / VL;  // vectors of a panel's row, whose exponentials run side by side
+// Of the panels [from, to) those from the first to the last that a query of the block sees, as places in a row of scores;
+// what the row holds elsewhere becomes 0.
+struct Span {
+    int64_t from, to;
+};
 
-// row ← exp(row − top), their sum added to `mass`.
-EMBEDGRAD_INLINE void exponentials(float* row, int64_t width, float top, Vec& mass) {
-    for (int64_t j = 0; j < width; j += kPanel) {
-        Vec x[kTogether], p[kTogether];
+static inline Span span_of(const Block& block, int64_t query, int64_t from, int64_t to) {
+    int64_t first = from, last = to;
+    while (first < to && !block.seen[first].by(query)) ++first;
+    while (last > first && !block.seen[last - 1].by(query)) --last;
+    return {(first - from) * kPanel, (last - from) * kPanel};
+}
+
+static inline void clear_outside(float* row, Span span, int64_t width) {
+    std::memset(row, 0, sizeof(float) * span.from);
+    std::memset(row + span.to, 0, sizeof(float) * (width - span.to));
+}
+
+template <int N>
+EMBEDGRAD_INLINE void exponentials_at(float* at, float top, Vec& mass) {
+    Vec x[N], p[N];
 #pragma GCC unroll 4
-        for (int k = 0; k < kTogether; ++k) x[k] = load(row + j + k * VL) - top;
-        exp_below<kTogether>(x, p);
+    for (int k = 0; k < N; ++k) x[k] = load(at + k * VL) - top;
+    exp_below<N>(x, p);
 #pragma GCC unroll 4
-        for (int k = 0; k < kTogether; ++k) {
-            store(row + j + k * VL, p[k]);
-            mass += p[k];
-        }
+    for (int k = 0; k < N; ++k) {
+        store(at + k * VL, p[k]);
+        mass += p[k];
     }
+}
+
+// row ← exp(row − top), their sum added to `mass`; four vectors side by side, which hide each other's latency.
+EMBEDGRAD_INLINE void exponentials(float* row, Span span, float top, Vec& mass) {
+    int64_t j = span.from;
+    for (; j + 4 * VL <= span.to; j += 4 * VL) exponentials_at<4>(row + j, top, mass);
+    for (; j < span.to; j += kPanel) exponentials_at<kTogether>(row + j, top, mass);
 }
 
 // One row of o, times `factor`, to a row of T.
@@ -120,37 +244,40 @@ template <typename T>
 static void forward_block(
     const Plan& plan, const Block& block, const Keys& keys, Heads<T> q, Heads<T> out, float* lse, Memory& memory) {
     const int64_t d = plan.padded, rows = block.rows, heads = plan.shape.heads, head_dim = plan.shape.head_dim;
-    float* qs = memory.take(rows * d);
-    float* o = memory.take(rows * d);
-    float* s = memory.take(rows * kChunk * kPanel);
+    const int64_t group = plan.heads_per_group(), room = rows + kSpareRows, s_row = kChunk * kPanel;
+    float* qs = memory.take(room * d);
+    float* o = memory.take(room * d);
+    float* s = memory.take(room * s_row);
     float* top = memory.take(rows);
     float* total = memory.take(rows);
     gather(plan, block, q, plan.shape.scale, qs);
     std::memset(o, 0, sizeof(float) * rows * d);
+    std::memset(s + rows * s_row, 0, sizeof(float) * kSpareRows * s_row);
     for (int64_t r = 0; r < rows; ++r) top[r] = -std::numeric_limits<float>::infinity(), total[r] = 0;
     for (int64_t from = 0; from < block.count; from += kChunk) {
         const int64_t to = std::min(block.count, from + kChunk), width = (to - from) * kPanel;
         scores(plan, block, qs, keys.k_panels, from, to, s);
         for (int64_t r = 0; r < rows; ++r) {
-            float* row = s + r * width;
-            Vec most = load(row);
-            for (int64_t j = VL; j < width; j += VL) most = max(most, load(row + j));
+            const Span span = span_of(block, r / group, from, to);
+            float* row = s + r * s_row;
+            Vec most = all(-std::numeric_limits<float>::infinity());
+            for (int64_t j = span.from; j < span.to; j += VL) most = max(most, load(row + j));
             const float before = top[r], now = std::max(before, highest(most));
             if (now == -std::numeric_limits<float>::infinity()) {  // nothing seen yet: −inf − (−inf) would be NaN
                 std::memset(row, 0, sizeof(float) * width);
                 continue;
             }
+            clear_outside(row, span, width);
             Vec mass = {};
-            exponentials(row, width, now, mass);
+            exponentials(row, span, now, mass);
             const float shrink = before == now ? 1.0f : std::exp(before - now);
             total[r] = total[r] * shrink + sum(mass);
             top[r] = now;
             if (shrink != 1.0f)
                 for (int64_t c = 0; c < d; c += VL) store(o + r * d + c, load(o + r * d + c) * shrink);
         }
-        add_products(block, s, width, keys.v_rows, d, from, to, o);
+        add_products(plan, block, s, keys.v_rows, from, to, o);
     }
-    const int64_t group = plan.heads_per_group();
     for (int64_t r = 0; r < rows; ++r) {
         const int64_t n = block.first + r / group, h = block.group * group + r % group;
         lse[n * heads + h] = total[r] > 0 ? top[r] + std::log(total[r]) : -std::numeric_limits<float>::infinity();
@@ -164,16 +291,19 @@ static void backward_block(
     Heads<T> dq, float* dk_sum, float* dv_sum, Memory& memory) {
     const int64_t d = plan.padded, rows = block.rows, group = plan.heads_per_group();
     const int64_t heads = plan.shape.heads, head_dim = plan.shape.head_dim;
-    float* qs = memory.take(rows * d);
-    float* d_o = memory.take(rows * d);
-    float* d_q = memory.take(rows * d);
-    float* p = memory.take(rows * kChunk * kPanel);
-    float* ds = memory.take(rows * kChunk * kPanel);
+    const int64_t room = rows + kSpareRows, s_row = kChunk * kPanel;
+    float* qs = memory.take(room * d);
+    float* d_o = memory.take(room * d);
+    float* d_q = memory.take(room * d);
+    float* p = memory.take(room * s_row);
+    float* ds = memory.take(room * s_row);
     float* delta = memory.take(rows);
     float* normaliser = memory.take(rows);
     gather(plan, block, q, plan.shape.scale, qs);
     gather(plan, block, d_out, 1.0f, d_o);
     gather(plan, block, out, 1.0f, d_q);
+    std::memset(p + rows * s_row, 0, sizeof(float) * kSpareRows * s_row);
+    std::memset(ds + rows * s_row, 0, sizeof(float) * kSpareRows * s_row);
     for (int64_t r = 0; r < rows; ++r) {
         const int64_t n = block.first + r / group, h = block.group * group + r % group;
         Vec along = {};
@@ -186,24 +316,28 @@ static void backward_block(
     for (int64_t from = 0; from < block.count; from += kChunk) {
         const int64_t to = std::min(block.count, from + kChunk), width = (to - from) * kPanel;
         scores(plan, block, qs, keys.k_panels, from, to, p);
-        for (int64_t i = from; i < to; ++i)
-            product(
-                d_o, d, 1, keys.v_panels + block.panel(i) * kPanel * d, kPanel, d, ds + (i - from) * kPanel, width, rows,
-                false);
+        panel_products(plan, block, d_o, keys.v_panels, from, to, ds);
         for (int64_t r = 0; r < rows; ++r) {
+            const Span span = span_of(block, r / group, from, to);
+            float *p_row = p + r * s_row, *ds_row = ds + r * s_row;
+            clear_outside(p_row, span, width);
+            clear_outside(ds_row, span, width);
             Vec unused = {};
-            exponentials(p + r * width, width, normaliser[r], unused);
-            for (int64_t j = r * width; j < (r + 1) * width; j += VL) store(ds + j, load(p + j) * (load(ds + j) - delta[r]));
+            exponentials(p_row, span, normaliser[r], unused);
+            for (int64_t j = span.from; j < span.to; j += VL) {
+                const Vec seen = load(p_row + j);
+                store(ds_row + j, seen == 0.0f ? Vec{} : seen * (load(ds_row + j) - delta[r]));
+            }
         }
         if (dv_sum)
             for (int64_t i = from; i < to; ++i) {
-                const int64_t key = block.panel(i) * kPanel, at = (i - from) * kPanel;
-                for (int64_t c = 0; c < d; c += kPanel) {
-                    product(p + at, 1, width, d_o + c, d, rows, dv_sum + key * d + c, d, kPanel, true);
-                    product(ds + at, 1, width, qs + c, d, rows, dk_sum + key * d + c, d, kPanel, true);
-                }
+                const Seen& seen = block.seen[i];
+                const int64_t row = seen.from * group, depth = seen.to * group - row, key = seen.panel * kPanel * d;
+                const int64_t at = row * s_row + (i - from) * kPanel;
+                product_of_columns<kTallestOfKeys>(p + at, 1, s_row, d_o + row * d, d, depth, dv_sum + key, d, kPanel, d);
+                product_of_columns<kTallestOfKeys>(ds + at, 1, s_row, qs + row * d, d, depth, dk_sum + key, d, kPanel, d);
             }
-        if (dq.data) add_products(block, ds, width, keys.k_rows, d, from, to, d_q);
+        if (dq.data) add_products(plan, block, ds, keys.k_rows, from, to, d_q);
     }
     if (dq.data)
         for (int64_t r = 0; r < rows; ++r) {
