@@ -46,7 +46,7 @@ class Arena:
         self.begin(0)
 
     def keep(self, *shape: int, dtype: torch.dtype) -> Tensor:
-        """An uninitialised tensor that lives until the frame around it (`kept_frame`) or the step ends."""
+        """An uninitialised tensor that lives until it is dropped or the step ends."""
         nbytes = padded(math.prod(shape) * dtype.itemsize)
         if self._bottom + nbytes > self._top:
             return self._apart(shape, dtype, nbytes)
@@ -70,14 +70,13 @@ class Arena:
         finally:
             self._top = top
 
-    @contextmanager
-    def kept_frame(self) -> Iterator[None]:
-        """Kept tensors taken inside are free again afterwards."""
-        bottom = self._bottom
-        try:
-            yield
-        finally:
-            self._bottom = bottom
+    def mark(self) -> int:
+        """Where the next kept tensor will stand, for `drop`."""
+        return self._bottom
+
+    def drop(self, mark: int) -> None:
+        """Free the tensors kept since `mark`."""
+        self._bottom = mark
 
     def _apart(self, shape: tuple[int, ...], dtype: torch.dtype, nbytes: int) -> Tensor:
         self.overflow += nbytes

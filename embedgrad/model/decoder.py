@@ -44,6 +44,8 @@ class Saved:
     lse: Tensor | None = None  # [T or R, H]
     x_mid: Tensor | None = None  # [T or R, d]
     gate_up: Tensor | None = None  # [T or R, 2·F]
+    start: int = 0  # marks of the arena: the layer's own tensors stand behind the first,
+    mlp_start: int = 0  # those that only the MLP's backward reads behind the second
 
 
 class Decoder:
@@ -79,12 +81,15 @@ class Decoder:
 
     def backward(self, dh: Tensor, step: Step, grad: Tensor) -> Tensor:
         """grad [k, d] of the prompt's rows, from dh [R, d] at the hidden states that `forward` returned."""
-        dx = self.arena.keep(*dh.shape, dtype=self.dtype).zero_()
+        dx = self.arena.scratch(*dh.shape, dtype=self.dtype).zero_()
         self.ops.rms_norm_backward(dh, self._x_final, self.weights.final_norm, self.config.rms_eps, dx=dx)
+        dx_all = dx if step.rows is None else self.arena.scratch(len(step.ids), dx.shape[1], dtype=self.dtype)
         for index in reversed(range(self.config.num_layers)):
             saved = self._saved.pop()
             with self.arena.frame():
-                dx = self._layer_backward(index, saved, dx, step)
+                dx = self._layer_backward(index, saved, dx, dx_all, step)
+            if index > 0:  # the first layer's dx may be a kept tensor
+                self.arena.drop(saved.start)
         shown = step.prompt_rows
         if len(dx) != len(shown):
             assert step.prompt_positions is not None
@@ -130,6 +135,7 @@ class Decoder:
         """x → x″. What `keep` names is taken from the bottom of the arena and put into `saved`."""
         layer, rows, x = self.weights.layers[index], self._rows(index, step), saved.x
         size = len(x) if rows is None else len(rows)
+        saved.start = self.arena.mark()
         result = x
         if not forward_only:
             result = self.arena.keep(size, self.config.hidden_size, dtype=self.dtype)
@@ -236,6 +242,7 @@ class Decoder:
         assert saved.q is not None
         saved.o = self._take("o", keep, len(saved.q), h * size)
         saved.lse = self._take("o", keep, len(saved.q), h, dtype=self.sum_dtype)
+        saved.mlp_start = self.arena.mark()
         saved.x_mid = self._take("x_mid", keep, len(saved.q), self.config.hidden_size)
         with self.arena.frame():
             k, v = self._keys(index, saved, step)
@@ -267,8 +274,11 @@ class Decoder:
 
     # ---- one layer, backward ------------------------------------------------------------------------------------
 
-    def _layer_backward(self, index: int, saved: Saved, dx: Tensor, step: Step) -> Tensor:
-        """dx″ → dx. Returns [T, d], or [P, d] from the first layer where only the prompt's tokens are wanted."""
+    def _layer_backward(self, index: int, saved: Saved, dx: Tensor, dx_all: Tensor, step: Step) -> Tensor:
+        """dx″ → dx. Returns [T, d], or [P, d] from the first layer where only the prompt's tokens are wanted.
+
+        dx_all [T, d] takes the result of the last layer, where dx″ exists at the R predicting tokens only.
+        """
         layer, rows = self.weights.layers[index], self._rows(index, step)
         if saved.q is None:
             self._project(layer, saved, step, rows, frozenset(), only_keys=False)
@@ -277,8 +287,9 @@ class Decoder:
         if saved.gate_up is None:
             self._gate_up(layer, saved, frozenset())
         self._mlp_backward(layer, saved, dx)
+        self.arena.drop(saved.mlp_start)
         if rows is not None:
-            return self._attention_backward_at_rows(index, layer, saved, dx, step, rows)
+            return self._attention_backward_at_rows(index, layer, saved, dx, dx_all, step, rows)
         if index == 0 and step.prompt_positions is not None:
             return self._attention_backward_at_prompt(index, layer, saved, dx, step, step.prompt_positions)
         return self._attention_backward(index, layer, saved, dx, step)
@@ -288,10 +299,11 @@ class Decoder:
         assert saved.x_mid is not None
         assert saved.gate_up is not None
         with self.arena.frame():
-            dh = self.arena.scratch(*dx.shape, dtype=self.dtype)
             da = self.arena.scratch(len(dx), self.config.intermediate_size, dtype=self.dtype)
             layer.down.backward(dx, out=da)
             self.ops.swiglu_backward(da, saved.gate_up, out=saved.gate_up)
+        with self.arena.frame():
+            dh = self.arena.scratch(*dx.shape, dtype=self.dtype)
             layer.gate_up.backward(saved.gate_up, out=dh)
             self.ops.rms_norm_backward(dh, saved.x_mid, layer.mlp_norm, self.config.rms_eps, dx=dx)
 
@@ -354,12 +366,12 @@ class Decoder:
         return dx
 
     def _attention_backward_at_rows(
-        self, index: int, layer: LayerWeights, saved: Saved, dx: Tensor, step: Step, rows: Tensor
+        self, index: int, layer: LayerWeights, saved: Saved, dx: Tensor, dx_all: Tensor, step: Step, rows: Tensor
     ) -> Tensor:
         """The last layer: queries exist at the R predicting tokens only, keys and values everywhere."""
         h, g, size = self.heads
         tokens, width = saved.x.shape
-        dx_all = self.arena.keep(tokens, width, dtype=self.dtype).zero_()
+        dx_all.zero_()
         with self.arena.frame():
             dq = self.arena.scratch(len(rows), h * size, dtype=self.dtype)
             dkv = self.arena.scratch(tokens, 2 * g * size, dtype=self.dtype)
