@@ -34,8 +34,8 @@ OPERATIONS = {
     "rms_norm_backward": (6, 5.5, 1),  # w dy, w dy x summed, x² summed; dx − x b, w dy, + w dy r
     "rope": (2, 1, 1),
     "rope_backward": (2, 1, 1),
-    "swiglu": (19, 2, 1),  # 1 + exp(−g) and its limits: 17; g u / that
-    "swiglu_backward": (26, 3, 2),
+    "swiglu": (18, 2, 1),  # 1 + exp(−g) and its limits: 16; g u / that
+    "swiglu_backward": (25, 3, 2),
     "embed": (0, 0, 0),
     "embed_backward": (1, 1, 0),
     "prompt_step": (24, 0, 0),  # AdamW 10; 3 sums in float64 at half the rate and their conversions

@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
+#include "caches.h"
 #include "isa.h"
 
 namespace embedgrad {
@@ -13,7 +15,6 @@ namespace embedgrad {
 
 namespace {
 constexpr int64_t kGrain = 1 << 14;  // numbers that are worth a thread
-constexpr int64_t kColumns = 64;     // columns of a row that one thread adds: whole cache lines
 constexpr int64_t kAdded = 1 << 17;  // additions that are worth a thread
 }  // namespace
 
@@ -21,7 +22,13 @@ template <typename Table, typename Out>
 void embed(
     const Pool& pool, Rows<float> rows, Rows<Table> table, const int64_t* ids, const int64_t* prompt_rows, Rows<Out> out,
     int64_t count, int64_t d) {
+    const bool past = table.data && past_caches(out, count, d);
     pool.run(count, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, d)), [&](int64_t begin, int64_t end) {
+        if constexpr (std::is_same_v<Table, Out>)
+            if (past) {
+                EMBEDGRAD_DISPATCH(embed_rows_past_caches, rows, table, ids, prompt_rows, out, begin, end, d)
+                return;
+            }
         EMBEDGRAD_DISPATCH(embed_rows, rows, table, ids, prompt_rows, out, begin, end, d)
     });
 }
@@ -29,11 +36,16 @@ void embed(
 template <typename T>
 void embed_backward(
     const Pool& pool, Rows<T> dx, const int64_t* prompt_rows, Rows<float> grad, int64_t count, int64_t k, int64_t d) {
-    const int64_t pieces = (d + kColumns - 1) / kColumns;
-    const int64_t grain = std::max<int64_t>(1, kAdded / (kColumns * std::max<int64_t>(1, count + k)));
-    pool.run(pieces, grain, [&](int64_t begin, int64_t end) {
-        const int64_t last = std::min(d, end * kColumns);
-        EMBEDGRAD_DISPATCH(add_columns, dx, prompt_rows, grad, count, k, begin * kColumns, last)
+    std::vector<int64_t> first(k + 1, 0), positions(count);  // positions of row r: from first[r] to first[r + 1]
+    for (int64_t i = 0; i < count; ++i)
+        if (prompt_rows[i] >= 0) ++first[prompt_rows[i] + 1];
+    for (int64_t r = 0; r < k; ++r) first[r + 1] += first[r];
+    std::vector<int64_t> next(first.begin(), first.end() - 1);
+    for (int64_t i = 0; i < count; ++i)
+        if (prompt_rows[i] >= 0) positions[next[prompt_rows[i]]++] = i;
+    const int64_t grain = kAdded * k / std::max<int64_t>(1, d * (count + k));
+    pool.run(k, std::max<int64_t>(1, grain), [&](int64_t begin, int64_t end) {
+        EMBEDGRAD_DISPATCH(add_rows, dx, first.data(), positions.data(), grad, begin, end, d)
     });
 }
 

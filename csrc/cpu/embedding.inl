@@ -1,25 +1,31 @@
-// Rows and columns of embeddings for one instruction set; see embedding.h.
-
-template <typename T>
-static inline void copy_row(const T* from, T* to, int64_t d) {
-    std::memcpy(to, from, d * sizeof(T));
-}
+// Rows of embeddings for one instruction set; see embedding.h.
 
 template <typename From, typename To>
 static inline void copy_row(const From* from, To* to, int64_t d) {
-    int64_t i = 0;
-    for (; i + VL <= d; i += VL) store(to + i, load(from + i));
-    if (i < d) store(to + i, load(from + i, d - i), d - i);
+    if constexpr (std::is_same_v<From, To>) {
+        std::memcpy(to, from, d * sizeof(To));
+    } else {
+        int64_t i = 0;
+        for (; i + VL <= d; i += VL) store(to + i, load(from + i));
+        if (i < d) store(to + i, load(from + i, d - i), d - i);
+    }
 }
+
+// Rows stand here and there, and end before the processor has seen that they are streams: what comes next is asked for.
+template <typename T>
+EMBEDGRAD_INLINE void fetch_row(const T* row, int64_t d) {
+    for (int64_t c = 0; c < d; c += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(row + c);
+}
+
+constexpr int64_t kFetched = 4096;  // bytes that are asked for ahead
 
 template <typename Table, typename Out>
 static void embed_rows(
     Rows<float> rows, Rows<Table> table, const int64_t* ids, const int64_t* prompt_rows, Rows<Out> out, int64_t begin,
     int64_t end, int64_t d) {
+    const int64_t ahead = 1 + kFetched / std::max<int64_t>(1, d * static_cast<int64_t>(sizeof(Table)));
     for (int64_t i = begin; i < end; ++i) {
-        if (table.data && i + 2 < end && prompt_rows[i + 2] < 0)  // rows of a large table wait for memory
-            for (int64_t c = 0; c < d; c += 64 / static_cast<int64_t>(sizeof(Table)))
-                __builtin_prefetch(table.at(ids[i + 2]) + c);
+        if (table.data && i + ahead < end && prompt_rows[i + ahead] < 0) fetch_row(table.at(ids[i + ahead]), d);
         if (prompt_rows[i] >= 0)
             copy_row(rows.at(prompt_rows[i]), out.at(i), d);
         else if (table.data)
@@ -27,26 +33,46 @@ static void embed_rows(
     }
 }
 
-// Columns [begin, end) of all rows: the first that a row of the prompt gets is copied, others are added.
+// The same, where a row of the table is a row of `out` bit by bit and goes past the caches.
 template <typename T>
-static void add_columns(
-    Rows<T> dx, const int64_t* prompt_rows, Rows<float> grad, int64_t count, int64_t k, int64_t begin, int64_t end) {
-    const int64_t d = end - begin;
-    std::vector<uint8_t> has(k);
-    for (int64_t i = 0; i < count; ++i) {
-        if (prompt_rows[i] < 0) continue;
-        const T* from = dx.at(i) + begin;
-        float* to = grad.at(prompt_rows[i]) + begin;
-        uint8_t& any = has[prompt_rows[i]];
-        if (!any) {
-            any = 1;
-            copy_row(from, to, d);
+static void embed_rows_past_caches(
+    Rows<float> rows, Rows<T> table, const int64_t* ids, const int64_t* prompt_rows, Rows<T> out, int64_t begin, int64_t end,
+    int64_t d) {
+    constexpr int64_t step = sizeof(Vec) / sizeof(T);
+    const int64_t ahead = 1 + kFetched / std::max<int64_t>(1, d * static_cast<int64_t>(sizeof(T)));
+    for (int64_t i = begin; i < end; ++i) {
+        if (i + ahead < end && prompt_rows[i + ahead] < 0) fetch_row(table.at(ids[i + ahead]), d);
+        if (prompt_rows[i] >= 0) {
+            copy_row(rows.at(prompt_rows[i]), out.at(i), d);
             continue;
         }
-        int64_t c = 0;
-        for (; c + VL <= d; c += VL) store(to + c, load(to + c) + load(from + c));
-        if (c < d) store(to + c, load(to + c, d - c) + load(from + c, d - c), d - c);
+        const T* from = table.at(ids[i]);
+        for (int64_t c = 0; c < d; c += step) {
+            Vec bits;
+            std::memcpy(&bits, from + c, sizeof bits);
+            stream(reinterpret_cast<float*>(out.at(i) + c), bits);
+        }
     }
-    for (int64_t r = 0; r < k; ++r)
-        if (!has[r]) std::memset(grad.at(r) + begin, 0, sizeof(float) * d);
+    streamed();
+}
+
+// Row r of the gradient: the rows of dx at the positions from first[r] on, added up in this order.
+template <typename T>
+static void add_rows(
+    Rows<T> dx, const int64_t* first, const int64_t* positions, Rows<float> grad, int64_t begin, int64_t end, int64_t d) {
+    for (int64_t r = begin; r < end; ++r) {
+        float* to = grad.at(r);
+        if (first[r] == first[r + 1]) std::memset(to, 0, sizeof(float) * d);
+        for (int64_t i = first[r]; i < first[r + 1]; ++i) {
+            if (i + 2 < first[end]) fetch_row(dx.at(positions[i + 2]), d);
+            const T* from = dx.at(positions[i]);
+            if (i == first[r]) {
+                copy_row(from, to, d);
+                continue;
+            }
+            int64_t c = 0;
+            for (; c + VL <= d; c += VL) store(to + c, load(to + c) + load(from + c));
+            if (c < d) store(to + c, load(to + c, d - c) + load(from + c, d - c), d - c);
+        }
+    }
 }

@@ -6,6 +6,10 @@
 
 #include <atomic>
 
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
 #include "elements.h"
 
 namespace embedgrad {

@@ -5,10 +5,6 @@
 #include <limits>
 #include <vector>
 
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
-
 #include "isa.h"
 
 namespace embedgrad {
@@ -117,17 +113,22 @@ public:
     const double length, anchor_length, along;
 };
 
+// A row is put inside the cone by an angle that rounding cannot undo, so that its cosine, measured, is at least τ.
+struct Edge {
+    double angle, cosine, sine;
+
+    explicit Edge(double tau)
+        : angle(std::acos(tau) - kTolerance), cosine(std::cos(std::max(angle, 0.0))), sine(std::sin(std::max(angle, 0.0))) {}
+};
+
 // Into the cone, then into the band; see CosineCone in trust_region.py.
-void project_cosine(const TrustRegion& region, Row& row, bool& moved) {
-    // A row is put inside by an angle that rounding cannot undo, so that its cosine, measured, is at least τ.
-    const double angle = std::acos(region.tau) - kTolerance;
-    const double tau = std::cos(std::max(angle, 0.0)), s = std::sin(std::max(angle, 0.0));
+void project_cosine(const TrustRegion& region, const Edge& edge, Row& row, bool& moved) {
     bool inside = region.tau <= -1 || row.along >= region.tau * row.length;
     double length = row.length, kappa = 0;
     if (!inside) {
         const double b = row.split();
-        inside = angle < kTolerance && row.along > 0 && b <= 2 * kTolerance * row.length;
-        kappa = row.along * tau + b * s;
+        inside = edge.angle < kTolerance && row.along > 0 && b <= 2 * kTolerance * row.length;
+        kappa = row.along * edge.cosine + b * edge.sine;
         if (!inside) length = kappa > 0 && (row.has_plane() || region.tau >= 0) ? kappa : 0;
     }
     double band = 1;
@@ -147,7 +148,7 @@ void project_cosine(const TrustRegion& region, Row& row, bool& moved) {
     } else if (length == 0) {
         row.scale(0, moved);
     } else {
-        row.turn(band * kappa * tau, band * kappa * s, moved);
+        row.turn(band * kappa * edge.cosine, band * kappa * edge.sine, moved);
     }
 }
 
@@ -221,13 +222,14 @@ void prompt_step(
     const Pool& pool, const AdamW& adamw, const TrustRegion& region, Rows<float> e, Rows<float> anchor, Rows<float> m,
     Rows<float> v, Rows<float> g, double* similarity, double* norm_ratio, bool* projected, int64_t k, int64_t d) {
     std::vector<Lengths> lengths(k);
+    const Edge edge(region.kind == TrustRegion::cosine ? region.tau : 0);
     pool.run(k, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, d)), [&](int64_t begin, int64_t end) {
         for (int64_t t = begin; t < end; ++t) {
             projected[t] = false;
             EMBEDGRAD_DISPATCH(adamw_row, adamw, e.at(t), anchor.at(t), m.at(t), v.at(t), g.at(t), d, lengths[t])
             if (region.kind == TrustRegion::cosine && lengths[t].aa > 0 && std::isfinite(lengths[t].ee)) {
                 Row row(e.at(t), anchor.at(t), d, lengths[t]);
-                project_cosine(region, row, projected[t]);
+                project_cosine(region, edge, row, projected[t]);
             } else if (region.kind == TrustRegion::l2_ball) {
                 project_ball(region, e.at(t), anchor.at(t), d, lengths[t], projected[t]);
             }

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <limits>
 
+#include "caches.h"
 #include "isa.h"
 
 namespace embedgrad {
@@ -20,8 +21,13 @@ int64_t grain(int64_t d) { return d < kGrain ? kGrain / (d ? d : 1) : 1; }
 template <typename T>
 void rms_norm(
     const Pool& pool, Rows<T> x, Rows<T> residual, const T* weight, float eps, Rows<T> out, int64_t rows, int64_t d) {
+    const bool past = sizeof(T) == sizeof(float) && past_caches(out, rows, d);  // of Bf16 the bound is arithmetic
     pool.run(rows, grain(d), [&](int64_t begin, int64_t end) {
-        EMBEDGRAD_DISPATCH(rms_norm_rows, x, residual, weight, eps, out, begin, end, d)
+        if (past) {
+            EMBEDGRAD_DISPATCH(rms_norm_past_caches, x, residual, weight, eps, out, begin, end, d)
+        } else {
+            EMBEDGRAD_DISPATCH(rms_norm_rows, x, residual, weight, eps, out, begin, end, d)
+        }
     });
 }
 

@@ -10,18 +10,24 @@ EMBEDGRAD_INLINE void add_at(T* x, const T* added, int64_t count) {
     store(x, load(x, count) + load(added, count), count);
 }
 
-template <int R, typename T>
+template <int R, bool PAST, typename T>
 EMBEDGRAD_INLINE void scaled_at(
     const T* x, int64_t x_row, const float (&by)[R], const T* w, T* out, int64_t out_row, int64_t count) {
     const Vec weight = load(w, count);
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) store(out + r * out_row, load(x + r * x_row, count) * by[r] * weight, count);
+    for (int r = 0; r < R; ++r) {
+        const Vec scaled = load(x + r * x_row, count) * by[r] * weight;
+        if constexpr (PAST)
+            stream(out + r * out_row, scaled);
+        else
+            store(out + r * out_row, scaled, count);
+    }
 }
 
-// R rows from x on; `added` null where nothing is. Lines of `out` are asked for while the squares are summed and, where
+// R rows from x on; `added` null where nothing is; PAST: the results go past the caches. Lines of `out` are asked for while the squares are summed and, where
 // as many rows come `next`, theirs while the results are stored: a row ends before the processor has seen that it is a
 // stream.
-template <int R, typename T>
+template <int R, bool PAST = false, typename T>
 static void rms_norm_block(
     T* x, int64_t x_row, const T* added, int64_t added_row, const T* w, float eps, T* out, int64_t out_row, int64_t d,
     bool next = false) {
@@ -37,7 +43,7 @@ static void rms_norm_block(
 #pragma GCC unroll 4
         for (int r = 0; r < R; ++r) {
             const Vec first = load(x + r * x_row + i), second = load(x + r * x_row + i + VL);
-            if (R > 1) __builtin_prefetch(out + r * out_row + i, 1);
+            if (R > 1 && !PAST) __builtin_prefetch(out + r * out_row + i, 1);
             squares[r][0] += first * first;
             squares[r][1] += second * second;
         }
@@ -54,13 +60,28 @@ static void rms_norm_block(
         if (next)
 #pragma GCC unroll 4
             for (int r = R; r < 2 * R; ++r) __builtin_prefetch(x + r * x_row + i);
-        scaled_at<R>(x + i, x_row, by, w + i, out + i, out_row, VL);
+        scaled_at<R, PAST>(x + i, x_row, by, w + i, out + i, out_row, VL);
     }
-    if (i < d) scaled_at<R>(x + i, x_row, by, w + i, out + i, out_row, d - i);
+    if (i < d) scaled_at<R, false>(x + i, x_row, by, w + i, out + i, out_row, d - i);
 }
 
 static inline void rms_norm_row(float* x, const float* residual, const float* w, float eps, float* out, int64_t d) {
     rms_norm_block<1>(x, 0, residual, 0, w, eps, out, 0, d);
+}
+
+template <typename T>
+static void rms_norm_past_caches(
+    Rows<T> x, Rows<T> residual, const T* w, float eps, Rows<T> out, int64_t begin, int64_t end, int64_t d) {
+    if constexpr (sizeof(T) == sizeof(float)) {
+        for (int64_t t = begin; t < end; t += t + 4 <= end ? 4 : 1) {
+            const T* added = residual.data ? residual.at(t) : nullptr;
+            if (t + 4 <= end)
+                rms_norm_block<4, true>(x.at(t), x.row, added, residual.row, w, eps, out.at(t), out.row, d, t + 8 <= end);
+            else
+                rms_norm_block<1, true>(x.at(t), x.row, added, residual.row, w, eps, out.at(t), out.row, d);
+        }
+        streamed();
+    }
 }
 
 template <typename T>
@@ -102,7 +123,8 @@ EMBEDGRAD_INLINE void norm_gradient_at(
 
 template <int R, typename T>
 static void rms_norm_backward_block(
-    const T* dy, int64_t dy_row, const T* x, int64_t x_row, const T* w, float eps, T* dx, int64_t dx_row, int64_t d) {
+    const T* dy, int64_t dy_row, const T* x, int64_t x_row, const T* w, float eps, T* dx, int64_t dx_row, int64_t d,
+    bool next = false) {
     Vec along[R] = {}, squares[R] = {};
     float by[R], back[R];
     int64_t i = 0;
@@ -113,7 +135,16 @@ static void rms_norm_backward_block(
         by[r] = inverse_rms(sum(squares[r]), eps, d);
         back[r] = sum(along[r]) / static_cast<float>(d) * by[r] * by[r] * by[r];
     }
-    for (i = 0; i + VL <= d; i += VL) norm_gradient_at<R>(dy + i, dy_row, x + i, x_row, w + i, by, back, dx + i, dx_row, VL);
+    for (i = 0; i + VL <= d; i += VL) {
+        if (next)
+#pragma GCC unroll 4
+            for (int r = R; r < 2 * R; ++r) {
+                __builtin_prefetch(dy + r * dy_row + i);
+                __builtin_prefetch(x + r * x_row + i);
+                __builtin_prefetch(dx + r * dx_row + i, 1);
+            }
+        norm_gradient_at<R>(dy + i, dy_row, x + i, x_row, w + i, by, back, dx + i, dx_row, VL);
+    }
     if (i < d) norm_gradient_at<R>(dy + i, dy_row, x + i, x_row, w + i, by, back, dx + i, dx_row, d - i);
 }
 
@@ -122,7 +153,7 @@ static void rms_norm_backward_rows(
     Rows<T> dy, Rows<T> x, const T* w, float eps, Rows<T> dx, int64_t begin, int64_t end, int64_t d) {
     int64_t t = begin;
     for (; t + 4 <= end; t += 4)
-        rms_norm_backward_block<4>(dy.at(t), dy.row, x.at(t), x.row, w, eps, dx.at(t), dx.row, d);
+        rms_norm_backward_block<4>(dy.at(t), dy.row, x.at(t), x.row, w, eps, dx.at(t), dx.row, d, t + 8 <= end);
     for (; t < end; ++t) rms_norm_backward_block<1>(dy.at(t), dy.row, x.at(t), x.row, w, eps, dx.at(t), dx.row, d);
 }
 
@@ -149,7 +180,7 @@ static void rope_row(T* x, const T* cos, const T* sin, const HeadNorms<T>& norms
     for (int64_t h = 0; h < heads; ++h) {
         const T* weight = h < norms.q_heads ? norms.q : norms.k;
         T* head = x + h * 2 * half;
-        if (weight) rms_norm_block<1, T>(head, 0, nullptr, 0, weight, norms.eps, head, 0, 2 * half);
+        if (weight) rms_norm_block<1, false, T>(head, 0, nullptr, 0, weight, norms.eps, head, 0, 2 * half);
     }
     rotate(x, cos, sin, heads, half, 1.0f);
 }
@@ -201,18 +232,18 @@ static void rope_backward_rows(
     }
 }
 
-// 1 + exp(−x) of N vectors, infinite where that is more than 2.4e38.
+// above[k] / (1 + exp(−x[k])) of N vectors; 0 below −87, where the quotient is less than 1.7e-38 of `above`.
 template <int N>
-EMBEDGRAD_INLINE void one_plus_exp_minus(const Vec (&x)[N], Vec (&result)[N]) {
-    const Vec low = all(-88.3762626647950f), high = all(87.0f), infinite = all(std::numeric_limits<float>::infinity());
+EMBEDGRAD_INLINE void over_one_plus_exp_minus(const Vec (&above)[N], const Vec (&x)[N], Vec (&result)[N]) {
+    const Vec high = all(87.0f), zero = {};
     Vec y[N];
 #pragma GCC unroll 4
-    for (int k = 0; k < N; ++k) y[k] = low > x[k] ? low : x[k];
+    for (int k = 0; k < N; ++k) y[k] = max(-high, x[k]);  // NaN stays
 #pragma GCC unroll 4
-    for (int k = 0; k < N; ++k) y[k] = -(high < y[k] ? high : y[k]);
+    for (int k = 0; k < N; ++k) y[k] = -min(high, y[k]);
     exp_inside<N>(y, result);
 #pragma GCC unroll 4
-    for (int k = 0; k < N; ++k) result[k] = x[k] < low ? infinite : result[k] + 1.0f;
+    for (int k = 0; k < N; ++k) result[k] = x[k] < -high ? zero : above[k] / (result[k] + 1.0f);
 }
 
 // Asks for what will be read some iterations from now: the arithmetic of a few vectors is longer than the window in which
@@ -226,15 +257,13 @@ EMBEDGRAD_INLINE void ahead(const T* p) {
 // N vectors of which the last holds `count` numbers, the others VL.
 template <int N, typename T>
 EMBEDGRAD_INLINE void swiglu_at(const T* gate, const T* up, T* out, int64_t count) {
-    Vec g[N], below[N];
+    Vec g[N], both[N], result[N];
     ahead<N>(gate), ahead<N>(up);
 #pragma GCC unroll 4
-    for (int k = 0; k < N; ++k) g[k] = load(gate + k * VL, count);
-    one_plus_exp_minus<N>(g, below);
+    for (int k = 0; k < N; ++k) g[k] = load(gate + k * VL, count), both[k] = g[k] * load(up + k * VL, count);
+    over_one_plus_exp_minus<N>(both, g, result);
 #pragma GCC unroll 4
-    for (int k = 0; k < N; ++k) g[k] = g[k] * load(up + k * VL, count) / below[k];
-#pragma GCC unroll 4
-    for (int k = 0; k < N; ++k) store(out + k * VL, g[k], count);
+    for (int k = 0; k < N; ++k) store(out + k * VL, result[k], count);
 }
 
 template <typename T>
@@ -251,13 +280,11 @@ static void swiglu_rows(Rows<T> gate_up, Rows<T> out, int64_t begin, int64_t end
 
 template <int N, typename T>
 EMBEDGRAD_INLINE void swiglu_backward_at(const T* da, const T* gate, const T* up, T* d_gate, T* d_up, int64_t count) {
-    Vec g[N], s[N], d[N], u[N];
+    Vec g[N], s[N], d[N], u[N], one[N];
     ahead<N>(da), ahead<N>(gate), ahead<N>(up);
 #pragma GCC unroll 4
-    for (int k = 0; k < N; ++k) g[k] = load(gate + k * VL, count);
-    one_plus_exp_minus<N>(g, s);
-#pragma GCC unroll 4
-    for (int k = 0; k < N; ++k) s[k] = 1.0f / s[k];
+    for (int k = 0; k < N; ++k) g[k] = load(gate + k * VL, count), one[k] = all(1.0f);
+    over_one_plus_exp_minus<N>(one, g, s);
 #pragma GCC unroll 4
     for (int k = 0; k < N; ++k) d[k] = load(da + k * VL, count), u[k] = load(up + k * VL, count);
 #pragma GCC unroll 4

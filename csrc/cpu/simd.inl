@@ -21,6 +21,22 @@ static inline Vec load(const float* p) { return *reinterpret_cast<const VecAnywh
 static inline void store(float* p, Vec x) { *reinterpret_cast<VecAnywhere*>(p) = x; }
 static inline Vec all(float x) { return x - Vec{}; }  // the same bits; 0 + x is an addition, because of −0
 
+// Past the caches; p at a multiple of a vector's bytes. `streamed` before another thread reads it.
+#if EMBEDGRAD_ISA == 512
+static inline void stream(float* p, Vec x) { _mm512_stream_ps(p, __m512(x)); }
+#elif EMBEDGRAD_ISA == 2
+static inline void stream(float* p, Vec x) { _mm256_stream_ps(p, __m256(x)); }
+#elif defined(__x86_64__)
+static inline void stream(float* p, Vec x) { _mm_stream_ps(p, __m128(x)); }
+#else
+static inline void stream(float* p, Vec x) { store(p, x); }
+#endif
+static inline void streamed() {
+#if defined(__x86_64__)
+    _mm_sfence();
+#endif
+}
+
 static inline Vec load(const Bf16* p) {
     return bits_as<Vec>(__builtin_convertvector(*reinterpret_cast<const HalvesAnywhere*>(p), UVec) << 16);
 }
@@ -61,7 +77,20 @@ static inline float sum(Vec x) {
     return (parts[0][0] + parts[0][2]) + (parts[0][1] + parts[0][3]);
 }
 
+// a > b ? a : b and a < b ? a : b, so b where one is NaN: one instruction, which compilers do not see in the comparison.
+#if EMBEDGRAD_ISA == 512
+static inline Vec max(Vec a, Vec b) { return Vec(_mm512_max_ps(__m512(a), __m512(b))); }
+static inline Vec min(Vec a, Vec b) { return Vec(_mm512_min_ps(__m512(a), __m512(b))); }
+#elif EMBEDGRAD_ISA == 2
+static inline Vec max(Vec a, Vec b) { return Vec(_mm256_max_ps(__m256(a), __m256(b))); }
+static inline Vec min(Vec a, Vec b) { return Vec(_mm256_min_ps(__m256(a), __m256(b))); }
+#elif defined(__x86_64__)
+static inline Vec max(Vec a, Vec b) { return Vec(_mm_max_ps(__m128(a), __m128(b))); }
+static inline Vec min(Vec a, Vec b) { return Vec(_mm_min_ps(__m128(a), __m128(b))); }
+#else
 static inline Vec max(Vec a, Vec b) { return a > b ? a : b; }
+static inline Vec min(Vec a, Vec b) { return a < b ? a : b; }
+#endif
 
 static inline float highest(Vec x) {
     typedef float Four __attribute__((vector_size(16)));
@@ -105,7 +134,7 @@ EMBEDGRAD_INLINE void exp_below(const Vec (&x)[N], Vec (&result)[N]) {
     const Vec low = all(-87.3365447f), zero = {};
     Vec y[N];
 #pragma GCC unroll 4
-    for (int k = 0; k < N; ++k) y[k] = low > x[k] ? low : x[k];  // NaN stays: it is not below
+    for (int k = 0; k < N; ++k) y[k] = max(low, x[k]);  // NaN stays: it is not below
     exp_inside<N>(y, result);
 #pragma GCC unroll 4
     for (int k = 0; k < N; ++k) result[k] = x[k] < low ? zero : result[k];
@@ -113,7 +142,7 @@ EMBEDGRAD_INLINE void exp_below(const Vec (&x)[N], Vec (&result)[N]) {
 
 // exp of any numbers: 2.4e38 above 88.37.
 static inline Vec exp(Vec x) {
-    const Vec high = all(88.3762626647950f), one[1] = {high < x ? high : x};
+    const Vec one[1] = {min(all(88.3762626647950f), x)};
     Vec result[1];
     exp_below<1>(one, result);
     return result[0];

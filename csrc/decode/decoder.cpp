@@ -3,9 +3,6 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 #include "../cpu/isa.h"
 #include "../cpu/rowwise.h"

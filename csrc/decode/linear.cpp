@@ -2,9 +2,6 @@
 
 #include <cmath>
 #include <cstring>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 #include "../cpu/isa.h"
 

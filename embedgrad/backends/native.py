@@ -225,7 +225,7 @@ def prompt_step(
         return reference.prompt_step(
             e, e0, m, v, g, step=step, lr=lr, region=region, betas=betas, eps=eps, weight_decay=weight_decay
         )
-    similarity, ratio = torch.empty(2, len(e), dtype=torch.float64)
+    similarity, ratio = (torch.empty(len(e), dtype=torch.float64) for _ in range(2))
     projected = torch.empty(len(e), dtype=torch.bool)
     (beta1, beta2), settings = betas, vars(region)
     adamw = [
