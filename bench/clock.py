@@ -19,9 +19,12 @@ def device(name: str) -> torch.device:
 
 
 def take_turns(
-    contenders: Sequence[Timed], repeats: int, where: torch.device, prepare: Timed | None = None
+    contenders: Sequence[Timed], repeats: int, where: torch.device, prepare: Timed | None = None, *, warm: bool = False
 ) -> list[list[float]]:
     """Seconds of each contender, `repeats` times; they take turns, and the first turn (warming up) is not counted.
+
+    warm: on a CPU each runs twice in its turn and the second counts, so that it finds what it works on where it left it,
+    and not where another contender has pushed it.
 
     `prepare` runs before each, untimed. On a GPU a buffer of the size of L2 (or 256 MiB, if that is unknown) is
     overwritten before each, and clocks are left as they are.
@@ -32,6 +35,8 @@ def take_turns(
         for times, run in zip(found, contenders, strict=True):
             if prepare is not None:
                 prepare()
+            if warm and where.type == "cpu":
+                run()
             seconds = once(run)
             if number:
                 times.append(seconds)

@@ -118,7 +118,7 @@ class _Bench:
         runs: list[Any] = [lambda: target.copy_(source), *one.contenders.values()]
         if one.products is not None:
             runs.append(one.products)
-        copy, *times = take_turns(runs, self._repeats, self._where)
+        copy, *times = take_turns(runs, self._repeats, self._where, warm=True)
         bounds = {"copy": statistics.median(copy)}
         if one.products is not None:
             bounds = {"products": statistics.median(times.pop())}
@@ -141,7 +141,7 @@ class _Bench:
             ("tree_attention_backward", given.backward, truths[1], 8),
         ):
             _check(name, {n: run for n, run in runs.items() if not n.startswith("torch")}, truth, tolerance)
-            times = take_turns(list(runs.values()), self._repeats, self._where)
+            times = take_turns(list(runs.values()), self._repeats, self._where, warm=True)
             for contender, values in zip(runs, times, strict=True):
                 yield self._row(
                     name, dtype_name, contender, values, operations=each * given.pairs * self._config.head_dim

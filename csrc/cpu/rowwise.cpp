@@ -16,12 +16,18 @@ namespace {
 constexpr int64_t kGrain = 1 << 14;  // numbers that are worth a thread
 
 int64_t grain(int64_t d) { return d < kGrain ? kGrain / (d ? d : 1) : 1; }
+
+// Of Bf16 the bound is arithmetic.
+template <typename T>
+bool streams(Rows<T> out, int64_t rows, int64_t d) {
+    return sizeof(T) == sizeof(float) && past_caches(out, rows, d);
+}
 }  // namespace
 
 template <typename T>
 void rms_norm(
     const Pool& pool, Rows<T> x, Rows<T> residual, const T* weight, float eps, Rows<T> out, int64_t rows, int64_t d) {
-    const bool past = sizeof(T) == sizeof(float) && past_caches(out, rows, d);  // of Bf16 the bound is arithmetic
+    const bool past = streams(out, rows, d);
     pool.run(rows, grain(d), [&](int64_t begin, int64_t end) {
         if (past) {
             EMBEDGRAD_DISPATCH(rms_norm_past_caches, x, residual, weight, eps, out, begin, end, d)
@@ -59,8 +65,13 @@ void rope_backward(
 
 template <typename T>
 void swiglu(const Pool& pool, Rows<T> gate_up, Rows<T> out, int64_t rows, int64_t width) {
+    const bool past = streams(out, rows, width);
     pool.run(rows, grain(width), [&](int64_t begin, int64_t end) {
-        EMBEDGRAD_DISPATCH(swiglu_rows, gate_up, out, begin, end, width)
+        if (past) {
+            EMBEDGRAD_DISPATCH(swiglu_past_caches, gate_up, out, begin, end, width)
+        } else {
+            EMBEDGRAD_DISPATCH(swiglu_rows, gate_up, out, begin, end, width)
+        }
     });
 }
 

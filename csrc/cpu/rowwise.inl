@@ -10,18 +10,22 @@ EMBEDGRAD_INLINE void add_at(T* x, const T* added, int64_t count) {
     store(x, load(x, count) + load(added, count), count);
 }
 
+// The first `count` numbers of x to p; PAST: all of them, past the caches.
+template <bool PAST, typename T>
+EMBEDGRAD_INLINE void put(T* p, Vec x, int64_t count) {
+    if constexpr (PAST)
+        stream(p, x);
+    else
+        store(p, x, count);
+}
+
 template <int R, bool PAST, typename T>
 EMBEDGRAD_INLINE void scaled_at(
     const T* x, int64_t x_row, const float (&by)[R], const T* w, T* out, int64_t out_row, int64_t count) {
     const Vec weight = load(w, count);
 #pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-        const Vec scaled = load(x + r * x_row, count) * by[r] * weight;
-        if constexpr (PAST)
-            stream(out + r * out_row, scaled);
-        else
-            store(out + r * out_row, scaled, count);
-    }
+    for (int r = 0; r < R; ++r)
+        put<PAST>(out + r * out_row, load(x + r * x_row, count) * by[r] * weight, count);
 }
 
 // R rows from x on; `added` null where nothing is; PAST: the results go past the caches. Lines of `out` are asked for while the squares are summed and, where
@@ -255,7 +259,7 @@ EMBEDGRAD_INLINE void ahead(const T* p) {
 }
 
 // N vectors of which the last holds `count` numbers, the others VL.
-template <int N, typename T>
+template <int N, bool PAST, typename T>
 EMBEDGRAD_INLINE void swiglu_at(const T* gate, const T* up, T* out, int64_t count) {
     Vec g[N], both[N], result[N];
     ahead<N>(gate), ahead<N>(up);
@@ -263,19 +267,28 @@ EMBEDGRAD_INLINE void swiglu_at(const T* gate, const T* up, T* out, int64_t coun
     for (int k = 0; k < N; ++k) g[k] = load(gate + k * VL, count), both[k] = g[k] * load(up + k * VL, count);
     over_one_plus_exp_minus<N>(both, g, result);
 #pragma GCC unroll 4
-    for (int k = 0; k < N; ++k) store(out + k * VL, result[k], count);
+    for (int k = 0; k < N; ++k) put<PAST>(out + k * VL, result[k], count);
 }
 
-template <typename T>
+template <bool PAST = false, typename T>
 static inline void swiglu_row(const T* gate, const T* up, T* out, int64_t width) {
     int64_t i = 0;
-    for (; i + 4 * VL <= width; i += 4 * VL) swiglu_at<4>(gate + i, up + i, out + i, VL);
-    for (; i < width; i += VL) swiglu_at<1>(gate + i, up + i, out + i, width - i);
+    for (; i + 4 * VL <= width; i += 4 * VL) swiglu_at<4, PAST>(gate + i, up + i, out + i, VL);
+    for (; i < width; i += VL) swiglu_at<1, PAST>(gate + i, up + i, out + i, width - i);
 }
 
 template <typename T>
 static void swiglu_rows(Rows<T> gate_up, Rows<T> out, int64_t begin, int64_t end, int64_t width) {
-    for (int64_t t = begin; t < end; ++t) swiglu_row<T>(gate_up.at(t), gate_up.at(t) + width, out.at(t), width);
+    for (int64_t t = begin; t < end; ++t) swiglu_row(gate_up.at(t), gate_up.at(t) + width, out.at(t), width);
+}
+
+template <typename T>
+static void swiglu_past_caches(Rows<T> gate_up, Rows<T> out, int64_t begin, int64_t end, int64_t width) {
+    if constexpr (sizeof(T) == sizeof(float)) {
+        for (int64_t t = begin; t < end; ++t)
+            swiglu_row<true>(gate_up.at(t), gate_up.at(t) + width, out.at(t), width);
+        streamed();
+    }
 }
 
 template <int N, typename T>

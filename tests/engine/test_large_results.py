@@ -33,6 +33,16 @@ def test_rms_norm(name: str, width: int) -> None:
 
 
 @names
+def test_swiglu(name: str) -> None:
+    gate_up = torch.randn(BYTES // 4 // WIDTH + 1, 2 * WIDTH)
+    with native.using(name):
+        whole = native.swiglu(gate_up, out=torch.empty(len(gate_up), WIDTH))
+        for start in range(0, len(gate_up), PIECE):
+            piece = gate_up[start : start + PIECE]
+            assert torch.equal(whole[start : start + PIECE], native.swiglu(piece, out=torch.empty(len(piece), WIDTH)))
+
+
+@names
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_embed(name: str, dtype: torch.dtype) -> None:
     count = BYTES // dtype.itemsize // WIDTH + 1
