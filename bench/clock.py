@@ -23,7 +23,7 @@ def take_turns(
 ) -> list[list[float]]:
     """Seconds of each contender, `repeats` times; they take turns, and the first turn (warming up) is not counted.
 
-    warm: on a CPU each runs twice in its turn and the second counts, so that it finds what it works on where it left it,
+    warm: on a CPU each runs twice in its turn and the second counts: it finds what it works on where it left it,
     and not where another contender has pushed it.
 
     `prepare` runs before each, untimed. On a GPU a buffer of the size of L2 (or 256 MiB, if that is unknown) is
