@@ -14,7 +14,7 @@ constexpr double kTolerance = 0x1p-22;  // share of a row's length by which floa
 constexpr double kParallel = 1e-14;     // share of a row's length below which its part across û is float64's rounding
 constexpr double kSlanted = 1e-2;       // share above which ‖e‖² − (e·û)² gives that part's length to 1e-11
 
-constexpr int64_t kGrain = 1 << 15;     // numbers that are worth a thread
+constexpr int64_t kGrain = 1 << 14;     // numbers that are worth a thread
 
 struct Lengths {
     double ee, ea, aa;  // ‖e‖², e·e0, ‖e0‖²
