@@ -225,8 +225,9 @@ def prompt_step(
         return reference.prompt_step(
             e, e0, m, v, g, step=step, lr=lr, region=region, betas=betas, eps=eps, weight_decay=weight_decay
         )
-    similarity, ratio = (torch.empty(len(e), dtype=torch.float64) for _ in range(2))
-    projected = torch.empty(len(e), dtype=torch.bool)
+    k = e.shape[0]
+    similarity, ratio = torch.empty(k, dtype=torch.float64), torch.empty(k, dtype=torch.float64)
+    projected = torch.empty(k, dtype=torch.bool)
     (beta1, beta2), settings = betas, vars(region)
     adamw = [
         1 - beta1, beta2, 1 - beta2, 1 - lr * weight_decay, lr / (1 - beta1**step), math.sqrt(1 - beta2**step), eps,
