@@ -6,6 +6,12 @@
 
 namespace embedgrad {
 
+// Rows of d numbers that are worth a thread.
+inline int64_t rows_per_thread(int64_t d) {
+    constexpr int64_t numbers = 1 << 14;
+    return d < numbers ? numbers / (d ? d : 1) : 1;
+}
+
 class Pool {
 public:
     virtual ~Pool() = default;

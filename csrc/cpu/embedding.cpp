@@ -14,7 +14,6 @@ namespace embedgrad {
 #include "per_isa.inl"
 
 namespace {
-constexpr int64_t kGrain = 1 << 14;  // numbers that are worth a thread
 constexpr int64_t kAdded = 1 << 17;  // additions that are worth a thread
 }  // namespace
 
@@ -22,14 +21,13 @@ template <typename Table, typename Out>
 void embed(
     const Pool& pool, Rows<float> rows, Rows<Table> table, const int64_t* ids, const int64_t* prompt_rows, Rows<Out> out,
     int64_t count, int64_t d) {
-    const bool past = table.data && past_caches(out, count, d);
-    pool.run(count, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, d)), [&](int64_t begin, int64_t end) {
-        if constexpr (std::is_same_v<Table, Out>)
-            if (past) {
-                EMBEDGRAD_DISPATCH(embed_rows_past_caches, rows, table, ids, prompt_rows, out, begin, end, d)
-                return;
-            }
-        EMBEDGRAD_DISPATCH(embed_rows, rows, table, ids, prompt_rows, out, begin, end, d)
+    const bool past = past_caches(out, count, d);
+    pool.run(count, rows_per_thread(d), [&](int64_t begin, int64_t end) {
+        if (past) {
+            EMBEDGRAD_DISPATCH(embed_rows<true>, rows, table, ids, prompt_rows, out, begin, end, d)
+        } else {
+            EMBEDGRAD_DISPATCH(embed_rows<false>, rows, table, ids, prompt_rows, out, begin, end, d)
+        }
     });
 }
 

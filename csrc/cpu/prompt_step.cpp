@@ -14,8 +14,6 @@ constexpr double kTolerance = 0x1p-22;  // share of a row's length by which floa
 constexpr double kParallel = 1e-14;     // share of a row's length below which its part across û is float64's rounding
 constexpr double kSlanted = 1e-2;       // share above which ‖e‖² − (e·û)² gives that part's length to 1e-11
 
-constexpr int64_t kGrain = 1 << 14;     // numbers that are worth a thread
-
 struct Lengths {
     double ee, ea, aa;  // ‖e‖², e·e0, ‖e0‖²
 };
@@ -223,7 +221,7 @@ void prompt_step(
     Rows<float> v, Rows<float> g, double* similarity, double* norm_ratio, bool* projected, int64_t k, int64_t d) {
     std::vector<Lengths> lengths(k);
     const Edge edge(region.kind == TrustRegion::cosine ? region.tau : 0);
-    pool.run(k, std::max<int64_t>(1, kGrain / std::max<int64_t>(1, d)), [&](int64_t begin, int64_t end) {
+    pool.run(k, rows_per_thread(d), [&](int64_t begin, int64_t end) {
         for (int64_t t = begin; t < end; ++t) {
             projected[t] = false;
             EMBEDGRAD_DISPATCH(adamw_row, adamw, e.at(t), anchor.at(t), m.at(t), v.at(t), g.at(t), d, lengths[t])

@@ -12,27 +12,15 @@ namespace embedgrad {
 #define EMBEDGRAD_KERNELS "rowwise.inl"
 #include "per_isa.inl"
 
-namespace {
-constexpr int64_t kGrain = 1 << 14;  // numbers that are worth a thread
-
-int64_t grain(int64_t d) { return d < kGrain ? kGrain / (d ? d : 1) : 1; }
-
-// Of Bf16 the bound is arithmetic.
-template <typename T>
-bool streams(Rows<T> out, int64_t rows, int64_t d) {
-    return sizeof(T) == sizeof(float) && past_caches(out, rows, d);
-}
-}  // namespace
-
 template <typename T>
 void rms_norm(
     const Pool& pool, Rows<T> x, Rows<T> residual, const T* weight, float eps, Rows<T> out, int64_t rows, int64_t d) {
-    const bool past = streams(out, rows, d);
-    pool.run(rows, grain(d), [&](int64_t begin, int64_t end) {
+    const bool past = past_caches(out, rows, d);
+    pool.run(rows, rows_per_thread(d), [&](int64_t begin, int64_t end) {
         if (past) {
-            EMBEDGRAD_DISPATCH(rms_norm_past_caches, x, residual, weight, eps, out, begin, end, d)
+            EMBEDGRAD_DISPATCH(rms_norm_rows<true>, x, residual, weight, eps, out, begin, end, d)
         } else {
-            EMBEDGRAD_DISPATCH(rms_norm_rows, x, residual, weight, eps, out, begin, end, d)
+            EMBEDGRAD_DISPATCH(rms_norm_rows<false>, x, residual, weight, eps, out, begin, end, d)
         }
     });
 }
@@ -40,7 +28,7 @@ void rms_norm(
 template <typename T>
 void rms_norm_backward(
     const Pool& pool, Rows<T> dy, Rows<T> x, const T* weight, float eps, Rows<T> dx, int64_t rows, int64_t d) {
-    pool.run(rows, grain(d), [&](int64_t begin, int64_t end) {
+    pool.run(rows, rows_per_thread(d), [&](int64_t begin, int64_t end) {
         EMBEDGRAD_DISPATCH(rms_norm_backward_rows, dy, x, weight, eps, dx, begin, end, d)
     });
 }
@@ -49,7 +37,7 @@ template <typename T>
 void rope(
     const Pool& pool, Rows<T> x, const T* cos, const T* sin, HeadNorms<T> norms, int64_t rows, int64_t heads,
     int64_t half) {
-    pool.run(rows, grain(heads * half), [&](int64_t begin, int64_t end) {
+    pool.run(rows, rows_per_thread(heads * half), [&](int64_t begin, int64_t end) {
         EMBEDGRAD_DISPATCH(rope_rows, x, cos, sin, norms, begin, end, heads, half)
     });
 }
@@ -58,26 +46,26 @@ template <typename T>
 void rope_backward(
     const Pool& pool, Rows<T> dx, Rows<T> raw, const T* cos, const T* sin, HeadNorms<T> norms, int64_t rows,
     int64_t heads, int64_t half) {
-    pool.run(rows, grain(heads * half), [&](int64_t begin, int64_t end) {
+    pool.run(rows, rows_per_thread(heads * half), [&](int64_t begin, int64_t end) {
         EMBEDGRAD_DISPATCH(rope_backward_rows, dx, raw, cos, sin, norms, begin, end, heads, half)
     });
 }
 
 template <typename T>
 void swiglu(const Pool& pool, Rows<T> gate_up, Rows<T> out, int64_t rows, int64_t width) {
-    const bool past = streams(out, rows, width);
-    pool.run(rows, grain(width), [&](int64_t begin, int64_t end) {
+    const bool past = past_caches(out, rows, width);
+    pool.run(rows, rows_per_thread(width), [&](int64_t begin, int64_t end) {
         if (past) {
-            EMBEDGRAD_DISPATCH(swiglu_past_caches, gate_up, out, begin, end, width)
+            EMBEDGRAD_DISPATCH(swiglu_rows<true>, gate_up, out, begin, end, width)
         } else {
-            EMBEDGRAD_DISPATCH(swiglu_rows, gate_up, out, begin, end, width)
+            EMBEDGRAD_DISPATCH(swiglu_rows<false>, gate_up, out, begin, end, width)
         }
     });
 }
 
 template <typename T>
 void swiglu_backward(const Pool& pool, Rows<T> da, Rows<T> gate_up, Rows<T> out, int64_t rows, int64_t width) {
-    pool.run(rows, grain(width), [&](int64_t begin, int64_t end) {
+    pool.run(rows, rows_per_thread(width), [&](int64_t begin, int64_t end) {
         EMBEDGRAD_DISPATCH(swiglu_backward_rows, da, gate_up, out, begin, end, width)
     });
 }
@@ -96,7 +84,7 @@ EMBEDGRAD_OF(Bf16)
 void softmax_loss(
     const Pool& pool, Rows<float> z, const int64_t* targets, const float* weights, float* nll, int64_t* predicted,
     int64_t rows, int64_t vocabulary) {
-    pool.run(rows, grain(vocabulary), [&](int64_t begin, int64_t end) {
+    pool.run(rows, rows_per_thread(vocabulary), [&](int64_t begin, int64_t end) {
         for (int64_t t = begin; t < end; ++t) {
             const float* weight = weights ? weights + t : nullptr;
             EMBEDGRAD_DISPATCH(softmax_loss_row, z.at(t), vocabulary, targets[t], weight, nll[t], predicted[t])

@@ -10,10 +10,10 @@ EMBEDGRAD_INLINE void add_at(T* x, const T* added, int64_t count) {
     store(x, load(x, count) + load(added, count), count);
 }
 
-// The first `count` numbers of x to p; PAST: all of them, past the caches.
+// The first `count` numbers of x to p; PAST: all of them, past the caches (of Bf16 the bound is arithmetic).
 template <bool PAST, typename T>
 EMBEDGRAD_INLINE void put(T* p, Vec x, int64_t count) {
-    if constexpr (PAST)
+    if constexpr (PAST && sizeof(T) == sizeof(float))
         stream(p, x);
     else
         store(p, x, count);
@@ -73,32 +73,18 @@ static inline void rms_norm_row(float* x, const float* residual, const float* w,
     rms_norm_block<1>(x, 0, residual, 0, w, eps, out, 0, d);
 }
 
-template <typename T>
-static void rms_norm_past_caches(
-    Rows<T> x, Rows<T> residual, const T* w, float eps, Rows<T> out, int64_t begin, int64_t end, int64_t d) {
-    if constexpr (sizeof(T) == sizeof(float)) {
-        for (int64_t t = begin; t < end; t += t + 4 <= end ? 4 : 1) {
-            const T* added = residual.data ? residual.at(t) : nullptr;
-            if (t + 4 <= end)
-                rms_norm_block<4, true>(x.at(t), x.row, added, residual.row, w, eps, out.at(t), out.row, d, t + 8 <= end);
-            else
-                rms_norm_block<1, true>(x.at(t), x.row, added, residual.row, w, eps, out.at(t), out.row, d);
-        }
-        streamed();
-    }
-}
-
-template <typename T>
+template <bool PAST, typename T>
 static void rms_norm_rows(
     Rows<T> x, Rows<T> residual, const T* w, float eps, Rows<T> out, int64_t begin, int64_t end, int64_t d) {
     int64_t t = begin;
     for (; t < end; t += t + 4 <= end ? 4 : 1) {
         const T* added = residual.data ? residual.at(t) : nullptr;
         if (t + 4 <= end)
-            rms_norm_block<4>(x.at(t), x.row, added, residual.row, w, eps, out.at(t), out.row, d, t + 8 <= end);
+            rms_norm_block<4, PAST>(x.at(t), x.row, added, residual.row, w, eps, out.at(t), out.row, d, t + 8 <= end);
         else
-            rms_norm_block<1>(x.at(t), x.row, added, residual.row, w, eps, out.at(t), out.row, d);
+            rms_norm_block<1, PAST>(x.at(t), x.row, added, residual.row, w, eps, out.at(t), out.row, d);
     }
+    if (PAST) streamed();
 }
 
 template <int R, typename T>
@@ -277,18 +263,10 @@ static inline void swiglu_row(const T* gate, const T* up, T* out, int64_t width)
     for (; i < width; i += VL) swiglu_at<1, PAST>(gate + i, up + i, out + i, width - i);
 }
 
-template <typename T>
+template <bool PAST, typename T>
 static void swiglu_rows(Rows<T> gate_up, Rows<T> out, int64_t begin, int64_t end, int64_t width) {
-    for (int64_t t = begin; t < end; ++t) swiglu_row(gate_up.at(t), gate_up.at(t) + width, out.at(t), width);
-}
-
-template <typename T>
-static void swiglu_past_caches(Rows<T> gate_up, Rows<T> out, int64_t begin, int64_t end, int64_t width) {
-    if constexpr (sizeof(T) == sizeof(float)) {
-        for (int64_t t = begin; t < end; ++t)
-            swiglu_row<true>(gate_up.at(t), gate_up.at(t) + width, out.at(t), width);
-        streamed();
-    }
+    for (int64_t t = begin; t < end; ++t) swiglu_row<PAST>(gate_up.at(t), gate_up.at(t) + width, out.at(t), width);
+    if (PAST) streamed();
 }
 
 template <int N, typename T>

@@ -9,6 +9,11 @@ typedef uint32_t UVec __attribute__((vector_size(VL * 4)));
 typedef uint16_t Halves __attribute__((vector_size(VL * 2)));
 typedef uint16_t HalvesAnywhere __attribute__((vector_size(VL * 2), aligned(2), may_alias));
 
+// Asks for the cache lines of what is needed soon, where the machine does not foresee it.
+EMBEDGRAD_INLINE void fetch(const void* from, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i);
+}
+
 template <typename To, typename From>
 EMBEDGRAD_INLINE To bits_as(const From& from) {
     To to;

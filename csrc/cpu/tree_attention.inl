@@ -31,8 +31,6 @@ static void lay_out_panels(const Plan& plan, Heads<T> x, float* rows, float* tra
 // A group's share of a row is a few lines long, and ends before the processor has seen that it is a stream: the rows to
 // come are asked for.
 constexpr int64_t kAhead = 4;
-template <typename T>
-constexpr int64_t kLine = 64 / sizeof(T);
 
 // The block's rows of x, times `factor`, [rows + kSpareRows, padded]: query by query, the group's heads together, then 0.
 template <typename T>
@@ -40,8 +38,7 @@ static void gather(const Plan& plan, const Block& block, Heads<T> x, float facto
     const int64_t group = plan.heads_per_group(), head_dim = plan.shape.head_dim, d = plan.padded;
     for (int64_t n = block.first; n < block.first + block.queries; ++n) {
         const T* from = x.data + n * x.row + block.group * group * head_dim;
-        if (n + kAhead < block.first + block.queries)
-            for (int64_t c = 0; c < group * head_dim; c += kLine<T>) __builtin_prefetch(from + kAhead * x.row + c);
+        if (n + kAhead < block.first + block.queries) fetch(from + kAhead * x.row, group * head_dim * sizeof(T));
         for (int64_t h = 0; h < group; ++h, from += head_dim, to += d)
             for (int64_t c = 0; c < d; c += VL)
                 store(to + c, c < head_dim ? load(from + c, head_dim - c) * factor : Vec{});

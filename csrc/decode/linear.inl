@@ -132,11 +132,8 @@ static void float_part(const Part& part, const Activations& x, int64_t rows, int
 
 // ---- matrices in blocks ---------------------------------------------------------------------------------------------
 
-// Asks for bytes that are needed soon. The kernels go through several rows of a matrix at a time, in which the machine does
-// not see that memory is read from one end to the other.
-static inline __attribute__((always_inline)) void fetch(const void* from, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += kLine) __builtin_prefetch(static_cast<const char*>(from) + i);
-}
+// The kernels go through several rows of a matrix at a time, in which the machine does not see that memory is read from one
+// end to the other: they fetch.
 
 #include "blocks.inl"
 

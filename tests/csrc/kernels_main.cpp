@@ -188,7 +188,6 @@ int main() {
     const int sets = static_cast<int>(best_isa()) + 1;
     isa_in_use() = Isa::plain;
     const std::vector<double> plain = everything(1);
-    double largest = 0;
     for (int set = 0; set < sets; ++set)
         for (int64_t threads : {1, 3}) {
             isa_in_use() = static_cast<Isa>(set);
@@ -197,7 +196,6 @@ int main() {
             for (size_t i = 0; i < found.size(); ++i) {
                 const double error = std::abs(found[i] - plain[i]) / (1 + std::abs(plain[i]));
                 if (!(error <= 0.05)) return std::printf("set %d, %d threads: number %zu differs\n", set, int(threads), i), 1;
-                largest = std::max(largest, error);
             }
         }
     std::printf("%d sets, %zu numbers\n", sets, plain.size());

@@ -5,14 +5,12 @@ from __future__ import annotations
 import pytest
 import torch
 
-native = pytest.importorskip("embedgrad.backends.native", exc_type=ImportError)
+from tests.engine.test_native_backend import SETS, native
 
 WIDTH, PIECE = 1024, 1000  # numbers of a row; rows of a piece that the cache keeps
 BYTES = 33 << 20  # more than csrc/cpu/caches.h thinks a cache keeps
 
-OWN = native.INSTRUCTION_SETS[: native.INSTRUCTION_SETS.index(native.instruction_set()) + 1]  # what the machine has
-
-names = pytest.mark.parametrize("name", OWN)
+names = pytest.mark.parametrize("name", SETS)
 
 
 @names

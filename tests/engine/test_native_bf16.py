@@ -177,7 +177,8 @@ def test_the_engine_in_bfloat16(config: Any, prompt: Any, batch: list[Any]) -> N
         model.prefix_cache.clear()
     assert found[0][0] == pytest.approx(truth_loss, rel=0.02)
     # A model of width 4 averages nothing: either may have the luckier roundings.
-    assert relative_error(found[0][1], truth) <= 2 * relative_error(plain, truth) + 0.04
+    factor, more = (1.5, 0.02) if model.config.hidden_size >= 8 else (2, 0.04)
+    assert relative_error(found[0][1], truth) <= factor * relative_error(plain, truth) + more
 
 
 def test_a_bfloat16_model_writes_answers(tmp_path: Path) -> None:
