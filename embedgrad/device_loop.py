@@ -212,8 +212,9 @@ class DeviceLoop:
             "stop", "tokens", "status", "children", "child_tokens", "child_nodes", "ids", "lengths", "inputs",
             "positions", "steps", "counts", "nodes", "reasons", "running",
         )  # fmt: skip
+        most = slots.capacity  # sampling.max_new_tokens, or what the context holds if that is less
         return native_core.AdvanceBatch(
-            slots.size, slots.vocabulary, slots.capacity, slots.sampling.max_new_tokens, slots.limits.max_position,
+            slots.size, slots.vocabulary, slots.capacity, most, slots.limits.max_position,
             len(slots.stop_tokens), *map(self._address, names),
         )  # fmt: skip
 

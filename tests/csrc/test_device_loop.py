@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from embedgrad import device_loop, generation
@@ -127,6 +127,7 @@ def samplings(draw: st.DrawFn) -> Sampling:
 
 @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 @given(sampling=samplings(), size=st.integers(1, len(ASKED)), order=st.integers(1, 2**32))
+@example(Sampling(max_new_tokens=200), 1, 1)  # more than the context holds
 def test_writes_what_the_plain_loop_writes(core: Core, model: Model, sampling: Sampling, size: int, order: int) -> None:
     core.lib.embedgrad_emulation_seed(order)
     p = prompt_of(model)
