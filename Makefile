@@ -32,7 +32,7 @@ wheel: $(VENV)/.installed
 	EMBEDGRAD_BUILD_PYTHON=$(CURDIR)/$(BIN)/python $(BIN)/python -m build
 
 demo: $(VENV)/.installed-demo
-	$(BIN)/python -m embedgrad.demo
+	$(BIN)/python -m embedgrad.cli.demo
 
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --durations=15

@@ -20,15 +20,11 @@ from typing import Any
 from setuptools import find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 
-SOURCES = [
-    str(path) for pattern in ("*.cpp", "cpu/*.cpp", "decode/*.cpp") for path in sorted(Path("csrc").glob(pattern))
-]
-HEADERS = [
-    str(path)
-    for pattern in ("*.h", "common/*.h", "cpu/*.h", "cpu/*.inl", "decode/*.h", "decode/*.inl")
-    for path in sorted(Path("csrc").glob(pattern))
-]
+CPU_FILES = [str(path) for path in sorted(Path("csrc").rglob("*.*")) if "cuda" not in path.parts]
+SOURCES = [path for path in CPU_FILES if path.endswith(".cpp")]
+HEADERS = [path for path in CPU_FILES if path.endswith((".h", ".inl"))]
 FLAGS = ["-O3", "-std=c++17", "-fopenmp", "-fvisibility=hidden", "-g0"]
+FLAGS += ["-Wno-c++20-extensions"]  # of torch's headers
 
 CUDA_SOURCES = [str(path) for path in sorted(Path("csrc/cuda").glob("*.cu"))]
 CUDA_TARGETS = ("80", "90", "100")  # machine code for these, and PTX of the last, which newer GPUs compile

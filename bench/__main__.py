@@ -1,16 +1,9 @@
-"""`python -m bench NAME [--quick] [--json FILE] [options of that bench]`: asks one question and prints the answer.
+"""`python -m bench QUESTION [--quick] [--json FILE] [options of that question]`: ask one question and print the answer.
 
-A bench is a module `bench/NAME.py` whose docstring's first line says which question it answers, with
-
-    CHECKS                      pytest ids that must pass before anything is timed
-    add_arguments(parser)       its options
-    main(args) -> list[Row]     measures (bench/rows.py)
-    tables(rows) -> dict        name → Markdown, made from rows of one run
-    pictures(rows) -> dict      name → matplotlib figure
-
-Rows are appended to bench/results/NAME.jsonl, and the tables and pictures that come from them are made anew, in
-README.md and bench/README.md too (`python -m bench report` does that alone). `--quick` runs are marked as such and
-leave the documents alone. `python -m bench all` asks all questions.
+A question is a module `bench/NAME.py` that has what `bench.harness.report.Question` names. Its rows are appended to
+bench/results/NAME.jsonl, and the tables and pictures made from them are made anew, in README.md and bench/README.md too
+(`python -m bench report` does that alone). Rows of a `--quick` run are marked, and its documents are left alone.
+`python -m bench all` asks all questions.
 """
 
 from __future__ import annotations
@@ -22,7 +15,12 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import cast
+
+from bench.harness import report, rows
+from bench.harness.report import Question
+from bench.harness.rows import ROOT, Row
+from bench.harness.verify import verify
 
 HERE = Path(__file__).parent
 ALL = (
@@ -32,28 +30,32 @@ ALL = (
 
 
 def names() -> list[str]:
-    """Every module beside this one that has a `main(args)`."""
-    found = (path.stem for path in HERE.glob("*.py") if "\ndef main(" in path.read_text())
-    return sorted(name for name in found if name not in ("__main__", "report"))
+    """Every question: the modules beside this one."""
+    return sorted(path.stem for path in HERE.glob("*.py") if not path.stem.startswith("__"))
 
 
-def question(name: str) -> str:
-    """The first line of a bench's docstring, without importing it."""
+def question(name: str) -> Question:
+    """The module that answers a question."""
+    return cast(Question, importlib.import_module(f"bench.{name}"))
+
+
+def asked(name: str) -> str:
+    """The question itself, the first line of its module's docstring; imports nothing."""
     return (ast.get_docstring(ast.parse((HERE / f"{name}.py").read_text())) or name).splitlines()[0]
 
 
-def parse(argv: Sequence[str]) -> tuple[Any, argparse.Namespace]:
-    """The bench that `argv` names (None for all and report), and its options."""
+def parse(argv: Sequence[str]) -> tuple[Question | None, argparse.Namespace]:
+    """The question that `argv` names (None for all and report), and its options."""
     parser = argparse.ArgumentParser(prog="python -m bench", description="Ask one question of the program.")
     commands = parser.add_subparsers(dest="name", required=True, metavar="NAME")
     everything = commands.add_parser("all", help="all questions, one after the other")
-    report = commands.add_parser("report", help="make every table and picture anew from bench/results")
-    report.add_argument("--check", action="store_true", help="only say which documents are out of date")
-    module: Any = None
+    again = commands.add_parser("report", help="make every table and picture anew from bench/results")
+    again.add_argument("--check", action="store_true", help="only say which documents are out of date")
+    module = None
     for name in names():
-        command = commands.add_parser(name, help=question(name), description=question(name))
-        if argv[:1] == [name]:  # the others need not even be importable
-            module = importlib.import_module(f"bench.{name}")
+        command = commands.add_parser(name, help=asked(name), description=asked(name))
+        if argv[:1] == [name]:  # the others are not imported
+            module = question(name)
             module.add_arguments(command)
         _common(command)
     _common(everything)
@@ -64,15 +66,13 @@ def _common(command: argparse.ArgumentParser) -> None:
     command.add_argument("--json", type=Path, metavar="FILE", help="write the rows here as well")
     command.add_argument("--quick", action="store_true", help="a small part of the question, under two minutes")
     command.add_argument("--unrecorded", action="store_true", help="append no rows and make no documents anew")
-    command.add_argument("--unchecked", action="store_true", help=argparse.SUPPRESS)  # while one writes a bench
+    command.add_argument("--unchecked", action="store_true", help=argparse.SUPPRESS)  # while one writes a question
 
 
-def ask(argv: Sequence[str], *, checked: bool = False) -> list[Any]:
-    """One question: check, measure, record, and make its documents anew; the rows. `checked`: its tests have passed."""
-    from bench import report, rows
-    from bench.verify import verify
-
+def ask(argv: Sequence[str], *, checked: bool = False) -> list[Row]:
+    """Ask one question: check, measure, record, make its documents anew; the rows. `checked`: its tests have passed."""
     module, args = parse(argv)
+    assert module is not None
     if getattr(args, "worker", None):  # a contender's process
         module.main(args)
         return []
@@ -83,23 +83,35 @@ def ask(argv: Sequence[str], *, checked: bool = False) -> list[Any]:
     if not (args.unrecorded or args.unchecked):
         rows.append(found)
         if not args.quick:
-            report.rebuild([args.name])
+            report.rebuild([module])
     for text in module.tables(found).values():
         print(f"\n{text}")
     return found
 
 
-def ask_all(args: argparse.Namespace) -> list[Any]:
-    """All questions; the tests of all that is timed run once, before the first."""
-    from bench.verify import verify
-
+def ask_all(args: argparse.Namespace) -> list[Row]:
+    """Ask all questions. The tests of what they time run once, before the first."""
     common = [f"--{name}" for name in ("quick", "unrecorded") if getattr(args, name)]
-    verify(test for name, *_ in ALL for test in importlib.import_module(f"bench.{name}").CHECKS)
+    verify(test for name, *_ in ALL for test in question(name).CHECKS)
     found = []
     for argv in ALL:
-        print(f"\n# {question(argv[0])}", flush=True)
+        print(f"\n# {asked(argv[0])}", flush=True)
         found += ask([*argv, *common], checked=True)
     return found
+
+
+def report_all(*, check: bool) -> int:
+    """Make all documents anew; with `check` only say which are out of date, as the exit status does."""
+    questions = [question(name) for name, *_ in ALL]
+    if not check:
+        report.rebuild(questions)
+        return 0
+    old = report.outdated(questions)
+    for path in old:
+        print(f"{path.relative_to(ROOT)} is out of date: run `python -m bench report`.")
+    if not old:
+        print("up to date")
+    return 1 if old else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -107,9 +119,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     _, args = parse(argv)
     if args.name == "report":
-        from bench import report
-
-        return report.main(args)
+        return report_all(check=args.check)
     found = ask_all(args) if args.name == "all" else ask(argv)
     if args.json:
         args.json.write_text(json.dumps([row.model_dump() for row in found], indent=1) + "\n")

@@ -1,10 +1,10 @@
 """How long from a model's file to the first step and to the first token, cold and warm, against transformers?
 
-SmolLM2-135M-Instruct from its Q4_1 GGUF file and from a safetensors folder with the same weights in bfloat16 (made in
-a temporary folder first). Every measurement is a process of its own: it starts, imports, loads, and takes one step
-(prompt and query of 16 tokens, one example) or writes one token behind a short chat. Seconds are those from the call
-that loads to the result; the imports before it stand beside them. "Cold": the file's pages were dropped from the page
-cache first (the programs' own libraries were not); "warm": they are there.
+SmolLM2-135M-Instruct from its Q4_1 GGUF file, and from a safetensors folder with the same weights in bfloat16 that is
+made first. Every measurement is a process of its own: it starts, imports, loads, and takes one step (prompt and query
+of 16 tokens, one example) or writes one token behind a short chat. Seconds are from the call that loads to the result;
+the imports before that call have a column of their own. "Cold": the file's pages were dropped from the page cache
+first, those of the programs' own libraries were not. "Warm": they are in the cache.
 """
 
 from __future__ import annotations
@@ -22,20 +22,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.markdown import table
-from bench.rows import Row, row
+from bench.harness.markdown import table
+from bench.harness.rows import Row, row
+from bench.harness.worker import environment
 
 CHECKS = ("tests/engine/test_gradient.py::test_smollm2_equals_transformers",)
 OURS = {"embedgrad, GGUF as stored": ("gguf", "stored"), "embedgrad, GGUF to float32": ("gguf", "compute"),
         "embedgrad, safetensors": ("safetensors", "compute")}  # fmt: skip
 OTHERS = {"transformers, GGUF": "gguf", "transformers, safetensors": "safetensors"}
 POINTS = ("step", "token")
-ONCE = ("transformers, GGUF",)  # so slow that one measurement must do: warm, to the first step
+ONCE = ("transformers, GGUF",)  # slow, so measured once: warm, to the first step
 TOKENS = 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of this bench."""
+    """Options of this question."""
     parser.add_argument("--repeats", type=int, default=2, help="warm processes of each (default 2)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--worker", choices=(*OURS, *OTHERS), help=argparse.SUPPRESS)
@@ -79,8 +80,8 @@ def write_safetensors(folder: Path) -> Path:
     from safetensors.torch import save_file
 
     from embedgrad.model.checkpoint import read_checkpoint
-    from embedgrad.model.gguf_file import GgufFile
-    from embedgrad.model.gguf_tokenizer import build_backend
+    from embedgrad.model.files.gguf import GgufFile
+    from embedgrad.model.files.gguf_tokenizer import build_backend
     from embedgrad.tasks import smollm2
 
     source = read_checkpoint(smollm2.path())
@@ -113,10 +114,9 @@ def _forget(path: Path) -> None:
 
 
 def _ask(name: str, point: str, path: Path, threads: int) -> dict[str, Any]:
-    environment = {**os.environ, "OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false"}
     command = [sys.executable, "-m", "bench", "load", "--worker", name, "--point", point, "--path", str(path)]
     started = time.monotonic()
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=False)
+    done = subprocess.run(command, env=environment(threads), stdout=subprocess.PIPE, text=True, check=False)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
         raise SystemExit(f"{name} did not get to its first {point}; its message stands above.")
@@ -133,8 +133,8 @@ def _measure(name: str, point: str, path: Path) -> dict[str, Any]:
     ours = name in OURS
     if ours:
         import embedgrad
-        import embedgrad.gradient
-        import embedgrad.model.model  # what `load_model` imports when it is first asked for
+        import embedgrad.engine.gradient
+        import embedgrad.engine.model  # what `load_model` imports when it is first asked for
 
         version = f"embedgrad {embedgrad.__version__}"
     else:
@@ -159,7 +159,7 @@ def _load_ours(path: Path, weights: str) -> Any:
 
 def _our_result(model: Any, point: str) -> None:
     import embedgrad
-    from bench.contenders import Case, our_step
+    from bench.harness.contenders import Case, our_step
 
     if point == "step":
         our_step(model, Case(TOKENS, TOKENS, 1), "all")()
@@ -183,7 +183,7 @@ def _load_transformers(path: Path, point: str) -> Any:
 def _their_result(loaded: Any, point: str) -> None:
     import torch
 
-    from bench.contenders import Case, autograd_step
+    from bench.harness.contenders import Case, autograd_step
 
     model, tokenizer = loaded
     if point == "step":
@@ -221,24 +221,20 @@ def pictures(rows: Sequence[Row]) -> dict[str, Any]:
     """Imports, loading and the first result, warm."""
     import matplotlib.pyplot as plt
 
-    from bench import style
+    from bench.harness import pictures as draw
 
     points = list(dict.fromkeys(str(one.case["point"]) for one in rows))
     names = list(dict.fromkeys(one.contender for one in rows))
     figure, panels = plt.subplots(1, len(points), figsize=(4.4 * len(points), 2.6), sharey=True, squeeze=False)
     for axes, point in zip(panels[0], points, strict=True):
         found = [one for one in rows if one.case["point"] == point and one.case["state"] == "warm"]
-        left = [0.0] * len(found)
-        for label, colour, widths in (
+        draw.stacked_bars(axes, [names.index(one.contender) for one in found], [
             ("imports", "#BBBBBB", [one.more["import_seconds"] for one in found]),
-            ("loading", style.OURS_TOO, [one.more["load_seconds"] for one in found]),
-            (f"first {point}", style.OURS, [one.median - one.more["load_seconds"] for one in found]),
-        ):
-            axes.barh([names.index(one.contender) for one in found], widths, left=left, color=colour, label=label)
-            left = [a + b for a, b in zip(left, widths, strict=True)]
+            ("loading", draw.OURS_TOO, [one.more["load_seconds"] for one in found]),
+            (f"first {point}", draw.OURS, [one.median - one.more["load_seconds"] for one in found]),
+        ])  # fmt: skip
         axes.set_yticks(range(len(names)), names, fontsize=8)
         axes.set_xlabel("seconds, warm")
-        axes.grid(axis="y", visible=False)
         axes.legend(fontsize=8)
     panels[0][0].invert_yaxis()
     return {"load": figure}

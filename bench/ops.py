@@ -1,15 +1,15 @@
 """How close does each operation come to what the machine allows, and how does it compare with torch's own?
 
-SmolLM2-135M's sizes, two trees of `bench step` and one that no cache holds, in float32 and bfloat16; every backend that
-runs here, torch's own way to the same result, and Cut Cross-Entropy's portable path where it is installed
-(Liger-Kernel imports on a CPU, but all of its operations are Triton kernels and start on a GPU only). What backends
-compute is first held against the reference in float64; what is wrong gives no figure.
+SmolLM2-135M's sizes, in float32 and bfloat16, on two trees of `bench step` and one that no cache holds. Contenders are
+every backend that runs here, torch's own way to the same result, and Cut Cross-Entropy's portable path where it is
+installed. (Liger-Kernel imports on a CPU, but all of its operations are Triton kernels that need a GPU.) Each backend's
+result is first compared with the reference in float64; a wrong one gives no figure.
 
-A row-wise operation has two bounds, of which the longer one counts: a copy of as many bytes as it must move, in the
-same turn; and its vector instructions (`operations`) at the rate at which all threads multiply and add in registers.
-Beside them stands the rate at which the machine copies 256 MiB, which small operations exceed: they work in the cache.
-The loss's bound is what BLAS needs for its two products. Tree attention has torch's `scaled_dot_product_attention`
-beside it.
+A row-wise operation has two bounds, of which the longer one counts: a copy of the bytes that it must move, in the same
+turn; and its vector instructions (`operations`) at the rate at which all threads multiply and add in registers. The
+table also has the rate at which the machine copies 256 MiB. Small operations exceed that: they work in the cache. The
+loss's bound is the time of its two matrix products in BLAS. Tree attention is compared with torch's
+`scaled_dot_product_attention`.
 """
 
 from __future__ import annotations
@@ -19,31 +19,33 @@ import os
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from bench.clock import device, take_turns
-from bench.contenders import Case, task
-from bench.markdown import seconds, table
-from bench.op_attention import Attention
-from bench.op_cases import OpCase, Run, cases, operations
-from bench.rows import Row, row
-from embedgrad.backends import reference
+import embedgrad
+from bench.harness.clock import device, take_turns
+from bench.harness.contenders import Case, tree_of
+from bench.harness.markdown import seconds, table
+from bench.harness.op_attention import Attention
+from bench.harness.op_cases import OpCase, Run, cases, operations
+from bench.harness.rows import Row, row
+from embedgrad import backends
+from embedgrad.backends.base import Backend
+from embedgrad.backends.reference import OPS as reference
+from embedgrad.engine.tree import TokenTree
 from embedgrad.model.config import ModelConfig
-from embedgrad.tree import TokenTree
 
-CHECKS = ("tests/engine/test_native_backend.py",)
+CHECKS = ("tests/backends/test_native.py",)
 SHAPES = ("64/64/8", "32/250/8", "4096/190/64")
-ATTENTION_TOKENS = 4096  # a larger tree is too much for torch, which needs all pairs of it
-COPIED = 128 << 20  # bytes that are read, and as many written, for the machine's rate
+ATTENTION_TOKENS = 4096  # of the largest tree for attention: torch's mask holds all pairs of tokens
+COPIED = 128 << 20  # bytes read, and as many written, to measure the machine's rate
 TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of this bench."""
+    """Options of this question."""
     parser.add_argument("--shapes", nargs="*", default=None, help=f"prompt/query/batch (default: {' '.join(SHAPES)})")
     parser.add_argument("--repeats", type=int, default=9, help="timings of each (default 9)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
@@ -52,10 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> list[Row]:
     """Measure; the rows."""
-    import embedgrad
-    from embedgrad.rendering import render
     from embedgrad.tasks import smollm2
-    from embedgrad.tree import build_tree
 
     where = device(args.device)
     torch.set_num_threads(args.threads)
@@ -63,33 +62,21 @@ def main(args: argparse.Namespace) -> list[Row]:
     rows: list[Row] = []
     for shape in args.shapes or (SHAPES[:1] if args.quick else SHAPES):
         case = Case.parse(shape)
-        soft, examples = task(model, case)
-        tree = build_tree([render(model, soft, example) for example in examples])
+        tree = tree_of(model, case)
         rows += _Bench(args, where, case, tree, model.config).rows()
         print(f"{shape}: {tree.num_tokens} packed tokens done", flush=True)
     return rows
 
 
-def _backends(where: torch.device) -> list[ModuleType]:
-    """Ours that run on the device, but the reference."""
-    if where.type == "cuda":
-        from embedgrad.backends import triton
-
-        return [triton]
-    from embedgrad.backends import native
-
-    return [native]
-
-
 class _Bench:
-    """One tree."""
+    """All operations on one tree."""
 
     def __init__(
         self, args: argparse.Namespace, where: torch.device, case: Case, tree: TokenTree, config: ModelConfig
     ) -> None:
         self._args, self._where, self._case, self._tree, self._config = args, where, case, tree, config
         self._repeats = 5 if args.quick else args.repeats
-        self._own = _backends(where)
+        self._own: list[Backend] = [backends.choose("triton" if where.type == "cuda" else "native", where)]
         self._machine = _copied_per_second(where)
 
     def rows(self) -> list[Row]:
@@ -103,8 +90,6 @@ class _Bench:
         return found
 
     def _row(self, op: str, dtype: str, name: str, values: list[float], version: str = "", **more: Any) -> Row:
-        import embedgrad
-
         own = name in ("native", "triton", "reference")
         case = {"op": op, "dtype": dtype, "shape": str(self._case), "tokens": self._tree.num_tokens,
                 "threads": self._args.threads, "device": self._args.device}  # fmt: skip
@@ -157,7 +142,7 @@ def _check(name: str, runs: dict[str, Run], truth: list[Tensor], tolerance: floa
 
 
 def _multiply_add_seconds() -> float:
-    """Seconds that one multiply-add of one number takes, on all of torch's threads together, in registers."""
+    """Seconds of one multiply-add of one number in registers, all of torch's threads together."""
     found = []
     for _ in range(5):
         started = time.perf_counter()
@@ -186,7 +171,7 @@ def _named(rows: Sequence[Row]) -> dict[tuple[str, str, str], dict[str, Row]]:
 
 
 def _best(named: dict[str, Row]) -> Row:
-    """Ours: of the backend that a user gets."""
+    """Our row of the backend that a user gets."""
     return named.get("native") or named.get("triton") or named["reference"]
 
 
@@ -223,20 +208,19 @@ def pictures(rows: Sequence[Row]) -> dict[str, Any]:
     """Share of the bound for every row-wise operation, float32."""
     import matplotlib.pyplot as plt
 
-    from bench import style
+    from bench.harness import pictures as draw
 
     float32 = {key: named for key, named in _named(rows).items() if key[1] == "float32"}
     found = {key: named for key, named in float32.items() if "of_bound" in _best(named).more}
     ops, shapes = (list(dict.fromkeys(key[i] for key in found)) for i in (0, 2))
     figure, axes = plt.subplots(figsize=(8, 3.8))
-    width = 0.8 / max(1, len(shapes))
-    for place, shape in enumerate(shapes):
-        at = [i + (place - (len(shapes) - 1) / 2) * width for i in range(len(ops))]
-        values = [100 * _best(found[op, "float32", shape]).more["of_bound"] for op in ops]
-        axes.bar(at, values, width * 0.9, color=(style.OURS, style.OURS_TOO, style.OURS_THREE)[place % 3], label=shape)
-    axes.axhline(70, color=style.LIMIT, linestyle="--", label="70 %")
+    series = [
+        (shape, draw.THREE[place % 3], [100 * _best(found[op, "float32", shape]).more["of_bound"] for op in ops])
+        for place, shape in enumerate(shapes)
+    ]
+    draw.grouped_bars(axes, series)
+    axes.axhline(70, color=draw.LIMIT, linestyle="--", label="70 %")
     axes.set_xticks(range(len(ops)), ops, rotation=40, ha="right", fontsize=8)
     axes.set_ylabel("% of the bound (bytes, arithmetic\nor products, whichever binds)")
-    axes.grid(axis="x", visible=False)
     axes.legend(fontsize=8, ncols=4, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return {"ops": figure}

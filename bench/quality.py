@@ -1,9 +1,9 @@
 """Does the faster or smaller path change the outcome?
 
-The demo's task (movie-review snippets, SmolLM2-135M-Instruct), shortened, optimised with the same seed on weights in
-float32, brought to bfloat16, and as stored in Q4_1 blocks: accuracy on the same held-out snippets before and after,
-with 95 % Wilson intervals, similarity and steps. The memory policies are held to more: after three steps each must have
-given the same bits.
+The demo's task (movie-review snippets, SmolLM2-135M-Instruct), shortened, is optimised with the same seed on weights in
+float32, in bfloat16, and as stored in Q4_1 blocks. The table has the accuracy on the same held-out snippets before and
+after, with 95 % Wilson intervals, the similarity, and the steps. The memory policies must do more: after three steps
+all must have given the same bits.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from bench.markdown import table
-from bench.rows import Row, row
+from bench.harness.contenders import our_version
+from bench.harness.markdown import table
+from bench.harness.rows import Row, row
 
 CHECKS = ("tests/engine/test_gradient.py::test_policies_and_repetition_give_the_same_bits",)
 WEIGHTS = {"fp32": "float32", "bf16": "bfloat16", "stored": "Q4_1 as stored"}
@@ -25,7 +26,7 @@ STEPS, BATCH, RATE, SEED = 10, 8, 4e-3, 0
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of this bench."""
+    """Options of this question."""
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of each optimisation (default {STEPS})")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
 
@@ -35,10 +36,9 @@ def main(args: argparse.Namespace) -> list[Row]:
     import torch
 
     import embedgrad
-    from bench.contenders import our_version
-    from embedgrad.settings import OptimizeConfig
-    from embedgrad.splitting import split
+    from embedgrad.data.splitting import split
     from embedgrad.tasks import movie_snippets, smollm2
+    from embedgrad.train.settings import OptimizeConfig
 
     torch.set_num_threads(args.threads)
     sizes = {**SIZES, "test": 60} if args.quick else SIZES
@@ -72,8 +72,7 @@ def main(args: argparse.Namespace) -> list[Row]:
 
 def _policies(model: Any, prompt: Any, train: Sequence[Any], config: Any, threads: int) -> list[Row]:
     import embedgrad
-    from bench.contenders import our_version
-    from embedgrad.run_state import tensor_hash
+    from embedgrad.train.checkpoints import tensor_hash
 
     rows, hashes = [], set()
     for policy in POLICIES:
@@ -125,23 +124,22 @@ def pictures(rows: Sequence[Row]) -> dict[str, Any]:
     """Accuracy before and after with its intervals."""
     import matplotlib.pyplot as plt
 
-    from bench import style
+    from bench.harness import pictures as draw
 
     found = [one for one in rows if one.contender in WEIGHTS]
     figure, axes = plt.subplots(figsize=(6.4, 3))
-    for place, (when, kind, colour) in enumerate((
-        ("before", "generated", style.OTHER_TOO), ("after", "generated", style.OURS),
-        ("before", "choice", style.OTHER), ("after", "choice", style.OURS_TOO),
-    )):  # fmt: skip
-        shares = [one.more[when][kind] for one in found]
-        at = [i + (place - 1.5) * 0.2 for i in range(len(found))]
-        heights = [100 * s["value"] for s in shares]
-        errors = [[100 * (s["value"] - s["low"]) for s in shares], [100 * (s["high"] - s["value"]) for s in shares]]
+    series, errors = [], []
+    for when, kind, fill in (
+        ("before", "generated", draw.OTHER_TOO), ("after", "generated", draw.OURS),
+        ("before", "choice", draw.OTHER), ("after", "choice", draw.OURS_TOO),
+    ):  # fmt: skip
+        value, low, high = ([100 * one.more[when][kind][key] for one in found] for key in ("value", "low", "high"))
         label = f"{'answer as generated' if kind == 'generated' else 'likelier label'}, {when}"
-        axes.bar(at, heights, 0.18, yerr=errors, color=colour, label=label, capsize=2)
+        series.append((label, fill, value))
+        errors.append([[a - b for a, b in zip(*pair, strict=True)] for pair in ((value, low), (high, value))])
+    draw.grouped_bars(axes, series, yerr=errors, capsize=[2] * len(series))
     axes.set_xticks(range(len(found)), [WEIGHTS[one.contender] for one in found])
     axes.set_ylabel("% correct")
     axes.set_ylim(0, 100)
-    axes.grid(axis="x", visible=False)
     axes.legend(fontsize=8, ncols=2, loc="lower center", bbox_to_anchor=(0.5, 1.0))
     return {"quality": figure}

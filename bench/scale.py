@@ -1,16 +1,15 @@
 """How do time and memory of a step grow with prompt, query, batch, layers and width, and how large a batch fits?
 
 Random weights in the real shapes of SmolLM2 and Qwen2.5, stored in bfloat16 and computed with in float32, on the native
-backend with policy `all`. One thing grows at a time around 64/64/2 on SmolLM2-135M's shape; the exponent is the slope
-of the logarithms. A grid of prompts and batches tells two costs apart by least squares: what each packed token costs,
-and what each pair of a query and a prompt token costs, which is all of a token where every query has its own copy of
-the prompt. The largest batch within a given memory comes from the peak at two batch sizes, on a straight line.
+backend with policy `all`. One quantity grows at a time, from 64/64/2 on SmolLM2-135M's shape; the exponent is the slope
+of the logarithms. A least-squares fit over a grid of prompts and batches separates two costs: that of a packed token,
+and that of a pair of a query and a prompt token. The second would be a whole token if every query had its own copy of
+the prompt. The largest batch within a given memory is extrapolated from the peaks at two batch sizes.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import math
 import os
 import time
@@ -18,10 +17,11 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from bench.contenders import Case
-from bench.markdown import seconds, table
-from bench.rows import Row, row
-from bench.worker import Worker, serve
+from bench.harness.clock import device
+from bench.harness.contenders import TITLES, Case, our_step, our_version, tree_of
+from bench.harness.markdown import seconds, table
+from bench.harness.rows import Row, of_part, row
+from bench.harness.worker import Worker, serve
 
 CHECKS = ("tests/engine/test_gradient.py::test_narrow_weights_kept_as_stored_give_the_bits_of_wide_ones",)
 BASE = Case(64, 64, 2)
@@ -32,13 +32,13 @@ AXES: dict[str, tuple[int, ...]] = {
 WIDTHS = ("SmolLM2-135M", "SmolLM2-360M", "Qwen2.5-0.5B", "Qwen2.5-Math-1.5B")
 WIDTH_CASE = Case(32, 32, 2)
 GRID = tuple(Case(prompt, 32, batch) for prompt in (16, 128) for batch in (1, 4, 8))
-FITTED = (Case(64, 64, 2), Case(64, 64, 4))  # whose peaks give the largest batch
+FITTED = (Case(64, 64, 2), Case(64, 64, 4))  # their peaks give the largest batch
 BUDGETS = (1, 4, 16)  # GB above the loaded model
 FITTING = ("peft", "embedgrad", "embedgrad-layer")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Options of this bench."""
+    """Options of this question."""
     parser.add_argument("--repeats", type=int, default=2, help="steps that count (default 2)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
@@ -47,64 +47,61 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> list[Row]:
     """Measure; the rows."""
-    from bench.clock import device
-
     if device(args.device).type == "cuda":
         raise SystemExit("bench scale draws its weights for the CPU; on a GPU ask `bench step --device cuda --grid …`.")
     if args.worker:
         serve({}, _Measure())
         return []
-    repeats = 1 if args.quick else args.repeats
-    with contextlib.ExitStack() as stack:
-        worker = stack.enter_context(Worker("scale", "--worker", threads=args.threads))
-
-        def ask(part: str, case: Case, model: str = MODEL, layers: int | None = None, **key: Any) -> Row:
-            answers = [
-                worker.ask(case=str(case), model=model, layers=layers or 0)
-                for _ in range(repeats + (1 if model == MODEL else 0))  # the first step of a large model counts
-            ]
-            counted = answers[-repeats:]
-            found = row(
-                "scale", "embedgrad", answers[0]["version"], [a["seconds"] for a in counted],
-                case={"part": part, "model": model, "layers": answers[0]["layers"], **vars(case),
-                      "threads": args.threads, **key},
-                peak_bytes=max(a["peak_bytes"] for a in answers), tokens=answers[0]["tokens"],
-                parameters=answers[0]["parameters"], width=answers[0]["width"],
-            )  # fmt: skip
-            print(f"{part} {key or ''} {model} {case}: {seconds(found.median)}", flush=True)
-            return found
-
-        points = [
-            (axis, value, Case(**{**vars(BASE), axis: value}))
-            for axis, values in AXES.items()
-            if axis != "layers"
-            for value in (values[::2] if args.quick else values)
-        ]
-        points.sort(key=lambda point: point[2].prompt + point[2].batch * point[2].query)  # nothing larger is left over
-        rows = [ask("axis", case, axis=axis, value=value) for axis, value, case in points]
-        rows += [ask("axis", BASE, layers=n, axis="layers", value=n) for n in AXES["layers"]]
-        rows += [ask("grid", case) for case in (() if args.quick else GRID)]
-        rows += [ask("width", WIDTH_CASE, model) for model in (WIDTHS[:1] if args.quick else WIDTHS)]
+    points = [
+        (axis, value, Case(**{**vars(BASE), axis: value}))
+        for axis, values in AXES.items()
+        if axis != "layers"
+        for value in (values[::2] if args.quick else values)
+    ]
+    points.sort(key=lambda point: point[2].prompt + point[2].batch * point[2].query)  # ascending
+    with Worker("scale", "--worker", threads=args.threads) as worker:
+        rows = [_row(args, worker, "axis", case, axis=axis, value=value) for axis, value, case in points]
+        rows += [_row(args, worker, "axis", BASE, layers=n, axis="layers", value=n) for n in AXES["layers"]]
+        rows += [_row(args, worker, "grid", case) for case in (() if args.quick else GRID)]
+        rows += [_row(args, worker, "width", WIDTH_CASE, model) for model in (WIDTHS[:1] if args.quick else WIDTHS)]
     return rows + ([] if args.quick else _fits(args))
 
 
+def _row(
+    args: argparse.Namespace, worker: Worker, part: str, case: Case, model: str = MODEL, layers: int = 0, **key: Any
+) -> Row:
+    """The steps of one case, on the first `layers` of a model (0: all)."""
+    repeats = 1 if args.quick else args.repeats
+    uncounted = 1 if model == MODEL else 0  # a larger model's first step counts too
+    answers = [worker.ask(case=str(case), model=model, layers=layers) for _ in range(repeats + uncounted)]
+    last = answers[-1]
+    found = row(
+        "scale", "embedgrad", last["version"], [a["seconds"] for a in answers[-repeats:]],
+        case={"part": part, "model": model, "layers": last["layers"], **vars(case), "threads": args.threads, **key},
+        peak_bytes=max(a["peak_bytes"] for a in answers), tokens=last["tokens"],
+        parameters=last["parameters"], width=last["width"],
+    )  # fmt: skip
+    print(f"{part} {key or ''} {model} {case}: {seconds(found.median)}", flush=True)
+    return found
+
+
 def _fits(args: argparse.Namespace) -> list[Row]:
-    """Peaks of SmolLM2-135M-Instruct itself, in float32, at two batch sizes."""
+    """Peaks of SmolLM2-135M-Instruct itself, in float32, at two batch sizes; in processes of `bench step`."""
     rows = []
     for name in FITTING:
         with Worker("step", "--worker", name, threads=args.threads) as worker:
             for case in FITTED:
-                first, answer = (worker.ask(case=str(case), first=first) for first in (True, False))
+                answers = [worker.ask(case=str(case), first=first) for first in (True, False)]
                 rows.append(row(
-                    "scale", name, worker.ready["version"], [answer["seconds"]],
+                    "scale", name, worker.ready["version"], [answers[-1]["seconds"]],
                     case={"part": "fit", "model": MODEL, **vars(case), "threads": args.threads},
-                    peak_bytes=max(first["peak_bytes"], answer["peak_bytes"]),
+                    peak_bytes=max(answer["peak_bytes"] for answer in answers),
                 ))  # fmt: skip
     return rows
 
 
 class _Measure:
-    """The worker's side: keeps the model of the last request."""
+    """The worker's side; it holds the model of the last request."""
 
     def __init__(self) -> None:
         self._key: tuple[str, int] | None = None
@@ -114,11 +111,8 @@ class _Measure:
     def __call__(self, request: dict[str, Any]) -> dict[str, Any]:
         import torch
 
-        from bench import resident
-        from bench.contenders import our_step, our_version, task
-        from bench.random_models import random_model
-        from embedgrad.rendering import render
-        from embedgrad.tree import build_tree
+        from bench.harness import resident
+        from bench.harness.models import random_model
 
         where = torch.device("cpu")
         key = (request["model"], request["layers"])
@@ -130,7 +124,7 @@ class _Measure:
             self._base = resident.used(where)
         model, case = self._model, Case.parse(request["case"])
         step = our_step(model, case, "all")
-        soft, examples = task(model, case)
+        tokens = tree_of(model, case).num_tokens
         resident.used(where)
         resident.forget_peak(where)
         started = time.perf_counter()
@@ -139,8 +133,7 @@ class _Measure:
         config = model.config
         return {
             "seconds": spent, "peak_bytes": resident.peak(where) - self._base, "version": our_version(model),
-            "tokens": build_tree([render(model, soft, example) for example in examples]).num_tokens,
-            "layers": config.num_layers, "width": config.hidden_size,
+            "tokens": tokens, "layers": config.num_layers, "width": config.hidden_size,
             "parameters": sum(math.prod(shape) for shape in config.shapes().values()),
         }  # fmt: skip
 
@@ -148,13 +141,9 @@ class _Measure:
 # ---- what is shown ---------------------------------------------------------------------------------------------------
 
 
-def _part(rows: Sequence[Row], part: str) -> list[Row]:
-    return [one for one in rows if one.case["part"] == part]
-
-
 def _axes(rows: Sequence[Row]) -> dict[str, list[Row]]:
     found: dict[str, list[Row]] = defaultdict(list)
-    for one in _part(rows, "axis"):
+    for one in of_part(rows, "axis"):
         found[str(one.case["axis"])].append(one)
     return {axis: found[axis] for axis in AXES if axis in found}
 
@@ -167,10 +156,10 @@ def exponent(x: Sequence[float], y: Sequence[float]) -> float:
 
 
 def token_and_pair(rows: Sequence[Row]) -> tuple[float, float, float]:
-    """Seconds of a packed token, of a pair of a query and a prompt token, and the share of the variance explained."""
+    """Seconds of a packed token, seconds of a pair of a query and a prompt token, share of the variance explained."""
     import numpy as np
 
-    grid = _part(rows, "grid")
+    grid = of_part(rows, "grid")
     design = np.array([[1.0, one.more["tokens"], float(one.case["batch"]) * float(one.case["prompt"])] for one in grid])
     times = np.array([one.median for one in grid])
     solution, *_ = np.linalg.lstsq(design, times, rcond=None)
@@ -179,36 +168,29 @@ def token_and_pair(rows: Sequence[Row]) -> tuple[float, float, float]:
 
 
 def _values(rows: Sequence[Row], name: str) -> str:
-    """Those of the grid, such as "1, 4 and 8"."""
-    *others, last = (str(value) for value in sorted({int(one.case[name]) for one in _part(rows, "grid")}))
+    """The values of the grid, such as "1, 4 and 8"."""
+    *others, last = (str(value) for value in sorted({int(one.case[name]) for one in of_part(rows, "grid")}))
     return f"{', '.join(others)} and {last}" if others else last
 
 
 def tables(rows: Sequence[Row]) -> dict[str, str]:
-    """`scale`: each axis; `scale-width`: models; `scale-batch`: the largest batch within a memory."""
+    """`scale`: each axis; `scale-width`: models; `scale-batch`: the largest batch within a given memory."""
     cells: list[Sequence[object]] = []
     for axis, found in _axes(rows).items():
         values = [float(one.case["value"]) for one in found]
         tokens = [one.more["tokens"] for one in found]
         peaks = [float(one.peak_bytes or 1) for one in found]
         times = [one.median for one in found]
-        same = axis == "layers"
+        over = values if axis == "layers" else tokens
         cells.append((
             axis, ", ".join(f"{v:.0f}" for v in values), ", ".join(str(t) for t in tokens),
-            ", ".join(f"{t:.2f}" for t in times), f"{exponent(values if same else tokens, times):.2f}",
-            ", ".join(f"{p / 1e6:.0f}" for p in peaks), f"{exponent(values if same else tokens, peaks):.2f}",
+            ", ".join(f"{t:.2f}" for t in times), f"{exponent(over, times):.2f}",
+            ", ".join(f"{p / 1e6:.0f}" for p in peaks), f"{exponent(over, peaks):.2f}",
         ))  # fmt: skip
-    heads = (
-        "what grows",
-        "values",
-        "packed tokens",
-        "seconds",
-        "exponent (of tokens; of layers)",
-        "peak MB",
-        "exponent",
-    )
+    heads = ("what grows", "values", "packed tokens", "seconds", "exponent (of tokens; of layers)", "peak MB",
+             "exponent")  # fmt: skip
     shown = {"scale": table(heads, cells)}
-    if _part(rows, "grid"):
+    if of_part(rows, "grid"):
         token, pair, explained = token_and_pair(rows)
         shown["scale"] += (
             f"\n\nOver prompts of {_values(rows, 'prompt')} and batches of {_values(rows, 'batch')}: "
@@ -216,7 +198,7 @@ def tables(rows: Sequence[Row]) -> dict[str, str]:
             f"token, {pair / token:.1%} of a token (by attention to the prompt; 100 % with copies of it); that "
             f"explains {explained:.2%} of the variance."
         )
-    widths = _part(rows, "width")
+    widths = of_part(rows, "width")
     columns = ("shape", "width", "layers", "parameters", "seconds", "ms per packed token and 10⁹ parameters", "peak MB")
     shown["scale-width"] = table(columns, [
         (one.case["model"], one.more["width"], one.case["layers"], f"{one.more['parameters'] / 1e6:.0f} M",
@@ -224,7 +206,7 @@ def tables(rows: Sequence[Row]) -> dict[str, str]:
          f"{(one.peak_bytes or 0) / 1e6:.0f}")
         for one in widths
     ])  # fmt: skip
-    fits = _largest(_part(rows, "fit"))
+    fits = _largest(of_part(rows, "fit"))
     if fits:
         shown["scale-batch"] = table(
             ("prompt 64, query 64", *(f"largest batch in {gb} GB" for gb in BUDGETS), "MB for each example"),
@@ -234,15 +216,13 @@ def tables(rows: Sequence[Row]) -> dict[str, str]:
 
 
 def _largest(rows: Sequence[Row]) -> list[tuple[str, list[int], float]]:
-    from bench.step import NAMES
-
     found = []
     for name in dict.fromkeys(one.contender for one in rows):
         first, second = (one for one in rows if one.contender == name)
         step = float(second.peak_bytes or 0) - float(first.peak_bytes or 0)
         each = step / (float(second.case["batch"]) - float(first.case["batch"]))
         fixed = float(first.peak_bytes or 0) - each * float(first.case["batch"])
-        found.append((NAMES[name], [max(0, int((gb * 1e9 - fixed) / each)) for gb in BUDGETS], each))
+        found.append((TITLES[name], [max(0, int((gb * 1e9 - fixed) / each)) for gb in BUDGETS], each))
     return found
 
 
@@ -250,10 +230,10 @@ def pictures(rows: Sequence[Row]) -> dict[str, Any]:
     """Time and memory along each axis, by packed tokens."""
     import matplotlib.pyplot as plt
 
-    from bench import style
+    from bench.harness import pictures as draw
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(8.6, 3.6))
-    colours = (style.OURS, style.OTHER, style.OURS_THREE, style.OTHER_THREE)
+    colours = (draw.OURS, draw.OTHER, draw.OURS_THREE, draw.OTHER_THREE)
     for (axis, found), colour in zip(_axes(rows).items(), colours, strict=False):
         if axis == "layers":
             continue

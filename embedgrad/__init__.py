@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _HOMES = {
-    "embedgrad.errors": (
+    "embedgrad.util.errors": (
         "BackendError",
         "ConfigError",
         "ContextError",
@@ -30,25 +30,39 @@ _HOMES = {
         "TemplateError",
         "TrainingError",
     ),
-    "embedgrad.evaluation": ("Evaluation", "evaluate"),
-    "embedgrad.example": ("Example",),
-    "embedgrad.generation": ("Generation", "generate"),
-    "embedgrad.gradient": ("Details", "loss_and_grad", "score"),
-    "embedgrad.model.model": ("Model", "load_model"),
-    "embedgrad.prompt": ("SoftPrompt",),
-    "embedgrad.rendering": ("Rendered", "render"),
-    "embedgrad.sampling": ("Sampling",),
-    "embedgrad.settings": ("OptimizeConfig",),
-    "embedgrad.template": ("Template",),
-    "embedgrad.train": ("OptimizeResult", "optimize"),
-    "embedgrad.trust_region": ("CosineCone", "L2Ball", "MeanCosine", "NoRegion", "Penalty"),
+    "embedgrad.evaluation.evaluate": ("Evaluation", "evaluate"),
+    "embedgrad.data.example": ("Example",),
+    "embedgrad.generation.generate": ("Generation", "generate"),
+    "embedgrad.engine.gradient": ("Details", "loss_and_grad"),
+    "embedgrad.engine.scorer": ("score",),
+    "embedgrad.engine.model": ("Model", "load_model"),
+    "embedgrad.prompt.prompt": ("SoftPrompt",),
+    "embedgrad.prompt.rendering": ("Rendered", "render"),
+    "embedgrad.generation.sampling": ("Sampling",),
+    "embedgrad.train.settings": ("OptimizeConfig",),
+    "embedgrad.prompt.template": ("Template",),
+    "embedgrad.train.optimize": ("OptimizeResult", "optimize"),
+    "embedgrad.maths.trust_region": ("CosineCone", "L2Ball", "MeanCosine", "NoRegion", "Penalty"),
 }
 _HOME = {name: module for module, names in _HOMES.items() for name in names}
 
 __all__ = sorted(_HOME)
 
 if TYPE_CHECKING:
-    from embedgrad.errors import (
+    from embedgrad.data.example import Example
+    from embedgrad.engine.gradient import Details, loss_and_grad
+    from embedgrad.engine.model import Model, load_model
+    from embedgrad.engine.scorer import score
+    from embedgrad.evaluation.evaluate import Evaluation, evaluate
+    from embedgrad.generation.generate import Generation, generate
+    from embedgrad.generation.sampling import Sampling
+    from embedgrad.maths.trust_region import CosineCone, L2Ball, MeanCosine, NoRegion, Penalty
+    from embedgrad.prompt.prompt import SoftPrompt
+    from embedgrad.prompt.rendering import Rendered, render
+    from embedgrad.prompt.template import Template
+    from embedgrad.train.optimize import OptimizeResult, optimize
+    from embedgrad.train.settings import OptimizeConfig
+    from embedgrad.util.errors import (
         BackendError,
         ConfigError,
         ContextError,
@@ -60,18 +74,6 @@ if TYPE_CHECKING:
         TemplateError,
         TrainingError,
     )
-    from embedgrad.evaluation import Evaluation, evaluate
-    from embedgrad.example import Example
-    from embedgrad.generation import Generation, generate
-    from embedgrad.gradient import Details, loss_and_grad, score
-    from embedgrad.model.model import Model, load_model
-    from embedgrad.prompt import SoftPrompt
-    from embedgrad.rendering import Rendered, render
-    from embedgrad.sampling import Sampling
-    from embedgrad.settings import OptimizeConfig
-    from embedgrad.template import Template
-    from embedgrad.train import OptimizeResult, optimize
-    from embedgrad.trust_region import CosineCone, L2Ball, MeanCosine, NoRegion, Penalty
 
 
 def __getattr__(name: str) -> Any:

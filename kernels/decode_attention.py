@@ -1,15 +1,15 @@
 # mypy: allow-untyped-defs
-"""Attention of one new token per sequence: against a trunk that all of them share, and against its own keys.
+"""Attention of one new token per sequence: against a prefix that all of them share, and against its own keys.
 
-    s_j = σ q·k_j (soft-capped as in tree_attention)      o = Σ_j exp(s_j − lse) v_j over trunk and own keys together
+    s_j = σ q·k_j (soft-capped as in tree_attention)      o = Σ_j exp(s_j − lse) v_j over prefix and own keys together
 
-q is [B, H, D]; the trunk's K and V are [S, G, D], the sequences' own [B, C, G, D], of which the first own_lengths[b]
+q is [B, H, D]; the prefix's K and V are [S, G, D], the sequences' own [B, C, G, D], of which the first own_lengths[b]
 count. With a sliding window, first_seen[b] is the first key that the query still sees: keys are counted through the
-trunk and on through the sequence's own.
+prefix and on through the sequence's own.
 
-A new token meets every key once, so that the time is that of reading K and V, and the trunk is by far the longest part:
+A new token meets every key once, so that the time is that of reading K and V, and the prefix is the longest part:
 
-    trunk     rows are (sequence, head of the group) pairs, BLOCK_Q of them to a program: the trunk is read once for
+    prefix     rows are (sequence, head of the group) pairs, BLOCK_Q of them to a program: the prefix is read once for
               that many, and its products have the shape of a matrix core instead of one row.
     own       one sequence and one group to a program.
     merge     both are split over the keys, so that a few sequences still fill the device; every split leaves (m, l, o),
@@ -46,7 +46,7 @@ def _store_part(
 
 
 @triton.jit(do_not_specialize=["num_sequences", "num_keys", "keys_per_split"])
-def decode_trunk_kernel(
+def decode_prefix_kernel(
     q, k, v, first_seen, part_o, part_m, part_l,
     stride_qb, stride_qh, stride_qd, stride_ks, stride_kg, stride_kd, stride_vs, stride_vg, stride_vd,
     num_sequences, num_keys, keys_per_split, scale, softcap,
@@ -54,7 +54,7 @@ def decode_trunk_kernel(
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr, BF16_IN_BITS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (row blocks, splits, G). One program: BLOCK_Q rows of one group against one split of the trunk."""
+    """Grid (row blocks, splits, G). One program: BLOCK_Q rows of one group against one split of the prefix."""
     i_r, i_p, i_g = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     num_rows = num_sequences * GROUP
     o_d, o_j = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_K)
@@ -100,12 +100,12 @@ def decode_trunk_kernel(
     _store_part(b_o, b_m, b_l, part_o, part_m, part_l, i_p * GROUPS + i_g, o_r, m_r, num_rows, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["num_sequences", "trunk_keys", "keys_per_split", "first_part"])
+@triton.jit(do_not_specialize=["num_sequences", "prefix_keys", "keys_per_split", "first_part"])
 def decode_own_kernel(
     q, k, v, own_lengths, first_seen, part_o, part_m, part_l,
     stride_qb, stride_qh, stride_qd,
     stride_kb, stride_ks, stride_kg, stride_kd, stride_vb, stride_vs, stride_vg, stride_vd,
-    num_sequences, trunk_keys, keys_per_split, first_part, scale, softcap,
+    num_sequences, prefix_keys, keys_per_split, first_part, scale, softcap,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
     BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr, BF16_IN_BITS: tl.constexpr,
@@ -129,7 +129,7 @@ def decode_own_kernel(
     end = tl.minimum(start + keys_per_split, length)
     first = 0
     if first_seen is not None:
-        first = tl.maximum(tl.load(first_seen + i_b).to(tl.int32) - trunk_keys, 0)
+        first = tl.maximum(tl.load(first_seen + i_b).to(tl.int32) - prefix_keys, 0)
         start = tl.maximum(start, first // BLOCK_K * BLOCK_K)
     k += p_b * stride_kb + i_g * stride_kg
     v += p_b * stride_vb + i_g * stride_vg
@@ -187,11 +187,11 @@ def _splits(keys: int, programs: int, wanted: int, block_k: int) -> tuple[int, i
     return triton.cdiv(blocks, per_split), per_split * block_k
 
 
-def _plan(q: Tensor, groups: int, trunk: int, own: int, options: Mapping[str, int]) -> tuple[int, int, int, int]:
-    """(splits of the trunk, keys of each, splits of the own keys, keys of each), from the capacities alone."""
+def _plan(q: Tensor, groups: int, prefix: int, own: int, options: Mapping[str, int]) -> tuple[int, int, int, int]:
+    """(splits of the prefix, keys of each, splits of the own keys, keys of each), from the capacities alone."""
     row_blocks = triton.cdiv(q.shape[0] * (q.shape[1] // groups), options["BLOCK_Q"])
     wanted, block_k = options["PROGRAMS"], options["BLOCK_K"]
-    return *_splits(trunk, row_blocks * groups, wanted, block_k), *_splits(own, q.shape[0] * groups, wanted, block_k)
+    return *_splits(prefix, row_blocks * groups, wanted, block_k), *_splits(own, q.shape[0] * groups, wanted, block_k)
 
 
 def _options(q: Tensor, options: Mapping[str, int] | None) -> Mapping[str, int]:
@@ -200,16 +200,16 @@ def _options(q: Tensor, options: Mapping[str, int] | None) -> Mapping[str, int]:
     return launch.options("decode_attention", launch.architecture(q.device), dtype=q.dtype, head_dim=q.shape[2])
 
 
-def workspace_size(q: Tensor, trunk_k: Tensor, own_k: Tensor, options: Mapping[str, int] | None = None) -> int:
-    """fp32 elements that `decode_attention` needs for its parts: (splits of trunk and own keys) · B · H · (D + 2)."""
-    trunk_splits, _, own_splits, _ = _plan(q, trunk_k.shape[1], len(trunk_k), own_k.shape[1], _options(q, options))
-    return (trunk_splits + own_splits) * q.shape[0] * q.shape[1] * (q.shape[2] + 2)
+def workspace_size(q: Tensor, prefix_k: Tensor, own_k: Tensor, options: Mapping[str, int] | None = None) -> int:
+    """fp32 elements that `decode_attention` needs for its parts: (splits of prefix and own keys) · B · H · (D + 2)."""
+    prefix_splits, _, own_splits, _ = _plan(q, prefix_k.shape[1], len(prefix_k), own_k.shape[1], _options(q, options))
+    return (prefix_splits + own_splits) * q.shape[0] * q.shape[1] * (q.shape[2] + 2)
 
 
 def decode_attention(
     q: Tensor,
-    trunk_k: Tensor,
-    trunk_v: Tensor,
+    prefix_k: Tensor,
+    prefix_v: Tensor,
     own_k: Tensor,
     own_v: Tensor,
     own_lengths: Tensor,
@@ -224,14 +224,14 @@ def decode_attention(
 ) -> None:
     """Writes out [B, H, D] (the type of q).
 
-    q: [B, H, D]; trunk_k, trunk_v: [S, G, D], S ≥ 0; own_k, own_v: [B, C, G, D], C ≥ 0; any strides. own_lengths: [B]
+    q: [B, H, D]; prefix_k, prefix_v: [S, G, D], S ≥ 0; own_k, own_v: [B, C, G, D], C ≥ 0; any strides. own_lengths: [B]
     int32 or int64 on the device, each in [0, C]; keys beyond it are never read. first_seen: [B] of such a type, where a
     sliding window hides the keys before it; each at least 0. workspace: fp32, contiguous, at least `workspace_size`
     elements; allocated when not given. scale > 0.
     Raises ValueError for shapes or types that do not fit together.
     """
-    group = check_heads(q, trunk_k, trunk_v)
-    (batch, heads, dim), (trunk, groups, _), capacity = q.shape, trunk_k.shape, own_k.shape[1]
+    group = check_heads(q, prefix_k, prefix_v)
+    (batch, heads, dim), (prefix, groups, _), capacity = q.shape, prefix_k.shape, own_k.shape[1]
     if own_k.shape != (batch, capacity, groups, dim) or own_v.shape != own_k.shape:
         raise ValueError(f"own_k is {list(own_k.shape)} and own_v {list(own_v.shape)}; q is {list(q.shape)}")
     if own_k.dtype != q.dtype or own_v.dtype != q.dtype:
@@ -249,32 +249,35 @@ def decode_attention(
     if batch == 0:
         return
     options = _options(q, options)
-    needed = workspace_size(q, trunk_k, own_k, options)
+    needed = workspace_size(q, prefix_k, own_k, options)
     if workspace is None:
         workspace = torch.empty(needed, dtype=torch.float32, device=q.device)
     elif workspace.dtype != torch.float32 or not workspace.is_contiguous() or workspace.numel() < needed:
         raise ValueError(f"the workspace is {workspace.dtype} {list(workspace.shape)}; expected {needed} float32")
-    trunk_splits, trunk_keys, own_splits, own_keys = _plan(q, groups, trunk, capacity, options)
-    parts = trunk_splits + own_splits
+    prefix_splits, prefix_keys, own_splits, own_keys = _plan(q, groups, prefix, capacity, options)
+    parts = prefix_splits + own_splits
     stats, lengths = parts * batch * heads, own_lengths.contiguous()
     first_seen = first_seen.contiguous() if first_seen is not None else None
     flat = workspace.view(-1)
     where = (flat[2 * stats : needed], flat[:stats], flat[stats : 2 * stats])
     constants = {"GROUPS": groups, "GROUP": group, "D": dim, "BLOCK_D": block_width(dim)}
     usual = {name: options[name] for name in ("num_warps", "num_stages") if name in options}
-    if trunk_splits:
+    if prefix_splits:
         row_blocks = triton.cdiv(batch * group, options["BLOCK_Q"])
-        decode_trunk_kernel[(row_blocks, trunk_splits, groups)](
-            q, trunk_k, trunk_v, first_seen, *where, *q.stride(), *trunk_k.stride(), *trunk_v.stride(),
-            batch, trunk, trunk_keys, scale, softcap, BLOCK_Q=options["BLOCK_Q"],
+        launch.run(
+            decode_prefix_kernel, (row_blocks, prefix_splits, groups),
+            q, prefix_k, prefix_v, first_seen, *where, *q.stride(), *prefix_k.stride(), *prefix_v.stride(),
+            batch, prefix, prefix_keys, scale, softcap, BLOCK_Q=options["BLOCK_Q"],
             BLOCK_K=options["BLOCK_K"], PRECISION=precision, BF16_IN_BITS=bf16_in_bits(q), **constants, **usual,
         )  # fmt: skip
     if own_splits:
-        decode_own_kernel[(batch, own_splits, groups)](
+        launch.run(
+            decode_own_kernel, (batch, own_splits, groups),
             q, own_k, own_v, lengths, first_seen, *where, *q.stride(), *own_k.stride(), *own_v.stride(),
-            batch, trunk, own_keys, trunk_splits, scale, softcap, BLOCK_H=block_width(group),
+            batch, prefix, own_keys, prefix_splits, scale, softcap, BLOCK_H=block_width(group),
             BLOCK_K=options["BLOCK_K"], PRECISION=precision, BF16_IN_BITS=bf16_in_bits(q), **constants, **usual,
         )  # fmt: skip
-    decode_merge_kernel[(batch * group, groups)](
+    launch.run(
+        decode_merge_kernel, (batch * group, groups),
         *where, out, *out.stride(), batch, parts, BLOCK_P=16, num_warps=1, **constants,
     )  # fmt: skip

@@ -74,7 +74,8 @@ def embed(
     checks.writable(out=out)
     options = launch.options("embed", launch.architecture(out.device), dtype=out.dtype, width=d)
     blocks = triton.cdiv(d, options["BLOCK"])
-    embed_kernel[(tokens * blocks,)](
+    launch.run(
+        embed_kernel, (tokens * blocks,),
         rows, table, ids, prompt_rows, out, d, blocks,
         *rows.stride(), *table.stride(), *ids.stride(), *prompt_rows.stride(), *out.stride(), **options,
     )  # fmt: skip
@@ -99,7 +100,8 @@ def embed_backward(dx: torch.Tensor, prompt_rows: torch.Tensor, *, grad: torch.T
     begin = torch.searchsorted(shown, torch.arange(k + 1, dtype=shown.dtype, device=shown.device))
     options = launch.options("embed_backward", launch.architecture(dx.device), dtype=dx.dtype, width=d)
     blocks = triton.cdiv(d, options["BLOCK"])
-    embed_backward_kernel[(k * blocks,)](
+    launch.run(
+        embed_backward_kernel, (k * blocks,),
         dx, order, begin, grad, d, blocks, *dx.stride(), *grad.stride(), **options
     )  # fmt: skip
     return grad

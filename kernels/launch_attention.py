@@ -7,7 +7,7 @@ compiles without a spill among those tried; the number in its reason is what the
 a lane for bf16 (`python -m bench kernels --static`). No row has been timed.
 """
 
-from .launch import Row
+from .launch_row import Row
 
 _HALF, _FLOAT = (2,), (4,)
 FORWARD, DQ, DKV = "tree_attention_forward", "tree_attention_backward_dq", "tree_attention_backward_dkv"

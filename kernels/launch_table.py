@@ -12,20 +12,15 @@ Kernels and the keys their rows have, besides num_warps and num_stages:
     linear_cross_entropy_merge                           BLOCK_N, BLOCK_D            sizes: width
     quantized_linear, quantized_linear_backward          BLOCK_M, BLOCK_N, BLOCK_K   sizes: as the launcher names them
 
-PROGRAMS: how many programs a long range (queries of a trunk key, keys, vocabulary) is shared out over. BLOCK_Q of the
+PROGRAMS: how many programs a long range (queries of a prefix key, keys, vocabulary) is shared out over. BLOCK_Q of the
 attention kernels counts rows, that is (query, head of the group) pairs. BLOCK_H: heads of one token.
 
 No row has been timed: there was no GPU. A row is chosen by what the compiler makes of it (`python -m bench kernels
 --static`: no spills, matrix instructions, 128-bit loads, occupancy) and by the instructions its gfx942 code executes.
 """
 
-from .launch import Fit, Options, Row, power_of_two
 from .launch_attention import ATTENTION
-
-IN_PLACE = frozenset(
-    {"rms_norm", "rms_norm_backward", "rope", "rope_backward", "swiglu", "swiglu_backward", "prompt_step"}
-)
-"""Kernels that write what they read (or may, when the caller lets the output alias an input): never autotuned."""
+from .launch_row import Fit, Options, Row, power_of_two
 
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
 """Bytes of shared memory one block may have (CUDA C++ Programming Guide, compute capabilities; CDNA3 ISA, LDS)."""
@@ -164,8 +159,8 @@ def heuristic(kernel: str, arch: str, element_bytes: int, sizes: dict[str, int])
     small = interpreter or element_bytes > 2
     programs = 8 if interpreter else _PROGRAMS
     if kernel in _WHOLE_ROW:
-        block = Fit("width", 64, 8192).value(sizes)
-        return {"BLOCK": block, "num_warps": min(max(block // _WHOLE_ROW[kernel], 1), 16), "num_stages": 1}
+        block = Fit("width", 64).value(sizes)
+        return {"BLOCK": block, "num_warps": min(max(block // _WHOLE_ROW[kernel], 1), 32), "num_stages": 1}
     if kernel in _ANY_BLOCK:
         return {"BLOCK": 1024, "num_warps": 4, "num_stages": 1}
     if kernel in ("rope", "rope_backward"):

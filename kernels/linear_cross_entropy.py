@@ -370,7 +370,8 @@ def linear_cross_entropy(
     tensors, sizes = _head_arguments(head)
     blocks = {name: value for name, value in options.items() if name != "PROGRAMS"}
     budget = UNIT_ROUNDOFF[h.dtype] if skip else -1.0
-    linear_cross_entropy_kernel[(triton.cdiv(rows, options["BLOCK_N"]), splits)](
+    launch.run(
+        linear_cross_entropy_kernel, (triton.cdiv(rows, options["BLOCK_N"]), splits),
         h, *tensors, targets, weights, maximum, mass, target_logit, best, used, sums,
         rows, vocabulary, d, tiles, softcap or 1.0, budget,
         *h.stride(), *sizes, *targets.stride(), *weights.stride(),
@@ -379,7 +380,8 @@ def linear_cross_entropy(
     out = h if dh is None else dh
     merging = _fitted(launch.options("linear_cross_entropy_merge", arch, dtype=torch.float32, width=d), head)
     columns = triton.cdiv(d, merging["BLOCK_D"]) if dh is not None else 1
-    linear_cross_entropy_merge_kernel[(triton.cdiv(rows, merging["BLOCK_N"]), columns)](
+    launch.run(
+        linear_cross_entropy_merge_kernel, (triton.cdiv(rows, merging["BLOCK_N"]), columns),
         maximum, mass, target_logit, best, used, sums, *tensors, targets, weights, nll, predicted, out,
         rows, d, splits, softcap or 1.0,
         *sizes, *targets.stride(), *weights.stride(), *out.stride(),

@@ -1,37 +1,38 @@
 # mypy: allow-untyped-defs
-"""One optimiser step of the prompt in one pass: AdamW, trust region, and each row's cosine and norm ratio.
+"""One optimiser step of the prompt: penalty, clipping, AdamW or SGD, trust region, each row's cosine and norm ratio.
 
-Per row e [d] with anchor e0 [d] (Loshchilov and Hutter, arXiv 1711.05101; the regions are our definitions, the same as
-embedgrad/trust_region.py states them):
+Per row e [d] with anchor e0 [d] (Loshchilov and Hutter, arXiv 1711.05101; the regions are our own definitions, those of
+maths/trust_region.py, which also hands over their numbers):
 
-    g ← c (g + λ (e − e0)/‖e0‖²)                            c: clip scale on the device; λ: the penalty's weight, else 0
-    m ← β₁ m + (1 − β₁) g        v ← β₂ v + (1 − β₂) g²
-    e ← e − η (m̂/(√v̂ + ε) + ω e)                            m̂ = m/(1 − β₁ᵗ), v̂ = v/(1 − β₂ᵗ)
+    g ← g + λ (e − e0)/‖e0‖²                                λ: the penalty's weight, else 0
+    g ← c g,  c = min(1, limit/‖g‖)                         ‖g‖ over all rows
+    m ← β₁ m + (1 − β₁) g        v ← β₂ v + (1 − β₂) g²     SGD: m ← μ m + g + ω e
+    e ← e − η (m̂/(√v̂ + ε) + ω e)      m̂ = m/(1 − β₁ᵗ), v̂ = v/(1 − β₂ᵗ); SGD: e ← e − η m
     e ← region(e)
 
 With û = e0/‖e0‖, a = e·û, b = ‖e − a û‖ every region returns a combination of the row and its anchor,
 e ← α e + β e0 (and, where e stands opposite to e0 and the plane of the two is undefined, γ times the coordinate axis
 that û is farthest from), so that only the scalars differ:
 
-    cosine cone   κ (τ û + s w/b), w = e − a û, s = √(1 − τ²), κ = a τ + b s      α = κ s/b, β = (κ τ − α a)/‖e0‖
+    cosine cone   κ (cos θ û + sin θ w/b), w = e − a û, κ = a cos θ + b sin θ    α = κ sin θ/b, β = (κ cos θ − α a)/‖e0‖
     L2 ball       e0 + (e − e0) ρ/‖e − e0‖                                      α = ρ/‖e − e0‖, β = 1 − α
     mean cosine   ‖e‖ (t û + √(1 − t²) w/b), t the level with mean max(cos, t) = τ
     norm band     scales α and β
 
 The dot products and the scalars are fp64, so that the decision whether a row is inside, and a projection that takes the
-difference of nearly parallel vectors, do not depend on fp32 rounding; the rest is fp32. A row is read and written once
-(8 · k · d · 4 bytes) where it fits one block; a wider one is walked three times, in a fixed order.
+difference of nearly parallel vectors, do not depend on fp32 rounding; the rest is fp32. A program has one row, which
+stays in registers: the step reads and writes it once.
 
-The mean cosine couples all rows, so it takes a second launch: the first steps and leaves each row's cosine, the second
-has every program find the same level t from those k numbers (Newton on a convex piecewise linear function, monotone
-from t = τ and finite) and turn its own row.
-
-The kernel writes what it reads: it is never autotuned.
+Kernels.
+    squares       adds the penalty's gradient; each row's Σ g².
+    step          everything but the mean cosine. It leaves e, m and v as they were in `before`.
+    mean cosine   couples all rows: every program finds the same level t from their k cosines (Newton on a convex
+                  piecewise linear function, monotone from t = τ and finite) and turns its own row.
+    settle        puts everything back where the gradient, a row or a moment is not finite.
+Nothing waits for the device, and what changes from step to step is read from it: the launches can be captured.
 """
 
-import math
-from collections.abc import Mapping
-from typing import Any
+from typing import Protocol
 
 import torch
 import triton
@@ -39,8 +40,36 @@ import triton.language as tl
 
 from . import checks, launch
 
-KINDS = {"none": 0, "penalty": 0, "cosine": 1, "l2_ball": 2, "mean_cosine": 3}
-"""The regions by trust_region.py's names; a penalty bounds nothing, it joins the gradient."""
+
+class Region(Protocol):
+    """A trust region's numbers, as `embedgrad.maths.trust_region.Numbers` explains them."""
+
+    @property
+    def code(self) -> int: ...
+    @property
+    def tau(self) -> float: ...
+    @property
+    def inside(self) -> float: ...
+    @property
+    def cosine(self) -> float: ...
+    @property
+    def sine(self) -> float: ...
+    @property
+    def close(self) -> float: ...
+    @property
+    def norm_min(self) -> float: ...
+    @property
+    def norm_max(self) -> float: ...
+    @property
+    def radius(self) -> float: ...
+    @property
+    def relative(self) -> bool: ...
+    @property
+    def penalty(self) -> float: ...
+
+
+NONE, CONE, BALL, MEAN = range(4)
+"""The regions that bound something, by the code of trust_region.Numbers."""
 
 TOLERANCE = 2.0**-22
 """Share of a row's length by which fp32 rounding may leave it outside, and that counts as inside (trust_region.py)."""
@@ -48,7 +77,10 @@ TOLERANCE = 2.0**-22
 PARALLEL = 1e-14
 """Share of a row's length below which its part across the anchor is fp64's rounding (trust_region.py)."""
 
-_NONE, _CONE, _BALL, _MEAN = (tl.constexpr(i) for i in range(4))
+WIDEST = 16384
+"""Columns of the widest row that a program can hold."""
+
+_CONE, _BALL, _MEAN = tl.constexpr(CONE), tl.constexpr(BALL), tl.constexpr(MEAN)
 _TOLERANCE, _PARALLEL = tl.constexpr(TOLERANCE), tl.constexpr(PARALLEL)
 
 
@@ -58,17 +90,13 @@ def _dot(b_x, b_y):
 
 
 @triton.jit
-def _adamw(
-    p_e, p_m, p_v, p_g, b_anchor, mask, clip, pull, beta1, beta2, rest1, rest2, rate, correction, eps, decay
-):  # fmt: skip
-    """The stepped row block [BLOCK]; stores the moments."""
-    b_e = tl.load(p_e, mask=mask, other=0.0)
-    b_g = (tl.load(p_g, mask=mask, other=0.0) + pull * (b_e - b_anchor)) * clip
-    b_m = beta1 * tl.load(p_m, mask=mask, other=0.0) + rest1 * b_g
-    b_v = beta2 * tl.load(p_v, mask=mask, other=0.0) + rest2 * b_g * b_g
-    tl.store(p_m, b_m, mask=mask)
-    tl.store(p_v, b_v, mask=mask)
-    return b_e * decay - rate * b_m / (tl.sqrt_rn(b_v) * correction + eps)
+def _is_finite(x):
+    return tl.abs(x) < float("inf")  # false for NaN
+
+
+@triton.jit
+def _one():
+    return tl.full((), 1.0, tl.float64)
 
 
 @triton.jit
@@ -80,17 +108,19 @@ def _far_axis(b_anchor, o_d, mask):
 
 
 @triton.jit
-def _cone(ee, ea, aa, bb, u_axis, d, tau, s, norm_min, norm_max, HAS_MIN: tl.constexpr, HAS_MAX: tl.constexpr):
+def _cone(
+    ee, ea, aa, bb, u_axis, d, tau, inside_from, cosine, sine, close, norm_min, norm_max,
+    HAS_MIN: tl.constexpr, HAS_MAX: tl.constexpr,
+):  # fmt: skip
     """α, β, γ of the cosine cone with its norm band; fp64 scalars, ee = ‖e‖², ea = e·e0, aa = ‖e0‖², bb = b²."""
-    one = tl.full((), 1.0, tl.float64)
+    one = _one()
     length, anchor = tl.sqrt(ee), tl.sqrt(aa)
     a, b = ea / tl.where(anchor > 0, anchor, one), tl.sqrt(bb)
     b = tl.where(b <= _PARALLEL * length, 0.0 * one, b)
-    kappa = a * tau + b * s
-    close = (kappa > 0) & (b * tau - a * s <= _TOLERANCE * length)
-    inside = (a >= tau * length) | close | (tau <= -1)
-    alpha, beta, gamma = _turned(kappa * tau, kappa * s, a, b, anchor, u_axis)
-    lost = (kappa <= 0) | ((b == 0) & (d == 1))
+    kappa = a * cosine + b * sine
+    inside = (a >= inside_from * length) | ((close > 0) & (a > 0) & (b <= close * length))
+    alpha, beta, gamma = _turned(kappa * cosine, kappa * sine, a, b, anchor, u_axis)
+    lost = (kappa <= 0) | ((b == 0) & (d == 1) & (tau < 0))
     alpha = tl.where(inside, one, tl.where(lost, 0.0 * one, alpha))
     beta = tl.where(inside | lost, 0.0 * one, beta)
     gamma = tl.where(inside | lost, 0.0 * one, gamma)
@@ -124,7 +154,7 @@ def _turned(along, across, a, b, anchor, u_axis):
 
 @triton.jit
 def _ball(aa, distance2, radius, RELATIVE: tl.constexpr):
-    one = tl.full((), 1.0, tl.float64)
+    one = _one()
     anchor, distance = tl.sqrt(aa), tl.sqrt(distance2)
     bound = one * radius
     if RELATIVE:
@@ -144,114 +174,115 @@ def _placed(b_e, b_anchor, alpha, beta, gamma, o_d, axis):
 @triton.jit
 def _report(p_cosine, p_ratio, p_moved, ee, ea, aa, moved):
     """Cosine (0 where e = 0, 1 where e0 = 0) and ‖e‖/‖e0‖ (1 where e0 = 0) of the finished row."""
-    one = tl.full((), 1.0, tl.float64)
+    one = _one()
     length, anchor = tl.sqrt(ee), tl.sqrt(aa)
     cosine = tl.where(length > 0, ea / tl.where(length > 0, length, one) / tl.where(anchor > 0, anchor, one), 0.0 * one)
     cosine = tl.minimum(tl.maximum(cosine, -one), one)
-    tl.store(p_cosine, tl.where(anchor > 0, cosine, one).to(tl.float32))
+    tl.store(p_cosine, tl.where(anchor > 0, cosine, one))
     tl.store(p_moved, moved.to(tl.uint8))
-    tl.store(p_ratio, tl.where(anchor > 0, length / tl.where(anchor > 0, anchor, one), one).to(tl.float32))
+    tl.store(p_ratio, tl.where(anchor > 0, length / tl.where(anchor > 0, anchor, one), one))
 
 
 @triton.jit
-def prompt_step_kernel(
-    e_ptr, anchor_ptr, m_ptr, v_ptr, g_ptr, clip_ptr, cosine_ptr, ratio_ptr, moved_ptr, exact_ptr,
-    d, beta1, beta2, rest1, rest2, rate, correction, eps, decay, penalty, tau, s, norm_min, norm_max, radius,
-    e_row, anchor_row, m_row, v_row, g_row, g_col,
-    KIND: tl.constexpr, HAS_CLIP: tl.constexpr, PENALTY: tl.constexpr, RELATIVE: tl.constexpr,
-    HAS_MIN: tl.constexpr, HAS_MAX: tl.constexpr, ONE_BLOCK: tl.constexpr, BLOCK: tl.constexpr,
+def prompt_squares_kernel(
+    e_ptr, anchor_ptr, g_ptr, squares_ptr, d, penalty, e_row, anchor_row, g_row, g_col,
+    PENALTY: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row: step, project (all regions but the mean cosine), report."""
+    """One row: the penalty's share added to g, and Σ g²."""
     i_k = tl.program_id(0).to(tl.int64)
-    p_e, p_a, p_g = e_ptr + i_k * e_row, anchor_ptr + i_k * anchor_row, g_ptr + i_k * g_row
-    p_m, p_v = m_ptr + i_k * m_row, v_ptr + i_k * v_row
     o_d = tl.arange(0, BLOCK)
-    clip = 1.0
-    if HAS_CLIP:
-        clip = tl.load(clip_ptr).to(tl.float32)
-    aa = tl.full((), 0.0, tl.float64)
-    pull = 0.0
-    if ONE_BLOCK:
-        m_d = o_d < d
-        b_a = tl.load(p_a + o_d, mask=m_d, other=0.0)
-        aa = _dot(b_a, b_a)
-        least, axis = _far_axis(b_a, o_d, m_d)
-    else:
-        least, axis = float("inf"), 2147483647
-        for start in range(0, d, BLOCK):
-            o_n = start + o_d
-            b_a = tl.load(p_a + o_n, mask=o_n < d, other=0.0)
-            aa += _dot(b_a, b_a)
-            low, at = _far_axis(b_a, o_n, o_n < d)
-            axis = tl.where(low < least, at, axis)
-            least = tl.minimum(low, least)
+    m_d = o_d < d
+    p_g = g_ptr + i_k * g_row + o_d.to(tl.int64) * g_col
+    # [BLOCK]
+    b_g = tl.load(p_g, mask=m_d, other=0.0)
     if PENALTY:
-        pull = (penalty / tl.where(aa > 0, aa, tl.full((), 1.0, tl.float64))).to(tl.float32)
-    ee, ea = tl.full((), 0.0, tl.float64), tl.full((), 0.0, tl.float64)
-    if ONE_BLOCK:
-        b_e = _adamw(
-            p_e + o_d, p_m + o_d, p_v + o_d, p_g + o_d.to(tl.int64) * g_col, b_a, m_d,
-            clip, pull, beta1, beta2, rest1, rest2, rate, correction, eps, decay,
-        )  # fmt: skip
-        ee, ea = _dot(b_e, b_e), _dot(b_e, b_a)
-    else:
-        for start in range(0, d, BLOCK):
-            o_n = start + o_d
-            b_a = tl.load(p_a + o_n, mask=o_n < d, other=0.0)
-            b_e = _adamw(
-                p_e + o_n, p_m + o_n, p_v + o_n, p_g + o_n.to(tl.int64) * g_col, b_a, o_n < d,
-                clip, pull, beta1, beta2, rest1, rest2, rate, correction, eps, decay,
-            )  # fmt: skip
-            tl.store(p_e + o_n, b_e, mask=o_n < d)
-            ee += _dot(b_e, b_e)
-            ea += _dot(b_e, b_a)
-        tl.debug_barrier()
-    alpha, beta, gamma = _unmoved()
-    if (KIND == _CONE) | (KIND == _BALL):
-        # the part of e across its anchor, or the offset from it
-        share = 1.0 * alpha
-        if KIND == _CONE:
-            share = ea / tl.where(aa > 0, aa, alpha)
-        bb = 0.0 * alpha
-        if ONE_BLOCK:
-            b_w = b_e.to(tl.float64) - share * b_a.to(tl.float64)
-            bb = tl.sum(b_w * b_w)
-        else:
-            for start in range(0, d, BLOCK):
-                o_n = start + o_d
-                b_w = tl.load(p_e + o_n, mask=o_n < d, other=0.0).to(tl.float64)
-                b_w -= share * tl.load(p_a + o_n, mask=o_n < d, other=0.0).to(tl.float64)
-                bb += tl.sum(b_w * b_w)
-        if KIND == _CONE:
-            u_axis = tl.load(p_a + axis).to(tl.float64) / tl.where(aa > 0, tl.sqrt(aa), alpha)
-            alpha, beta, gamma = _cone(
-                ee, ea, aa, bb, u_axis, d, tau, s, norm_min, norm_max, HAS_MIN, HAS_MAX
-            )  # fmt: skip
-        else:
-            alpha, beta, gamma = _ball(aa, bb, radius, RELATIVE)
-    if KIND == _MEAN:
-        # the second launch needs the cosine as it is, without the rounding to fp32
-        tl.store(exact_ptr + i_k, tl.where(aa > 0, ea / tl.where(ee * aa > 0, tl.sqrt(ee) * tl.sqrt(aa), alpha), 2.0))
-    ee, ea = 0.0 * alpha, 0.0 * alpha
-    if ONE_BLOCK:
-        b_e = _placed(b_e, b_a, alpha, beta, gamma, o_d, axis)
-        tl.store(p_e + o_d, b_e, mask=m_d)
-        ee, ea = _dot(b_e, b_e), _dot(b_e, b_a)
-    else:
-        for start in range(0, d, BLOCK):
-            o_n = start + o_d
-            b_a = tl.load(p_a + o_n, mask=o_n < d, other=0.0)
-            b_e = _placed(tl.load(p_e + o_n, mask=o_n < d, other=0.0), b_a, alpha, beta, gamma, o_n, axis)
-            tl.store(p_e + o_n, b_e, mask=o_n < d)
-            ee += _dot(b_e, b_e)
-            ea += _dot(b_e, b_a)
-    _report(cosine_ptr + i_k, ratio_ptr + i_k, moved_ptr + i_k, ee, ea, aa, (alpha != 1) | (beta != 0) | (gamma != 0))
+        b_e = tl.load(e_ptr + i_k * e_row + o_d, mask=m_d, other=0.0)
+        b_a = tl.load(anchor_ptr + i_k * anchor_row + o_d, mask=m_d, other=0.0)
+        aa = _dot(b_a, b_a)
+        b_g += (penalty / tl.where(aa > 0, aa, _one())).to(tl.float32) * (b_e - b_a)
+        tl.store(p_g, b_g, mask=m_d)
+    tl.store(squares_ptr + i_k, _dot(b_g, b_g))
 
 
 @triton.jit
-def _unmoved():
-    one = tl.full((), 1.0, tl.float64)
-    return one, 0.0 * one, 0.0 * one
+def _norm(squares_ptr, k, BLOCK_K: tl.constexpr):
+    """‖g‖ over all rows, added in their order."""
+    o_k = tl.arange(0, BLOCK_K)
+    total = 0.0 * _one()
+    for start in range(0, k, BLOCK_K):
+        total += tl.sum(tl.load(squares_ptr + start + o_k, mask=start + o_k < k, other=0.0))
+    return tl.sqrt(total)
+
+
+@triton.jit
+def _moved(b_e, b_m, b_v, b_g, decay, rate, correction, a1, a2, a3, a4, eps, ADAMW: tl.constexpr):
+    """(e, m, v) after the rule. AdamW: a1..a4 = β₁, 1 − β₁, β₂, 1 − β₂; SGD: a1, a2 = momentum, weight decay."""
+    if ADAMW:
+        b_m = a1 * b_m + a2 * b_g
+        b_v = a3 * b_v + a4 * b_g * b_g
+        b_e = b_e * decay - rate * b_m / (tl.sqrt_rn(b_v) / correction + eps)
+    else:
+        b_m = a1 * b_m + (b_g + a2 * b_e)
+        b_e = b_e - rate * b_m
+    return b_e, b_m, b_v
+
+
+@triton.jit(do_not_specialize=["k"])
+def prompt_step_kernel(
+    e_ptr, anchor_ptr, m_ptr, v_ptr, g_ptr, before_ptr, factors_ptr, squares_ptr,
+    cosine_ptr, ratio_ptr, moved_ptr, finite_ptr, exact_ptr, k, d, limit, a1, a2, a3, a4, eps,
+    tau, inside_from, cosine, sine, close, norm_min, norm_max, radius,
+    e_row, anchor_row, m_row, v_row, g_row, g_col,
+    KIND: tl.constexpr, ADAMW: tl.constexpr, HAS_LIMIT: tl.constexpr, RELATIVE: tl.constexpr,
+    HAS_MIN: tl.constexpr, HAS_MAX: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One row: step, project (all regions but the mean cosine), report. before: [3, k, d], e, m and v as they were."""
+    i_k = tl.program_id(0).to(tl.int64)
+    o_d = tl.arange(0, BLOCK)
+    m_d = o_d < d
+    p_e, p_m, p_v = e_ptr + i_k * e_row + o_d, m_ptr + i_k * m_row + o_d, v_ptr + i_k * v_row + o_d
+    # [BLOCK]
+    b_e = tl.load(p_e, mask=m_d, other=0.0)
+    b_m = tl.load(p_m, mask=m_d, other=0.0)
+    b_v = tl.load(p_v, mask=m_d, other=0.0)
+    b_g = tl.load(g_ptr + i_k * g_row + o_d.to(tl.int64) * g_col, mask=m_d, other=0.0)
+    b_a = tl.load(anchor_ptr + i_k * anchor_row + o_d, mask=m_d, other=0.0)
+    p_before, plane = before_ptr + i_k * d + o_d, k.to(tl.int64) * d
+    tl.store(p_before, b_e, mask=m_d)
+    tl.store(p_before + plane, b_m, mask=m_d)
+    tl.store(p_before + 2 * plane, b_v, mask=m_d)
+    if HAS_LIMIT:
+        norm = _norm(squares_ptr, k, BLOCK_K)
+        b_g *= tl.where(norm > limit, limit / norm, _one()).to(tl.float32)
+    decay, rate, correction = tl.load(factors_ptr), tl.load(factors_ptr + 1), tl.load(factors_ptr + 2)
+    b_e, b_m, b_v = _moved(
+        b_e, b_m, b_v, b_g, decay.to(tl.float32), rate.to(tl.float32), correction.to(tl.float32),
+        a1, a2, a3, a4, eps, ADAMW,
+    )  # fmt: skip
+    tl.store(p_m, b_m, mask=m_d)
+    tl.store(p_v, b_v, mask=m_d)
+    ee, ea, aa = _dot(b_e, b_e), _dot(b_e, b_a), _dot(b_a, b_a)
+    alpha, beta, gamma = _one(), 0.0 * _one(), 0.0 * _one()
+    _, axis = _far_axis(b_a, o_d, m_d)
+    if KIND == _CONE:
+        b_w = b_e.to(tl.float64) - ea / tl.where(aa > 0, aa, _one()) * b_a.to(tl.float64)
+        u_axis = tl.sum(tl.where(o_d == axis, b_a, 0.0)).to(tl.float64) / tl.where(aa > 0, tl.sqrt(aa), _one())
+        alpha, beta, gamma = _cone(
+            ee, ea, aa, tl.sum(b_w * b_w), u_axis, d, tau, inside_from, cosine, sine, close, norm_min, norm_max,
+            HAS_MIN, HAS_MAX,
+        )  # fmt: skip
+    if KIND == _BALL:
+        b_w = b_e.to(tl.float64) - b_a.to(tl.float64)
+        alpha, beta, gamma = _ball(aa, tl.sum(b_w * b_w), radius, RELATIVE)
+    if KIND == _MEAN:
+        # the next launch needs the cosine of the row as it is here
+        tl.store(exact_ptr + i_k, tl.where(aa > 0, ea / tl.where(ee * aa > 0, tl.sqrt(ee) * tl.sqrt(aa), _one()), 2.0))
+    b_e = _placed(b_e, b_a, alpha, beta, gamma, o_d, axis)
+    tl.store(p_e, b_e, mask=m_d)
+    m_finite = _is_finite(b_e) & _is_finite(b_m) & _is_finite(b_v)
+    tl.store(finite_ptr + i_k, tl.min(tl.where(m_d, m_finite.to(tl.int32), 1)).to(tl.uint8))
+    moved = (alpha != 1) | (beta != 0) | (gamma != 0)
+    _report(cosine_ptr + i_k, ratio_ptr + i_k, moved_ptr + i_k, _dot(b_e, b_e), _dot(b_e, b_a), aa, moved)
 
 
 @triton.jit
@@ -282,50 +313,64 @@ def _level(exact_ptr, k, tau, BLOCK_K: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["k"])
-def mean_cosine_kernel(
+def prompt_mean_cosine_kernel(
     e_ptr, anchor_ptr, exact_ptr, cosine_ptr, ratio_ptr, moved_ptr, k, d, tau, e_row, anchor_row,
     BLOCK_K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One row of the second launch: turn it to the common level where its cosine is below."""
+    """One row: turned to the common level where its cosine is below."""
     i_k = tl.program_id(0).to(tl.int64)
     own = tl.load(exact_ptr + i_k)
     level, turn = _level(exact_ptr, k, tau, BLOCK_K)
     if turn & (own < level):
-        p_e, p_a = e_ptr + i_k * e_row, anchor_ptr + i_k * anchor_row
         o_d = tl.arange(0, BLOCK)
-        one = tl.full((), 1.0, tl.float64)
-        ee, ea, aa, bb = 0.0 * one, 0.0 * one, 0.0 * one, 0.0 * one
-        least, axis = float("inf"), 2147483647
-        for start in range(0, d, BLOCK):
-            o_n = start + o_d
-            b_e = tl.load(p_e + o_n, mask=o_n < d, other=0.0)
-            b_a = tl.load(p_a + o_n, mask=o_n < d, other=0.0)
-            ee, ea, aa = ee + _dot(b_e, b_e), ea + _dot(b_e, b_a), aa + _dot(b_a, b_a)
-            low, at = _far_axis(b_a, o_n, o_n < d)
-            axis = tl.where(low < least, at, axis)
-            least = tl.minimum(low, least)
-        for start in range(0, d, BLOCK):
-            o_n = start + o_d
-            b_w = tl.load(p_e + o_n, mask=o_n < d, other=0.0).to(tl.float64)
-            b_w -= ea / aa * tl.load(p_a + o_n, mask=o_n < d, other=0.0).to(tl.float64)
-            bb += tl.sum(b_w * b_w)
-        length, anchor, b = tl.sqrt(ee), tl.sqrt(aa), tl.sqrt(bb)
+        m_d = o_d < d
+        p_e = e_ptr + i_k * e_row + o_d
+        # [BLOCK]
+        b_e = tl.load(p_e, mask=m_d, other=0.0)
+        b_a = tl.load(anchor_ptr + i_k * anchor_row + o_d, mask=m_d, other=0.0)
+        ee, ea, aa = _dot(b_e, b_e), _dot(b_e, b_a), _dot(b_a, b_a)
+        _, axis = _far_axis(b_a, o_d, m_d)
+        b_w = b_e.to(tl.float64) - ea / aa * b_a.to(tl.float64)
+        one, length, anchor, b = _one(), tl.sqrt(ee), tl.sqrt(aa), tl.sqrt(tl.sum(b_w * b_w))
         b = tl.where(b <= _PARALLEL * length, 0.0 * one, b)
-        u_axis = tl.load(p_a + axis).to(tl.float64) / anchor
+        u_axis = tl.sum(tl.where(o_d == axis, b_a, 0.0)).to(tl.float64) / anchor
         sine = tl.sqrt(tl.maximum(1 - level * level, 0.0 * one))
         alpha, beta, gamma = _turned(length * level, length * sine, ea / anchor, b, anchor, u_axis)
         # no plane to turn in: the anchor itself
         lost = (length == 0) | ((b == 0) & (d == 1) & (level < 1))
         alpha, beta = tl.where(lost, 0.0 * one, alpha), tl.where(lost, one, beta)
         gamma = tl.where(lost, 0.0 * one, gamma)
-        ee, ea = 0.0 * one, 0.0 * one
-        for start in range(0, d, BLOCK):
-            o_n = start + o_d
-            b_a = tl.load(p_a + o_n, mask=o_n < d, other=0.0)
-            b_e = _placed(tl.load(p_e + o_n, mask=o_n < d, other=0.0), b_a, alpha, beta, gamma, o_n, axis)
-            tl.store(p_e + o_n, b_e, mask=o_n < d)
-            ee, ea = ee + _dot(b_e, b_e), ea + _dot(b_e, b_a)
-        _report(cosine_ptr + i_k, ratio_ptr + i_k, moved_ptr + i_k, ee, ea, aa, turn)
+        b_e = _placed(b_e, b_a, alpha, beta, gamma, o_d, axis)
+        tl.store(p_e, b_e, mask=m_d)
+        _report(cosine_ptr + i_k, ratio_ptr + i_k, moved_ptr + i_k, _dot(b_e, b_e), _dot(b_e, b_a), aa, turn)
+
+
+@triton.jit(do_not_specialize=["k"])
+def prompt_settle_kernel(
+    e_ptr, m_ptr, v_ptr, before_ptr, squares_ptr, finite_ptr, alive_ptr, norm_ptr, moved_ptr, k, d, e_row, m_row, v_row,
+    BLOCK_K: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """alive ← alive and everything finite; one row put back where it is not. Program 0 writes alive and ‖g‖.
+
+    A program that reads alive after program 0 wrote it comes to the same result.
+    """
+    i_k = tl.program_id(0).to(tl.int64)
+    o_k = tl.arange(0, BLOCK_K)
+    norm = _norm(squares_ptr, k, BLOCK_K)
+    alive = (tl.load(alive_ptr) != 0) & _is_finite(norm)
+    for start in range(0, k, BLOCK_K):
+        alive = alive & (tl.min(tl.load(finite_ptr + start + o_k, mask=start + o_k < k, other=1).to(tl.int32)) > 0)
+    if i_k == 0:
+        tl.store(norm_ptr, norm)
+        tl.store(alive_ptr, alive.to(tl.uint8))
+    if not alive:
+        o_d = tl.arange(0, BLOCK)
+        m_d = o_d < d
+        p_before, plane = before_ptr + i_k * d + o_d, k.to(tl.int64) * d
+        tl.store(e_ptr + i_k * e_row + o_d, tl.load(p_before, mask=m_d), mask=m_d)
+        tl.store(m_ptr + i_k * m_row + o_d, tl.load(p_before + plane, mask=m_d), mask=m_d)
+        tl.store(v_ptr + i_k * v_row + o_d, tl.load(p_before + 2 * plane, mask=m_d), mask=m_d)
+        tl.store(moved_ptr + i_k, alive.to(tl.uint8))
 
 
 def prompt_step(
@@ -335,62 +380,68 @@ def prompt_step(
     v: torch.Tensor,
     g: torch.Tensor,
     *,
-    step: int,
-    lr: float,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-    clip: torch.Tensor | None = None,
-    region: Mapping[str, Any],
+    factors: torch.Tensor,
+    adamw: bool,
+    constants: tuple[float, ...],
+    region: Region,
+    clip_norm: float | None,
+    before: torch.Tensor,
+    alive: torch.Tensor,
     cosine: torch.Tensor,
     norm_ratio: torch.Tensor,
     projected: torch.Tensor,
+    norm: torch.Tensor,
 ) -> None:
-    """One AdamW step of e [k, d] into the trust region around e0 [k, d]; e, m, v are updated in place.
+    """One step of e, m, v [k, d] in place; e0, g [k, d] likewise float32, g with any strides and used up.
 
-    e, e0, m, v, g float32 (rows contiguous; g any strides). step: 1 for the first. lr: learning rate.
-    clip: one-element tensor on the device that scales the gradient (with the penalty's share), or None.
-    region: {"kind": "cosine", "tau": 0.95, "norm_min": None, "norm_max": None}, {"kind": "l2_ball", "radius": r,
-    "relative": bool}, {"kind": "mean_cosine", "tau": t}, {"kind": "penalty", "weight": w} or {"kind": "none"}, as
-    trust_region.py's `describe` gives them.
-    cosine, norm_ratio [k] float32, written: cos(e, e0) (0 where e = 0, 1 where e0 = 0) and ‖e‖/‖e0‖ (1 where e0 = 0).
-    projected [k] bool, written: whether the region moved the row.
-    Raises ValueError where shapes, types or the region do not fit.
+    factors [3] float64 on the device: 1 − lr·weight_decay, lr/(1 − β₁ᵗ) and √(1 − β₂ᵗ) (SGD: only the rate counts).
+    adamw: else SGD. constants: (β₁, 1 − β₁, β₂, 1 − β₂, ε), for SGD (momentum, weight decay, 0, 0, 0). region: the
+    fields of `embedgrad.maths.trust_region.Numbers`. clip_norm: largest norm of the gradient. before [3, k, d] float32:
+    receives e, m and v as they were. alive [] bool: see `embedgrad.maths.optimizer.prompt_step`. cosine, norm_ratio
+    [k] and norm [] float64, projected [k] bool: what it reports.
+
+    Raises ValueError where shapes or types do not fit, or a row is wider than WIDEST.
     """
     k, d = e.shape
-    for name, x in (("e0", e0), ("m", m), ("v", v), ("g", g)):
+    for name, x in {"e": e, "e0": e0, "m": m, "v": v, "g": g}.items():
         checks.shape(name, x, (k, d))
-    for name, x in (("e", e), ("e0", e0), ("m", m), ("v", v), ("g", g), ("cosine", cosine), ("norm_ratio", norm_ratio)):
         if x.dtype != torch.float32:
             raise ValueError(f"{name} holds {x.dtype}, but the prompt's master copy and its step are float32")
         if x is not g and x.shape[-1] > 1 and x.stride(-1) != 1:
             raise ValueError(f"the last dimension of {name} must be contiguous; its stride is {x.stride(-1)}")
-    checks.shape("cosine", cosine, (k,))
-    checks.shape("norm_ratio", norm_ratio, (k,))
-    checks.shape("projected", projected, (k,))
-    if projected.dtype != torch.bool:
-        raise ValueError(f"projected holds {projected.dtype}, but must hold bool")
-    checks.writable(e=e, m=m, v=v, cosine=cosine, norm_ratio=norm_ratio, projected=projected)
-    moved = projected.view(torch.uint8)
-    kind = str(region["kind"])
-    if kind not in KINDS:
-        raise ValueError(f"there is no trust region {kind!r}; there are {', '.join(KINDS)}")
-    beta1, beta2 = betas
-    tau = float(region.get("tau", 0.0))
-    norm_min, norm_max = region.get("norm_min"), region.get("norm_max")
+    if d > WIDEST:
+        raise ValueError(f"the prompt's rows have {d} columns; a program holds at most {WIDEST}")
+    checks.shape("before", before, (3, k, d))
+    for name, x, dtype in (("cosine", cosine, torch.float64), ("norm_ratio", norm_ratio, torch.float64),
+                           ("projected", projected, torch.bool)):  # fmt: skip
+        checks.shape(name, x, (k,))
+        if x.dtype != dtype:
+            raise ValueError(f"{name} holds {x.dtype}, but must hold {dtype}")
+    checks.writable(e=e, m=m, v=v, cosine=cosine, norm_ratio=norm_ratio, projected=projected, before=before)
+    n = region
     options = launch.options("prompt_step", launch.architecture(e.device), dtype=e.dtype, width=d)
-    exact = torch.empty(k if kind == "mean_cosine" else 0, dtype=torch.float64, device=e.device)
-    prompt_step_kernel[(k,)](
-        e, e0, m, v, g, cosine if clip is None else clip, cosine, norm_ratio, moved, exact,
-        d, beta1, beta2, 1 - beta1, 1 - beta2, lr / (1 - beta1**step), 1 / math.sqrt(1 - beta2**step), eps,
-        1 - lr * weight_decay, float(region.get("weight", 0.0)), tau, math.sqrt(max(0.0, 1 - tau * tau)),
-        float(norm_min or 0.0), float(norm_max or 0.0), float(region.get("radius", 0.0)),
-        e.stride(0), e0.stride(0), m.stride(0), v.stride(0), *g.stride(),
-        KIND=KINDS[kind], HAS_CLIP=clip is not None, PENALTY=kind == "penalty",
-        RELATIVE=bool(region.get("relative", True)), HAS_MIN=norm_min is not None, HAS_MAX=norm_max is not None,
-        ONE_BLOCK=options["BLOCK"] >= d, **options,
+    squares, exact = torch.empty(2, k, dtype=torch.float64, device=e.device)
+    moved, finite = projected.view(torch.uint8), torch.empty(k, dtype=torch.uint8, device=e.device)
+    launch.run(
+        prompt_squares_kernel, (k,),
+        e, e0, g, squares, d, n.penalty, e.stride(0), e0.stride(0), *g.stride(), PENALTY=n.penalty > 0, **options
     )  # fmt: skip
-    if kind == "mean_cosine":
-        mean_cosine_kernel[(k,)](
-            e, e0, exact, cosine, norm_ratio, moved, k, d, tau, e.stride(0), e0.stride(0), BLOCK_K=128, **options
+    launch.run(
+        prompt_step_kernel, (k,),
+        e, e0, m, v, g, before, factors, squares, cosine, norm_ratio, moved, finite, exact, k, d,
+        0.0 if clip_norm is None else clip_norm, *constants[:4], constants[4],
+        n.tau, n.inside, n.cosine, n.sine, n.close, n.norm_min, n.norm_max, n.radius,
+        e.stride(0), e0.stride(0), m.stride(0), v.stride(0), *g.stride(),
+        KIND=n.code, ADAMW=adamw, HAS_LIMIT=clip_norm is not None, RELATIVE=n.relative,
+        HAS_MIN=n.norm_min >= 0, HAS_MAX=n.norm_max >= 0, BLOCK_K=128, **options,
+    )  # fmt: skip
+    if n.code == MEAN:
+        launch.run(
+            prompt_mean_cosine_kernel, (k,),
+            e, e0, exact, cosine, norm_ratio, moved, k, d, n.tau, e.stride(0), e0.stride(0), BLOCK_K=128, **options
         )  # fmt: skip
+    launch.run(
+        prompt_settle_kernel, (k,),
+        e, m, v, before, squares, finite, alive.view(torch.uint8), norm, moved, k, d,
+        e.stride(0), m.stride(0), v.stride(0), BLOCK_K=128, **options,
+    )  # fmt: skip

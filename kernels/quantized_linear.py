@@ -171,7 +171,8 @@ def quantized_linear(
     b = x if bias is None else bias
     grid = (triton.cdiv(rows, options["BLOCK_M"]), triton.cdiv(n, options["BLOCK_N"]))
     offsets = weight.scales if weight.offsets is None else weight.offsets
-    quantized_linear_kernel[grid](
+    launch.run(
+        quantized_linear_kernel, grid,
         x, weight.packed, weight.scales, offsets, b, out,
         rows, n, k, weight.packed.shape[1], weight.scales.shape[1],
         *x.stride(), weight.packed.stride(0), weight.scales.stride(0), b.stride(0), *out.stride(),
@@ -193,7 +194,8 @@ def quantized_linear_backward(dy: torch.Tensor, weight: PackedWeight, *, out: to
     columns = weight.packed.shape[1]
     grid = (triton.cdiv(rows, options["BLOCK_M"]), triton.cdiv(columns, options["BLOCK_K"]))
     offsets = weight.scales if weight.offsets is None else weight.offsets
-    quantized_linear_backward_kernel[grid](
+    launch.run(
+        quantized_linear_backward_kernel, grid,
         dy, weight.packed, weight.scales, offsets, out,
         rows, n, k, columns, weight.scales.shape[1],
         *dy.stride(), weight.packed.stride(0), weight.scales.stride(0), *out.stride(),

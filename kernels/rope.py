@@ -161,7 +161,8 @@ def _launch(
     q_weight, k_weight = (cos[0] if w is None else w for w in (q_norm, k_norm))
     options = launch.options(name, launch.architecture(x.device), dtype=x.dtype, head_dim=size)
     grid = (rows * triton.cdiv(h + g, options["BLOCK_H"]),)
-    rope_kernel[grid](
+    launch.run(
+        rope_kernel, grid,
         x, source, cos, sin, q_weight, k_weight, eps,
         *x.stride(), *source.stride(), *cos.stride(), *sin.stride(), *q_weight.stride(), *k_weight.stride(),
         H=h, G=g, HALF=size // 2, NORM=normed, BACKWARD=name == "rope_backward",

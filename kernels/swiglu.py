@@ -1,13 +1,13 @@
 # mypy: allow-untyped-defs
-"""SwiGLU on the fused gate/up buffer, and a backward that rebuilds the activation instead of storing it.
+"""SwiGLU on the fused gate/up buffer, forward and backward.
 
     a = g σ(g) ⊙ u                                     (Shazeer, arXiv 2002.05202; SiLU as the gate)
     dg = da ⊙ u ⊙ σ(g)(1 + g(1 − σ(g)))                du = da ⊙ g σ(g)
 
 g and u are the halves of one row of gate_up [T, 2F]. Arithmetic is fp32; g σ(g) is rounded to the buffer's type before
 the product with u, where transformers rounds it. Every program reads and writes the same elements, so the outputs
-may alias the inputs element for element. The down projection is frozen and needs no gradient, so the backward needs
-the activation only where the caller asks for it.
+may alias the inputs element for element. The down projection is frozen and needs no gradient, so nobody
+needs the activation in the backward.
 """
 
 import torch
@@ -37,11 +37,10 @@ def swiglu_kernel(
 
 @triton.jit
 def swiglu_backward_kernel(
-    da_ptr, gate_up_ptr, out_ptr, a_ptr, F, n_blocks,
-    da_row, da_col, gate_up_row, gate_up_col, gate_up_half, out_row, out_col, out_half, a_row, a_col,
-    REBUILD: tl.constexpr, BLOCK: tl.constexpr,
+    da_ptr, gate_up_ptr, out_ptr, F, n_blocks,
+    da_row, da_col, gate_up_row, gate_up_col, gate_up_half, out_row, out_col, out_half, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One block of one row: out = [dg, du]; REBUILD: the activation a as well."""
+    """One block of one row: out = [dg, du]."""
     pid = tl.program_id(0)
     i_t = (pid // n_blocks).to(tl.int64)
     o_f = (pid % n_blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
@@ -58,9 +57,6 @@ def swiglu_backward_kernel(
     # σ(1 + g(1 − σ)) = σ + gσ(1 − σ)
     tl.store(p_out, b_da * b_up * (b_sigma + b_silu * (1.0 - b_sigma)), mask=m_f)
     tl.store(p_out + out_half, b_da * b_silu, mask=m_f)
-    if REBUILD:
-        b_a = b_silu.to(b_gate.dtype).to(tl.float32) * b_up
-        tl.store(a_ptr + i_t * a_row + o_f * a_col, b_a, mask=m_f)
 
 
 def swiglu(gate_up: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
@@ -74,18 +70,16 @@ def swiglu(gate_up: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
     checks.writable(out=out)
     options = launch.options("swiglu", launch.architecture(gate_up.device), dtype=gate_up.dtype, width=width)
     blocks = triton.cdiv(width, options["BLOCK"])
-    swiglu_kernel[(rows * blocks,)](
+    launch.run(
+        swiglu_kernel, (rows * blocks,),
         gate_up, out, width, blocks, *gate_up.stride(), width * gate_up.stride(1), *out.stride(), **options
     )  # fmt: skip
     return out
 
 
-def swiglu_backward(
-    da: torch.Tensor, gate_up: torch.Tensor, *, out: torch.Tensor, activation: torch.Tensor | None = None
-) -> torch.Tensor:
+def swiglu_backward(da: torch.Tensor, gate_up: torch.Tensor, *, out: torch.Tensor) -> torch.Tensor:
     """out [T, 2F] = [dg, du]; da [T, F] (may be expanded), gate_up [T, 2F]. `out` may be gate_up itself.
 
-    activation [T, F]: where given, it is rebuilt there (it may be da itself).
     Raises ValueError where shapes or types do not fit, or an output is expanded.
     """
     rows, width = _halves(gate_up)
@@ -93,18 +87,12 @@ def swiglu_backward(
     checks.shape("out", out, gate_up.shape)
     checks.floating(da=da, gate_up=gate_up, out=out)
     checks.writable(out=out)
-    rebuilt = da if activation is None else activation
-    if activation is not None:
-        checks.shape("activation", activation, (rows, width))
-        checks.floating(activation=activation)
-        checks.writable(activation=activation)
     options = launch.options("swiglu_backward", launch.architecture(da.device), dtype=gate_up.dtype, width=width)
     blocks = triton.cdiv(width, options["BLOCK"])
-    swiglu_backward_kernel[(rows * blocks,)](
-        da, gate_up, out, rebuilt, width, blocks,
-        *da.stride(), *gate_up.stride(), width * gate_up.stride(1), *out.stride(), width * out.stride(1),
-        *rebuilt.stride(),
-        REBUILD=activation is not None, **options,
+    launch.run(
+        swiglu_backward_kernel, (rows * blocks,),
+        da, gate_up, out, width, blocks,
+        *da.stride(), *gate_up.stride(), width * gate_up.stride(1), *out.stride(), width * out.stride(1), **options,
     )  # fmt: skip
     return out
 

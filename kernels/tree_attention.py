@@ -260,7 +260,8 @@ def tree_attention(
         extras = count_extras(schedule, softcap)
         options = launch.options("tree_attention_forward", arch, dtype=q.dtype, head_dim=dim, extras=extras)
     lists = schedule.key_lists(group, options["BLOCK_Q"], options["BLOCK_K"])
-    tree_attention_forward_kernel[(lists.order.shape[0], groups)](
+    launch.run(
+        tree_attention_forward_kernel, (lists.order.shape[0], groups),
         q, k, v, out, lse,
         lists.begin, lists.length, lists.position, schedule.query_index, schedule.query_position,
         lists.order, lists.counts,
@@ -269,6 +270,16 @@ def tree_attention(
         GROUP=group, D=dim, BLOCK_D=block_width(dim), PRECISION=precision, BF16_IN_BITS=bf16_in_bits(q),
         **options,
     )  # fmt: skip
+
+
+def plan(schedule: TreeSchedule, group: int, dim: int, dtype: torch.dtype, device: torch.device) -> None:
+    """Make the schedule's lists for launches on `device` with query groups of `group` heads of size `dim`."""
+    if len(schedule.query_index):
+        options = launch.options(
+            "tree_attention_forward", launch.architecture(device), dtype=dtype, head_dim=dim,
+            extras=count_extras(schedule, None),
+        )  # fmt: skip
+        schedule.key_lists(group, options["BLOCK_Q"], options["BLOCK_K"])
 
 
 def count_extras(schedule: TreeSchedule, softcap: float | None) -> int:

@@ -16,14 +16,14 @@ Kernels.
               side by side, as the other kernels read them.
     dq        one block of rows against its list of key blocks, as in the forward.
     dkv       one block of the tree's own keys against one piece of the rows that see it (tree_schedule: QueryPieces).
-              A block whose rows are one piece is written at once; a trunk block, which every branch sees, has many
+              A block whose rows are one piece is written at once; a prefix block, which every branch sees, has many
               pieces, and each leaves fp32 partial sums in a slot of its own.
     reduce    adds the slots of a block in the order of their rows.
 No sum is atomic and every order is fixed by the mask and the launch parameters, so two runs give equal bits.
 
 P and dS are rounded to the input's type before the products they enter, sums are fp32. Kept keys are frozen: dk and dv
 are for the tree's own keys. For the gradient of fewer queries or keys, give q, do, o, lse or k, v and the mask of those
-(kept = 0): the first layer needs them only where a prompt row is shown.
+(prefix = 0): the first layer needs them only where a prompt row is shown.
 """
 
 from collections.abc import Mapping
@@ -47,7 +47,7 @@ from .tree_attention import (
     soft_capped,
     visible,
 )
-from .tree_schedule import ROWS_ALIGNED, TreeSchedule
+from .tree_schedule import ROWS_ALIGNED, QueryPieces, TreeSchedule
 
 Options = Mapping[str, int]
 
@@ -365,8 +365,37 @@ def workspace_size(schedule: TreeSchedule, heads: int, groups: int, dim: int, dk
     rows = 2 * groups * row_pitch(len(schedule.query_index), group, block_q) * ROWS_ALIGNED
     if dkv is None:
         return rows
-    pieces = schedule.query_pieces(group, block_q, dkv["BLOCK_K"], max(dkv["PROGRAMS"] // groups, 1))
+    pieces = _pieces(schedule, group, groups, dkv)
     return rows + 2 * pieces.slots * groups * dkv["BLOCK_K"] * block_width(dim)
+
+
+def plan(
+    schedule: TreeSchedule,
+    heads: int,
+    groups: int,
+    dim: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    dq: bool,
+    dkv: bool,
+) -> None:
+    """Make the schedule's lists for launches on `device` with `heads` query heads over `groups` key/value heads."""
+    if not len(schedule.query_index):
+        return
+    arch, extras = launch.architecture(device), count_extras(schedule, None)
+    of_dq, of_dkv = (
+        launch.options(f"tree_attention_backward_{name}", arch, dtype=dtype, head_dim=dim, extras=extras)
+        for name in ("dq", "dkv")
+    )
+    if dq:
+        schedule.key_lists(heads // groups, of_dq["BLOCK_Q"], of_dq["BLOCK_K"])
+    if dkv:
+        _pieces(schedule, heads // groups, groups, of_dkv)
+
+
+def _pieces(schedule: TreeSchedule, group: int, groups: int, dkv: Options) -> QueryPieces:
+    return schedule.query_pieces(group, dkv["BLOCK_Q"], dkv["BLOCK_K"], max(dkv["PROGRAMS"] // groups, 1))
 
 
 def tree_attention_backward(
@@ -387,7 +416,7 @@ def tree_attention_backward(
     precision: str = "ieee",
     options: Mapping[str, Options] | None = None,
 ) -> None:
-    """Writes dq [Nq, H, D], and dk and dv [S − kept, G, D]; what is None is not computed (dk and dv go together).
+    """Writes dq [Nq, H, D], and dk and dv [S − prefix, G, D]; what is None is not computed (dk and dv go together).
 
     do, q, o: [Nq, H, D]; k, v: [S, G, D]; lse: [Nq, H] float32 of the forward, all with any strides (do may be
     expanded). schedule: the forward's mask. workspace: fp32, contiguous, at least `workspace_size` elements; allocated
@@ -396,7 +425,7 @@ def tree_attention_backward(
     """
     group = check_heads(q, k, v)
     (queries, heads, dim), (keys, groups, _) = q.shape, k.shape
-    tree_keys = (keys - schedule.kept, groups, dim)
+    tree_keys = (keys - schedule.prefix, groups, dim)
     for name, x, shape in (("do", do, q.shape), ("o", o, q.shape), ("lse", lse, q.shape[:2]), ("dq", dq, q.shape),
                            ("dk", dk, tree_keys), ("dv", dv, tree_keys)):  # fmt: skip
         if x is not None and x.shape != shape:
@@ -430,7 +459,8 @@ def tree_attention_backward(
     row_delta, row_lse, partial = workspace.view(-1)[:needed].split((rows, rows, needed - 2 * rows))
 
     width, rows_per_program = block_width(dim), 32
-    tree_attention_rows_kernel[(triton.cdiv(pitch * ROWS_ALIGNED, rows_per_program), groups)](
+    launch.run(
+        tree_attention_rows_kernel, (triton.cdiv(pitch * ROWS_ALIGNED, rows_per_program), groups),
         do, o, lse, row_delta, row_lse, *do.stride(), *o.stride(), *lse.stride(), queries, pitch,
         GROUP=group, D=dim, BLOCK_R=rows_per_program, BLOCK_D=width, ROWS_ALIGNED=ROWS_ALIGNED,
     )  # fmt: skip
@@ -457,7 +487,8 @@ def _launch_dq(
 ) -> None:
     queries, (keys, groups, _) = len(dq), inputs[2].shape
     lists = schedule.key_lists(constants["GROUP"], constants["BLOCK_Q"], constants["BLOCK_K"])
-    tree_attention_dq_kernel[(lists.order.shape[0], groups)](
+    launch.run(
+        tree_attention_dq_kernel, (lists.order.shape[0], groups),
         *inputs, dq, lists.begin, lists.length, lists.position, schedule.query_index, schedule.query_position,
         lists.order, lists.counts, *strides, *dq.stride(), queries, keys, lists.order.shape[1], *common, **constants,
     )  # fmt: skip
@@ -474,17 +505,19 @@ def _launch_dkv(
     constants: dict[str, Any],
 ) -> None:
     do, q, k, v, row_delta, row_lse = inputs
-    queries, (tree_keys, groups, dim), kept = len(q), dk.shape, schedule.kept
-    block_k, programs = constants["BLOCK_K"], max(constants.pop("PROGRAMS") // groups, 1)
-    pieces = schedule.query_pieces(constants["GROUP"], constants["BLOCK_Q"], block_k, programs)
-    key_position = schedule.key_position[kept:] if schedule.key_position is not None else None
-    tree_attention_dkv_kernel[(len(pieces.pieces), groups)](
-        do, q, k[kept:], v[kept:], row_delta, row_lse, dk, dv, partial,
-        schedule.key_begin[kept:], schedule.key_length[kept:], key_position, pieces.row_index, pieces.row_position,
+    queries, (tree_keys, groups, dim), prefix = len(q), dk.shape, schedule.prefix
+    block_k, pieces = constants["BLOCK_K"], _pieces(schedule, constants["GROUP"], groups, constants)
+    del constants["PROGRAMS"]
+    key_position = schedule.key_position[prefix:] if schedule.key_position is not None else None
+    launch.run(
+        tree_attention_dkv_kernel, (len(pieces.pieces), groups),
+        do, q, k[prefix:], v[prefix:], row_delta, row_lse, dk, dv, partial,
+        schedule.key_begin[prefix:], schedule.key_length[prefix:], key_position, pieces.row_index, pieces.row_position,
         pieces.pieces, *strides, *dk.stride(), *dv.stride(), queries, tree_keys, *common, GROUPS=groups, **constants,
     )  # fmt: skip
     width, elements = constants["BLOCK_D"], 256
-    tree_attention_reduce_kernel[(len(pieces.blocks), triton.cdiv(block_k * width, elements), groups)](
+    launch.run(
+        tree_attention_reduce_kernel, (len(pieces.blocks), triton.cdiv(block_k * width, elements), groups),
         partial, dk, dv, pieces.blocks, *dk.stride(), *dv.stride(), tree_keys, common[2],
         GROUPS=groups, D=dim, BLOCK_K=block_k, BLOCK_D=width, BLOCK_E=elements, BLOCK_S=8, num_warps=1,
     )  # fmt: skip

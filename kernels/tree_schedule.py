@@ -16,7 +16,7 @@ Two lists come from this.
 
     KeyLists     per block of rows: the blocks of keys to visit, wholly visible ones first (forward and dQ).
     QueryPieces  per block of keys: its rows [first visible, last visible], cut into pieces of equal length (dK, dV).
-                 A trunk block has every later row, a leaf block few. With n_b row blocks behind key block b and
+                 A prefix block has every later row, a leaf block few. With n_b row blocks behind key block b and
                  c = ⌈Σ n_b / programs⌉, block b is cut into ⌈n_b / c⌉ pieces: no piece is longer than its fair share of
                  the launch, and Σ ⌈n_b / c⌉ ≤ blocks + programs, a bound the host knows. Blocks of more than one piece
                  leave partial sums in slots, at most 2 · programs of them (⌈x⌉ ≤ 2x for x > 1).
@@ -29,13 +29,17 @@ The column-wise block bounds are those of FlashMask (arXiv 2410.01359, section 4
 the fair pieces are ours.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from copy import copy
+from dataclasses import dataclass, field, fields
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 _LAST = 2**31 - 1
 _NOWHERE = 2**30  # a position no token has; twice it still fits int32
+Moved = TypeVar("Moved", bound="KeyLists | QueryPieces | TreeSchedule")
 ROWS_ALIGNED = 4
 """Rows that a piece may begin at: four fp32 values are one 128-bit load."""
 
@@ -75,7 +79,7 @@ class QueryPieces:
 class TreeSchedule:
     """The mask of one token tree, and the work lists made from it so far.
 
-    key_begin, key_end: [S] int32. query_index: [Nq] int32, ascending. kept: keys in front that are not the tree's own.
+    key_begin, key_end: [S] int32. query_index: [Nq] int32, ascending. prefix: keys that are not the tree's own.
     query_position [Nq], key_position [S] int32 and window: all three, or none.
     Raises ValueError for shapes or types that do not fit together.
     """
@@ -83,7 +87,7 @@ class TreeSchedule:
     key_begin: Tensor
     key_end: Tensor
     query_index: Tensor
-    kept: int = 0
+    prefix: int = 0
     query_position: Tensor | None = None
     key_position: Tensor | None = None
     window: int | None = None
@@ -111,13 +115,20 @@ class TreeSchedule:
             if x.dtype != torch.int32 or x.dim() != 1 or x.shape != shape:
                 raise ValueError(f"{name} is {x.dtype} {list(x.shape)}; expected int32 {list(shape)}")
             setattr(self, name, x.contiguous())
-        if not 0 <= self.kept <= len(self.key_begin):
-            raise ValueError(f"kept is {self.kept}; there are {len(self.key_begin)} keys")
+        if not 0 <= self.prefix <= len(self.key_begin):
+            raise ValueError(f"prefix is {self.prefix}; there are {len(self.key_begin)} keys")
         self.key_length = (self.key_end - self.key_begin).clamp(min=0)
 
     @property
     def device(self) -> torch.device:
         return self.query_index.device
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> "TreeSchedule":
+        """The same mask and work lists with `move` of every tensor, in a fixed order."""
+        copied = _with_moved(self, move)
+        copied._lists = {key: _with_moved(lists, move) for key, lists in self._lists.items()}
+        copied._pieces = {key: _with_moved(pieces, move) for key, pieces in self._pieces.items()}
+        return copied
 
     def key_lists(self, group: int, block_q: int, block_k: int) -> KeyLists:
         """The lists for query blocks of block_q rows (query, head of the group) and key blocks of block_k keys."""
@@ -164,7 +175,7 @@ class TreeSchedule:
         return KeyLists(order.contiguous(), counts.contiguous(), filled[0], filled[1], filled[2])
 
     def _query_pieces(self, group: int, block_q: int, block_k: int, programs: int) -> QueryPieces:
-        begin, end = self.key_begin[self.kept :], self.key_end[self.kept :]
+        begin, end = self.key_begin[self.prefix :], self.key_end[self.prefix :]
 
         def row_of(bound: Tensor) -> Tensor:
             """The first row whose query's tree index is at least the bound."""
@@ -216,6 +227,14 @@ class TreeSchedule:
         )
         assert row_index is not None
         return QueryPieces(table.to(torch.int32), of_blocks, slots, row_index, row_position)
+
+
+def _with_moved(record: Moved, move: Callable[[Tensor], Tensor]) -> Moved:
+    tensors = {f.name: getattr(record, f.name) for f in fields(record)}
+    moved = {name: move(x) for name, x in tensors.items() if isinstance(x, Tensor)}
+    copied = copy(record)  # without another __post_init__, which would compute
+    vars(copied).update(moved)
+    return copied
 
 
 def _in_blocks(x: Tensor, block: int, missing: int) -> Tensor:

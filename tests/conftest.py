@@ -11,9 +11,9 @@ from hypothesis import settings
 
 os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from embedgrad.errors import DataError
-from embedgrad.example import Example
+from embedgrad.data.example import Example
 from embedgrad.tasks import movie_snippets, smollm2
+from embedgrad.util.errors import DataError
 
 # The same draws at every run, so that a change is what makes a test fail; HYPOTHESIS_PROFILE=default draws new ones.
 settings.register_profile("repeatable", derandomize=True)

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from embedgrad.compare.twin import transformers_twin
-from embedgrad.model.model import Model
-from embedgrad.rendering import Rendered
+from embedgrad.engine.model import Model
+from embedgrad.prompt.rendering import Rendered
 
 __all__ = ["dense_loss", "relative_error", "transformers_loss_and_grad", "transformers_twin"]
 

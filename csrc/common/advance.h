@@ -1,72 +1,72 @@
-// What happens to a sequence once its next token is chosen: stop, or append the token and go on.
+// Advances a sequence after its next token is chosen: the sequence ends, or the token is appended.
 #pragma once
 
-#include "portable.h"
+#include "host_device.h"
 
 namespace embedgrad {
 
 enum StopReason : int32_t {
     kRunning = 0,
-    kStopToken = 1,    // "stop": a stop token (not appended), or a forced choice that is complete
-    kLengthReached = 2,  // "length"
-    kContextFull = 3,  // "context"
-    kSamplingFailed = 4,  // the sampler's status says why
+    kStopToken = 1,       // "stop": a stop token (not appended), or a complete forced choice
+    kLengthReached = 2,   // "length": max_new_tokens
+    kContextFull = 3,     // "context": max_position
+    kSamplingFailed = 4,  // see SamplingBatch::status
 };
 
 struct AdvanceBatch {
-    int32_t rows, vocabulary, capacity;
-    int32_t max_new_tokens;        // from 1 to capacity
-    int32_t max_position;          // the model's context
+    int32_t sequences, vocabulary, capacity;
+    int32_t max_new_tokens;      // from 1 to capacity
+    int32_t max_position;        // the model's context length
     int32_t stop_size;
-    const int32_t* stop_tokens;    // [stop_size]
-    const int32_t* tokens;         // [rows] chosen by the sampler
-    const int32_t* status;         // [rows] the sampler's
-    const int32_t* children;       // tree of continuations, as in SamplingBatch; null without forced choice
+    const int32_t* stop_tokens;  // [stop_size]
+    const int32_t* tokens;       // [sequences] chosen by the sampler
+    const int32_t* status;       // [sequences] SamplingStatus
+    const int32_t* children;     // tree of continuations, as in SamplingBatch; null without forced choice
     const int32_t* child_tokens;
-    const int32_t* child_nodes;    // the node that each of them leads to
-    int32_t* ids;                  // [rows, capacity] the answers
-    int32_t* lengths;              // [rows] tokens of the answers
-    int32_t* inputs;               // [rows] the token that the next decode step reads, unchanged once a row has ended
-    int32_t* positions;            // [rows] its position: before the first call, that of the query's last token
-    uint32_t* steps;               // [rows] numbers drawn
-    int32_t* counts;               // [rows, vocabulary] for the penalties, or null
-    int32_t* nodes;                // [rows] or null
-    int32_t* reasons;              // [rows] StopReason
-    int32_t* running;              // [1] rows that go on: what the host polls
+    const int32_t* child_nodes;  // the node that each child token leads to
+    int32_t* ids;                // [sequences, capacity] the answers
+    int32_t* lengths;            // [sequences] tokens of the answers
+    int32_t* inputs;             // [sequences] the token that the next decode step reads; stays when a sequence ends
+    int32_t* positions;          // [sequences] its position; before the first call, that of the query's last token
+    uint32_t* steps;             // [sequences] how many random numbers were drawn
+    int32_t* counts;             // [sequences, vocabulary] for the penalties, or null
+    int32_t* nodes;              // [sequences] or null
+    int32_t* reasons;            // [sequences] StopReason
+    int32_t* running;            // [1] sequences that have not ended; the host polls it
 };
 
-// True where this step ended the row.
-EMBEDGRAD_HD inline bool advance_row(const AdvanceBatch& b, int32_t row) {
-    if (b.reasons[row] != kRunning) return false;
-    if (b.status[row] != 0) {
-        b.reasons[row] = kSamplingFailed;
+// True where this step ended sequence s.
+EMBEDGRAD_HD inline bool advance_sequence(const AdvanceBatch& b, int32_t s) {
+    if (b.reasons[s] != kRunning) return false;
+    if (b.status[s] != 0) {
+        b.reasons[s] = kSamplingFailed;
         return true;
     }
-    const int32_t token = b.tokens[row];
-    b.steps[row] += 1;
+    const int32_t token = b.tokens[s];
+    b.steps[s] += 1;
     for (int32_t i = 0; i < b.stop_size; ++i)
         if (token == b.stop_tokens[i]) {
-            b.reasons[row] = kStopToken;
+            b.reasons[s] = kStopToken;
             return true;
         }
-    b.ids[int64_t{row} * b.capacity + b.lengths[row]] = token;
-    b.lengths[row] += 1;
-    b.inputs[row] = token;
-    b.positions[row] += 1;
-    if (b.counts) b.counts[int64_t{row} * b.vocabulary + token] += 1;
+    b.ids[int64_t{s} * b.capacity + b.lengths[s]] = token;
+    b.lengths[s] += 1;
+    b.inputs[s] = token;
+    b.positions[s] += 1;
+    if (b.counts) b.counts[int64_t{s} * b.vocabulary + token] += 1;
     bool complete = false;
-    if (b.nodes && b.nodes[row] >= 0) {
-        int32_t child = b.children[b.nodes[row]];
-        while (b.child_tokens[child] != token) ++child;  // the sampler chose among these
+    if (b.nodes && b.nodes[s] >= 0) {
+        int32_t child = b.children[b.nodes[s]];
+        while (b.child_tokens[child] != token) ++child;  // ends: the sampler chose one of the children
         const int32_t node = b.child_nodes[child];
-        b.nodes[row] = node;
+        b.nodes[s] = node;
         complete = b.children[node] == b.children[node + 1];
     }
-    b.reasons[row] = complete                                  ? kStopToken
-                     : b.lengths[row] >= b.max_new_tokens      ? kLengthReached
-                     : b.positions[row] + 1 >= b.max_position ? kContextFull
-                                                               : kRunning;
-    return b.reasons[row] != kRunning;
+    b.reasons[s] = complete                                ? kStopToken
+                   : b.lengths[s] >= b.max_new_tokens      ? kLengthReached
+                   : b.positions[s] + 1 >= b.max_position ? kContextFull
+                                                           : kRunning;
+    return b.reasons[s] != kRunning;
 }
 
 }  // namespace embedgrad

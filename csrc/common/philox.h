@@ -1,10 +1,10 @@
 // Philox4x32-10, the counter-based generator of Salmon et al., "Parallel random numbers: as easy as 1, 2, 3" (SC '11).
 //
-// A number depends on (seed, stream, step) alone. A sequence that draws from its own stream therefore gets the same
-// text whoever its neighbours in the batch are, and nothing has to be stored or handed from step to step.
+// A number depends on (seed, stream, step) only. Each sequence draws from its own stream, so its text does not depend
+// on the other sequences of the batch, and the generator has no state to store.
 #pragma once
 
-#include "portable.h"
+#include "host_device.h"
 
 namespace embedgrad {
 

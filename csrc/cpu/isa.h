@@ -1,22 +1,28 @@
-// Which vector instructions the machine has, and how a kernel is compiled once for each.
+// Which instruction set the kernels use, and the call of the version compiled for it.
 //
-// A kernel file X.inl is written in terms of simd.inl and compiled by X.cpp inside one namespace per instruction set
-// (per_isa.inl); nothing is compiled with -march=native, so one binary runs everywhere.
+// A kernel file X.inl is written in terms of simd.inl. X.cpp compiles it through per_isa.inl, in one namespace per
+// instruction set. Nothing is compiled with -march=native, so one binary runs on every machine.
 #pragma once
 
 #include <atomic>
 
 #if defined(__x86_64__)
+#pragma GCC diagnostic push
+#if !defined(__clang__)  // GCC 12 warns of its own _mm512_undefined_ps wherever an intrinsic uses it
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
 #include <immintrin.h>
+#pragma GCC diagnostic pop
 #endif
 
-#include "elements.h"
+#include "tensor_views.h"  // simd.inl loads and stores Bf16
 
 namespace embedgrad {
 
 enum class Isa { plain, avx2, avx512, avx512vnni };
 
-// The best set that this machine has.
+// The best instruction set of this machine.
 inline Isa best_isa() {
 #if defined(__x86_64__)
     const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
@@ -51,7 +57,7 @@ inline Isa isa() { return isa_in_use().load(std::memory_order_relaxed); }
 #define EMBEDGRAD_AVX512 "avx2,fma,f16c,avx512f,avx512vl,avx512bw,avx512dq"
 #define EMBEDGRAD_AVX512VNNI "avx2,fma,f16c,avx512f,avx512vl,avx512bw,avx512dq,avx512vnni"
 
-// Calls `function(...)` of the namespace that fits the machine.
+// Calls `function(...)` in the namespace of the instruction set in use.
 #if defined(__x86_64__)
 #define EMBEDGRAD_DISPATCH(function, ...)                                \
     switch (::embedgrad::isa()) {                                        \
@@ -60,7 +66,7 @@ inline Isa isa() { return isa_in_use().load(std::memory_order_relaxed); }
         case ::embedgrad::Isa::avx2: avx2::function(__VA_ARGS__); break;     \
         default: plain::function(__VA_ARGS__);                           \
     }
-// The same for kernel files that are also compiled for the dot products of bytes in AVX-512 (EMBEDGRAD_WITH_VNNI).
+// The same for kernel files compiled with EMBEDGRAD_WITH_VNNI.
 #define EMBEDGRAD_DISPATCH_VNNI(function, ...)                              \
     if (::embedgrad::isa() == ::embedgrad::Isa::avx512vnni)                 \
         avx512vnni::function(__VA_ARGS__);                                  \

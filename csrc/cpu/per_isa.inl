@@ -1,5 +1,7 @@
-// Compiles the kernel file named by EMBEDGRAD_KERNELS once per instruction set, each in a namespace of its own; included
-// inside namespace embedgrad, after every header that the kernels need. EMBEDGRAD_ISA is 0, 2 (avx2) or 512 there.
+// Compiles the kernel file EMBEDGRAD_KERNELS once per instruction set, each time in the namespace of that set. Include
+// this inside namespace embedgrad, after every header that the kernels need: a header must not land in these
+// namespaces. The kernel file sees VL (floats per vector) and EMBEDGRAD_ISA: 0 (plain), 2 (AVX2) or 512 (AVX-512). With
+// EMBEDGRAD_WITH_VNNI it is also compiled with VNNI, EMBEDGRAD_VNNI defined.
 
 #define EMBEDGRAD_ISA 0
 namespace plain {

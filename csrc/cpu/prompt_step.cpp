@@ -10,16 +10,16 @@
 namespace embedgrad {
 namespace {
 
-constexpr double kTolerance = 0x1p-22;  // share of a row's length by which float32 rounding may move it, four times
-constexpr double kParallel = 1e-14;     // share of a row's length below which its part across û is float64's rounding
-constexpr double kSlanted = 1e-2;       // share above which ‖e‖² − (e·û)² gives that part's length to 1e-11
+// e = (e·û) û + b v. These are shares b / ‖e‖.
+constexpr double kParallel = 1e-14;  // below it b v is a rounding error of float64
+constexpr double kSlanted = 1e-2;    // above it b² = ‖e‖² − (e·û)² is accurate to 1e-11
 
 struct Lengths {
     double ee, ea, aa;  // ‖e‖², e·e0, ‖e0‖²
 };
 
-// v = ((e − along û − first û) · scale − second û) · rescale: the part of e across û, made orthogonal a second time, for
-// the difference of nearly parallel vectors is not quite, and a third time at unit length.
+// v = ((e − along û − first û) · scale − second û) · rescale. The difference of nearly parallel vectors is not
+// orthogonal to û within rounding, so it is made orthogonal a second time, and a third time at unit length.
 struct Across {
     double unit, along, first, scale, second, rescale;  // unit: 1/‖e0‖
 };
@@ -31,14 +31,14 @@ struct Across {
 
 namespace {
 
-// A row with its anchor, whose length is not 0. Where the row is moved, so are its `lengths`.
-class Row {
+// A row of the prompt and its anchor, whose length is not 0. Moving the row updates its `lengths`.
+class PromptRow {
 public:
-    Row(float* e, const float* anchor, int64_t d, Lengths& lengths)
+    PromptRow(float* e, const float* anchor, int64_t d, Lengths& lengths)
         : e_(e), anchor_(anchor), d_(d), lengths_(lengths), length(std::sqrt(lengths.ee)),
           anchor_length(std::sqrt(lengths.aa)), along(lengths.ea / anchor_length) {}
 
-    // ‖e − (e·û) û‖, 0 where that is only rounding; `turn` needs it.
+    // b = ‖e − (e·û) û‖, 0 where that is a rounding error. Call it before `turn`.
     double split() {
         const double difference = length * length - along * along;
         slanted_ = difference > kSlanted * kSlanted * length * length;
@@ -61,16 +61,15 @@ public:
         return b;
     }
 
-    // Whether there is a direction across û; with d = 1 there is none.
+    // Whether there is a v; with d = 1 there may be none.
     bool has_plane() const { return !(parallel_ && d_ == 1); }
 
     void scale(double by, bool& moved) { place(by, 0, 0, moved); }
     void onto_anchor(double by, bool& moved) { place(0, by, 0, moved); }
 
-    // The row becomes x û + y v; where e has no part across û, v is the first of the axes that û is farthest from, made
-    // orthogonal to û.
+    // The row becomes x û + y v. Where e is parallel to û, v comes from the coordinate axis in which û is smallest.
     void turn(double x, double y, bool& moved) {
-        if (slanted_) {  // v = (e − along û) / ‖e − along û‖
+        if (slanted_) {  // here v = (e − along û) / b is accurate enough
             const double by = y / across_length_;
             return place(by, (x - by * along) / anchor_length, 0, moved);
         }
@@ -111,32 +110,24 @@ public:
     const double length, anchor_length, along;
 };
 
-// A row is put inside the cone by an angle that rounding cannot undo, so that its cosine, measured, is at least τ.
-struct Edge {
-    double angle, cosine, sine;
-
-    explicit Edge(double tau)
-        : angle(std::acos(tau) - kTolerance), cosine(std::cos(std::max(angle, 0.0))), sine(std::sin(std::max(angle, 0.0))) {}
-};
-
-// Into the cone, then into the band; see CosineCone in trust_region.py.
-void project_cosine(const TrustRegion& region, const Edge& edge, Row& row, bool& moved) {
-    bool inside = region.tau <= -1 || row.along >= region.tau * row.length;
+// Projects into the cone, then into the band of norms; see CosineCone in embedgrad/maths/trust_region.py.
+void project_cosine(const TrustRegion& region, PromptRow& row, bool& moved) {
+    bool inside = row.along >= region.inside * row.length;
     double length = row.length, kappa = 0;
     if (!inside) {
         const double b = row.split();
-        inside = edge.angle < kTolerance && row.along > 0 && b <= 2 * kTolerance * row.length;
-        kappa = row.along * edge.cosine + b * edge.sine;
+        inside = region.close > 0 && row.along > 0 && b <= region.close * row.length;
+        kappa = row.along * region.edge_cosine + b * region.edge_sine;
         if (!inside) length = kappa > 0 && (row.has_plane() || region.tau >= 0) ? kappa : 0;
     }
     double band = 1;
     if (region.norm_max >= 0) {
         const double ceiling = region.norm_max * row.anchor_length;
-        if (length > ceiling * (1 + kTolerance)) band = ceiling / length, length = ceiling;
+        if (length > ceiling * (1 + region.tolerance)) band = ceiling / length, length = ceiling;
     }
     if (region.norm_min >= 0) {
         const double floor = region.norm_min * row.anchor_length;
-        if (length < floor * (1 - kTolerance)) {
+        if (length < floor * (1 - region.tolerance)) {
             if (length == 0) return row.onto_anchor(region.norm_min, moved);
             band *= floor / length;
         }
@@ -146,7 +137,7 @@ void project_cosine(const TrustRegion& region, const Edge& edge, Row& row, bool&
     } else if (length == 0) {
         row.scale(0, moved);
     } else {
-        row.turn(band * kappa * edge.cosine, band * kappa * edge.sine, moved);
+        row.turn(band * kappa * region.edge_cosine, band * kappa * region.edge_sine, moved);
     }
 }
 
@@ -155,8 +146,8 @@ void project_ball(const TrustRegion& region, float* e, const float* anchor, int6
     EMBEDGRAD_DISPATCH(distance, e, anchor, d, squared)
     const double length = std::sqrt(lengths.aa), far = std::sqrt(squared);
     const double radius = region.relative ? region.radius * length : region.radius;
-    // The rounding is of e, as long as its anchor, not of the offset, which may be much shorter.
-    if (!(far > radius + kTolerance * (length + radius))) return;
+    // The tolerance is a share of e's length, because e is what gets rounded; the offset may be much shorter.
+    if (!(far > radius + region.tolerance * (length + radius))) return;
     const double share = radius / far;
     EMBEDGRAD_DISPATCH(place_row, e, anchor, d, share, 1 - share, 0.0, Across{}, moved, lengths)
 }
@@ -175,7 +166,8 @@ double water_level(std::vector<double> cosines, double tau) {
     return tau;
 }
 
-// Every row below the common level is turned up to it; see MeanCosine in trust_region.py.
+// Turns every row whose cosine is below the level until its cosine is the level; see MeanCosine in
+// embedgrad/maths/trust_region.py.
 void project_mean(
     const TrustRegion& region, Rows<float> e, Rows<float> anchor, std::vector<Lengths>& lengths, int64_t d,
     bool* projected) {
@@ -184,7 +176,7 @@ void project_mean(
     double total = 0, sines = 0;
     for (size_t t = 0; t < lengths.size(); ++t) {
         if (!(lengths[t].aa > 0) || !std::isfinite(lengths[t].ee)) continue;
-        Row row(e.at(t), anchor.at(t), d, lengths[t]);
+        PromptRow row(e.at(t), anchor.at(t), d, lengths[t]);
         const bool any = row.length > 0;
         cosines.push_back(any ? row.along / row.length : 0);
         directed.push_back(static_cast<int64_t>(t));
@@ -192,12 +184,13 @@ void project_mean(
         sines += any ? row.split() / row.length : 1;
     }
     const double n = static_cast<double>(directed.size());
-    if (directed.empty() || total / n >= region.tau - kTolerance * (sines / n) - kTolerance * kTolerance) return;
+    const double least = region.tau - region.tolerance * (sines / n) - region.tolerance * region.tolerance;
+    if (directed.empty() || total / n >= least) return;
     const double level = water_level(cosines, region.tau), sine = std::sqrt(std::max(0.0, 1 - level * level));
     for (size_t i = 0; i < directed.size(); ++i) {
         if (!(cosines[i] < level)) continue;
         const int64_t t = directed[i];
-        Row row(e.at(t), anchor.at(t), d, lengths[t]);
+        PromptRow row(e.at(t), anchor.at(t), d, lengths[t]);
         row.split();
         if (row.length > 0 && (row.has_plane() || level >= 1))
             row.turn(row.length * level, row.length * sine, projected[t]);
@@ -206,7 +199,7 @@ void project_mean(
     }
 }
 
-// 0 where e = 0, 1 where e0 = 0: such a row cannot leave its direction, nor its length.
+// The cosine is 0 where e = 0. Both numbers are 1 where e0 = 0: such a row has no direction and no scale to leave.
 void report(const Lengths& x, double& similarity, double& norm_ratio) {
     const double length = std::sqrt(x.ee), anchor = std::sqrt(x.aa);
     const double cosine = length > 0 ? x.ea / length / (anchor > 0 ? anchor : 1) : 0;
@@ -220,14 +213,13 @@ void prompt_step(
     const Pool& pool, const AdamW& adamw, const TrustRegion& region, Rows<float> e, Rows<float> anchor, Rows<float> m,
     Rows<float> v, Rows<float> g, double* similarity, double* norm_ratio, bool* projected, int64_t k, int64_t d) {
     std::vector<Lengths> lengths(k);
-    const Edge edge(region.kind == TrustRegion::cosine ? region.tau : 0);
     pool.run(k, rows_per_thread(d), [&](int64_t begin, int64_t end) {
         for (int64_t t = begin; t < end; ++t) {
             projected[t] = false;
             EMBEDGRAD_DISPATCH(adamw_row, adamw, e.at(t), anchor.at(t), m.at(t), v.at(t), g.at(t), d, lengths[t])
             if (region.kind == TrustRegion::cosine && lengths[t].aa > 0 && std::isfinite(lengths[t].ee)) {
-                Row row(e.at(t), anchor.at(t), d, lengths[t]);
-                project_cosine(region, edge, row, projected[t]);
+                PromptRow row(e.at(t), anchor.at(t), d, lengths[t]);
+                project_cosine(region, row, projected[t]);
             } else if (region.kind == TrustRegion::l2_ball) {
                 project_ball(region, e.at(t), anchor.at(t), d, lengths[t], projected[t]);
             }

@@ -1,15 +1,15 @@
-// One optimiser step of the prompt: AdamW, trust region, and each row's cosine and norm ratio, a row at a time.
+// One optimiser step of the prompt, a prompt row at a time: AdamW, projection into the trust region, and the row's
+// cosine and norm ratio. With a mean-cosine region all rows take their AdamW step before any is projected.
 //
-// AdamW is float32 (the formula is that of embedgrad/optimizer.py); what decides whether a row is inside its region, and
-// where it is put, is float64 (the regions are those of embedgrad/trust_region.py, margins included). With û = e0/‖e0‖,
-// a = e·û and v the unit vector across û towards e, a row that is turned becomes x û + y v. The mean cosine couples the
-// rows: all are stepped before any is turned.
+// AdamW is float32; its formula is in embedgrad/maths/optimizer.py. The projection is float64; its formulas and
+// numbers, margins included, are in embedgrad/maths/trust_region.py. In the comments û = e0/‖e0‖, and v is the unit
+// vector orthogonal to û in the plane of û and e. A projected row is turned in that plane: it becomes x û + y v.
 #pragma once
 
 #include <cstdint>
 
-#include "../parallel.h"
-#include "elements.h"
+#include "pool.h"
+#include "tensor_views.h"
 
 namespace embedgrad {
 
@@ -23,12 +23,17 @@ struct TrustRegion {
     enum Kind : int64_t { none, cosine, l2_ball, mean_cosine };
     Kind kind;
     double tau;
-    double norm_min, norm_max;  // negative: no bound
+    double inside;                  // the least cosine that counts as inside a cone
+    double edge_cosine, edge_sine;  // of the angle that a row outside is turned to
+    double close;                   // a row towards û also counts as inside where e·v is at most this share of its length
+    double norm_min, norm_max;      // negative: no bound
     double radius;
-    bool relative;
+    bool relative;                  // to the anchor's length
+    double tolerance;               // four times the share of a row's length by which float32 rounding moves it
 };
 
-// e, m, v [k, d] in place; anchor, g [k, d]; similarity, norm_ratio [k]; projected [k]: the region moved the row.
+// In place on e, m, v [k, d]; anchor, g [k, d]; similarity, norm_ratio [k]; projected [k]: whether the region moved the
+// row.
 void prompt_step(
     const Pool&, const AdamW&, const TrustRegion&, Rows<float> e, Rows<float> anchor, Rows<float> m, Rows<float> v,
     Rows<float> g, double* similarity, double* norm_ratio, bool* projected, int64_t k, int64_t d);

@@ -6,7 +6,7 @@ typedef float Narrow __attribute__((vector_size(VL * 2)));
 typedef float NarrowAnywhere __attribute__((vector_size(VL * 2), aligned(4), may_alias));
 typedef int32_t NarrowInts __attribute__((vector_size(VL * 2)));
 
-struct Floats {  // the numbers of a Vec, taken from memory in halves: cutting a Vec in two costs more
+struct Floats {  // the numbers of a Vec as two halves; two loads of halves are cheaper than splitting a Vec
     Narrow low, high;
 };
 
@@ -14,7 +14,7 @@ struct Pair {
     Wide low, high;
 };
 
-// One instruction each, for which GCC 12 makes four of __builtin_convertvector.
+// Intrinsics, because GCC 12 compiles __builtin_convertvector to four instructions instead of one.
 #if EMBEDGRAD_ISA == 512
 EMBEDGRAD_INLINE Wide wide(Narrow x) { return Wide(_mm512_cvtps_pd(__m256(x))); }
 EMBEDGRAD_INLINE Narrow narrow(Wide x) { return Narrow(_mm512_cvtpd_ps(__m512d(x))); }
@@ -68,7 +68,7 @@ static inline Vec root(Vec x) {
 #endif
 }
 
-// The step of a row; returns the sums of the row that comes out.
+// AdamW on one row, and the sums of the new row.
 static void adamw_row(
     const AdamW& s, float* e, const float* anchor, float* m, float* v, const float* g, int64_t d, Lengths& lengths) {
     Sum ee, ea, aa;
@@ -82,7 +82,7 @@ static void adamw_row(
         store(v + i, new_v, count);
         const Vec by = root(new_v) * inverse + s.eps;
         store(e + i, load(e + i, count) * s.decay - s.rate * new_m / by, count);
-        // read again, for places behind the row's end must be 0 in the sums, also where eps is 0
+        // Loaded again, so that the lanes behind the row's end are 0 in the sums (with eps = 0 they are NaN here).
         const Pair row = widened(e + i, count), to = widened(anchor + i, count);
         ee.add(row, row), ea.add(row, to), aa.add(to, to);
     }
@@ -110,7 +110,7 @@ static void distance(const float* e, const float* anchor, int64_t d, double& squ
     squared = sum.total();
 }
 
-// e − along û, then the same made orthogonal twice; see Across.
+// One vector of v and of û; see Across.
 EMBEDGRAD_INLINE void across_at(const Across& across, Wide e, Wide anchor, Wide& result, Wide& unit) {
     unit = anchor * across.unit;
     result = ((e - across.along * unit - across.first * unit) * across.scale - across.second * unit) * across.rescale;
@@ -121,7 +121,7 @@ EMBEDGRAD_INLINE void across_at(const Across& across, Pair e, Pair anchor, Pair&
     across_at(across, e.high, anchor.high, result.high, unit.high);
 }
 
-// Along û and across it, summed: Σ v·û and Σ v² of the vector as `across` describes it.
+// Σ v û and Σ v² for the v that `across` describes.
 static void across_sums(
     const float* e, const float* anchor, int64_t d, const Across& across, double& along, double& squared) {
     Sum vu, vv;
@@ -133,7 +133,8 @@ static void across_sums(
     along = vu.total(), squared = vv.total();
 }
 
-// The row becomes of_row · e + of_anchor · anchor + of_across · v, rounded, and is measured; says whether a bit changed.
+// The row becomes of_row · e + of_anchor · anchor + of_across · v. Updates `lengths`; `moved` tells whether a number
+// changed.
 static void place_row(
     float* e, const float* anchor, int64_t d, double of_row, double of_anchor, double of_across, const Across& across,
     bool& moved, Lengths& lengths) {
@@ -149,7 +150,7 @@ static void place_row(
             narrow(of_row * row.high + of_anchor * to.high + of_across * v.high)};
         store(e + i, after, d - i);
         changed |= (after.low != before.low) | (after.high != before.high);
-        const Pair placed = widened(after);  // 0 behind the row's end, as e and the anchor are
+        const Pair placed = widened(after);  // 0 behind the row's end, because e and the anchor are 0 there
         ee.add(placed, placed), ea.add(placed, to);
     }
     lengths.ee = ee.total(), lengths.ea = ea.total();

@@ -1,11 +1,9 @@
 #include "rowwise.h"
 
-#include <algorithm>
 #include <cmath>
-#include <limits>
 
-#include "caches.h"
 #include "isa.h"
+#include "non_temporal.h"
 
 namespace embedgrad {
 
@@ -13,14 +11,13 @@ namespace embedgrad {
 #include "per_isa.inl"
 
 template <typename T>
-void rms_norm(
-    const Pool& pool, Rows<T> x, Rows<T> residual, const T* weight, float eps, Rows<T> out, int64_t rows, int64_t d) {
-    const bool past = past_caches(out, rows, d);
+void rms_norm(const Pool& pool, Rows<T> x, const T* weight, float eps, Rows<T> out, int64_t rows, int64_t d) {
+    const bool non_temporal = prefers_non_temporal(out, rows, d);
     pool.run(rows, rows_per_thread(d), [&](int64_t begin, int64_t end) {
-        if (past) {
-            EMBEDGRAD_DISPATCH(rms_norm_rows<true>, x, residual, weight, eps, out, begin, end, d)
+        if (non_temporal) {
+            EMBEDGRAD_DISPATCH(rms_norm_rows<true>, x, weight, eps, out, begin, end, d)
         } else {
-            EMBEDGRAD_DISPATCH(rms_norm_rows<false>, x, residual, weight, eps, out, begin, end, d)
+            EMBEDGRAD_DISPATCH(rms_norm_rows<false>, x, weight, eps, out, begin, end, d)
         }
     });
 }
@@ -53,9 +50,9 @@ void rope_backward(
 
 template <typename T>
 void swiglu(const Pool& pool, Rows<T> gate_up, Rows<T> out, int64_t rows, int64_t width) {
-    const bool past = past_caches(out, rows, width);
+    const bool non_temporal = prefers_non_temporal(out, rows, width);
     pool.run(rows, rows_per_thread(width), [&](int64_t begin, int64_t end) {
-        if (past) {
+        if (non_temporal) {
             EMBEDGRAD_DISPATCH(swiglu_rows<true>, gate_up, out, begin, end, width)
         } else {
             EMBEDGRAD_DISPATCH(swiglu_rows<false>, gate_up, out, begin, end, width)
@@ -71,7 +68,7 @@ void swiglu_backward(const Pool& pool, Rows<T> da, Rows<T> gate_up, Rows<T> out,
 }
 
 #define EMBEDGRAD_OF(T)                                                                                                 \
-    template void rms_norm(const Pool&, Rows<T>, Rows<T>, const T*, float, Rows<T>, int64_t, int64_t);                  \
+    template void rms_norm(const Pool&, Rows<T>, const T*, float, Rows<T>, int64_t, int64_t);                           \
     template void rms_norm_backward(const Pool&, Rows<T>, Rows<T>, const T*, float, Rows<T>, int64_t, int64_t);         \
     template void rope(const Pool&, Rows<T>, const T*, const T*, HeadNorms<T>, int64_t, int64_t, int64_t);              \
     template void rope_backward(                                                                                        \
@@ -80,30 +77,5 @@ void swiglu_backward(const Pool& pool, Rows<T> da, Rows<T> gate_up, Rows<T> out,
     template void swiglu_backward(const Pool&, Rows<T>, Rows<T>, Rows<T>, int64_t, int64_t);
 EMBEDGRAD_OF(float)
 EMBEDGRAD_OF(Bf16)
-
-void softmax_loss(
-    const Pool& pool, Rows<float> z, const int64_t* targets, const float* weights, float* nll, int64_t* predicted,
-    int64_t rows, int64_t vocabulary) {
-    pool.run(rows, rows_per_thread(vocabulary), [&](int64_t begin, int64_t end) {
-        for (int64_t t = begin; t < end; ++t) {
-            const float* weight = weights ? weights + t : nullptr;
-            EMBEDGRAD_DISPATCH(softmax_loss_row, z.at(t), vocabulary, targets[t], weight, nll[t], predicted[t])
-        }
-    });
-}
-
-int64_t multiply_adds(const Pool& pool, int64_t rounds) {
-    pool.run(pool.threads(), 1, [&](int64_t begin, int64_t end) {
-        for (int64_t thread = begin; thread < end; ++thread) {
-            float result = 0;
-            EMBEDGRAD_DISPATCH(multiply_add, rounds, result)
-            volatile float used = result;
-            static_cast<void>(used);
-        }
-    });
-    int64_t length = 0;
-    EMBEDGRAD_DISPATCH(vector_length, length)
-    return rounds * 12 * length * pool.threads();
-}
 
 }  // namespace embedgrad

@@ -1,13 +1,14 @@
 #include "sampler.h"
 
-#include <algorithm>
+#include <cstddef>
 #include <vector>
 
 namespace embedgrad {
 namespace {
 
-// One row's keys and weights, computed once; every selection afterwards reads these. Reused from row to row.
-struct Row {
+// Values, keys and weights of one sequence's candidates, computed once for all selections. The memory is reused from
+// sequence to sequence.
+struct Scored {
     std::vector<float> value;
     std::vector<uint32_t> key;
     std::vector<uint64_t> weight;
@@ -25,7 +26,8 @@ struct Row {
         }
     }
 
-    // Weights of what `cut` keeps, 0 elsewhere: behind a top_k, few exponentials are left to compute. Their sum.
+    // Sets the weights of the candidates that `cut` keeps, and 0 for the others, whose exponential is not needed.
+    // Returns the sum.
     uint64_t weigh(const Cut& cut, float temperature) {
         weight.resize(key.size());
         uint64_t total = 0;
@@ -37,7 +39,8 @@ struct Row {
         return total;
     }
 
-    // Takes the weight of what `cut` leaves out, and of what weighs less than `least`. Returns the sum of the others.
+    // Sets weights to 0 that are below `least` or of candidates that `cut` does not keep. Returns the sum of the
+    // others.
     uint64_t keep(const Cut& cut, uint64_t least) {
         uint64_t total = 0;
         for (size_t i = 0; i < key.size(); ++i) {
@@ -48,24 +51,24 @@ struct Row {
     }
 };
 
-// The shortest beginning of the order whose measure (1 per candidate, or its weight) is at least `target`; the measure
-// of all candidates must be.
+// The shortest beginning of the order whose measure (1 per candidate, or its weight) is at least `target`. The measure
+// of all candidates must be at least `target`.
 template <class Measure>
-Cut shortest_beginning(Row& row, uint64_t target, Measure measure) {
+Cut shortest_beginning(Scored& scored, uint64_t target, Measure measure) {
     Cut cut;
     uint64_t missing = target;
     for (int level = 0; level < kDigits; ++level) {
         const Digit d = digit(level);
-        row.histogram.assign(kBins, 0);
-        for (size_t i = 0; i < row.key.size(); ++i)
-            if (d.shares_prefix(row.key[i], cut.key)) row.histogram[d.bin(row.key[i])] += measure(i);
+        scored.histogram.assign(kBins, 0);
+        for (size_t i = 0; i < scored.key.size(); ++i)
+            if (d.shares_digits(scored.key[i], cut.key)) scored.histogram[d.bin(scored.key[i])] += measure(i);
         uint32_t bin = (1u << d.bits) - 1;
-        while (row.histogram[bin] < missing) missing -= row.histogram[bin--];
+        while (scored.histogram[bin] < missing) missing -= scored.histogram[bin--];
         cut.key |= bin << d.shift;
     }
     uint64_t ties = 0;
-    for (size_t i = 0; i < row.key.size(); ++i) {
-        if (row.key[i] != cut.key) continue;
+    for (size_t i = 0; i < scored.key.size(); ++i) {
+        if (scored.key[i] != cut.key) continue;
         if (ties == 0) ties = ties_needed(missing, measure(i));
         if (--ties == 0) {
             cut.last = static_cast<int32_t>(i);
@@ -75,53 +78,53 @@ Cut shortest_beginning(Row& row, uint64_t target, Measure measure) {
     return cut;
 }
 
-// The first in the order, without keeping anything: all that greedy decoding needs. Its key goes to `highest`.
+// The first candidate in the order; its key goes to `highest`. Greedy decoding needs nothing else.
 int32_t first_candidate(const Candidates& candidates, uint32_t& highest) {
     int32_t first = 0;
     highest = order_key(candidates.value(0));
     for (int32_t i = 1; i < candidates.size; ++i) {
         const uint32_t key = order_key(candidates.value(i));
-        if (key > highest) highest = key, first = i;  // not ≥: of equal values the lowest id comes first
+        if (key > highest) highest = key, first = i;  // >, not ≥: of equal values the lowest id is first
     }
     return first;
 }
 
-int32_t choose(Row& row, const SamplingParams& params, const SamplingBatch& batch, int32_t r) {
+int32_t choose(Scored& scored, const SamplingParams& params, const SamplingBatch& batch, int32_t s) {
     Cut cut;
-    if (params.top_k > 0 && static_cast<size_t>(params.top_k) < row.key.size())
-        cut = shortest_beginning(row, params.top_k, [](size_t) { return uint64_t{1}; });
-    uint64_t total = row.weigh(cut, params.temperature);
+    if (params.top_k > 0 && static_cast<size_t>(params.top_k) < scored.key.size())
+        cut = shortest_beginning(scored, params.top_k, [](size_t) { return uint64_t{1}; });
+    uint64_t total = scored.weigh(cut, params.temperature);
     if (params.top_p < 1)
-        cut = shortest_beginning(row, needed_weight(params.top_p, total), [&](size_t i) { return row.weight[i]; });
-    if (params.top_p < 1 || params.min_p > 0) total = row.keep(cut, least_weight(params.min_p));
-    uint64_t missing = drawn_target(params, batch, r, total);
+        cut = shortest_beginning(scored, needed_weight(params.top_p, total), [&](size_t i) { return scored.weight[i]; });
+    if (params.top_p < 1 || params.min_p > 0) total = scored.keep(cut, least_weight(params.min_p));
+    uint64_t missing = drawn_target(params, batch, s, total);
     size_t i = 0;
-    while (row.weight[i] < missing) missing -= row.weight[i++];
+    while (scored.weight[i] < missing) missing -= scored.weight[i++];
     return static_cast<int32_t>(i);
 }
 
 }  // namespace
 
-void sample_rows(const SamplingParams& params, const SamplingBatch& batch, int32_t begin, int32_t end) {
-    thread_local Row row;
-    for (int32_t r = begin; r < end; ++r) {
-        if (batch.reasons && batch.reasons[r] != 0) continue;
-        batch.tokens[r] = -1;
-        batch.status[r] = kSampled;
-        const Candidates candidates(params, batch, r);
+void sample(const SamplingParams& params, const SamplingBatch& batch, int32_t begin, int32_t end) {
+    thread_local Scored scored;
+    for (int32_t s = begin; s < end; ++s) {
+        if (batch.reasons && batch.reasons[s] != 0) continue;
+        batch.tokens[s] = -1;
+        batch.status[s] = kSampled;
+        const Candidates candidates(params, batch, s);
         if (candidates.size == 0) {
-            batch.status[r] = kNoCandidate;
+            batch.status[s] = kNoCandidate;
             continue;
         }
         uint32_t highest;
         int32_t chosen = first_candidate(candidates, highest);
-        batch.status[r] = row_status(highest);
-        if (batch.status[r] != kSampled) continue;
+        batch.status[s] = status_of(highest);
+        if (batch.status[s] != kSampled) continue;
         if (params.temperature != 0) {
-            row.read(candidates, chosen);
-            chosen = choose(row, params, batch, r);
+            scored.read(candidates, chosen);
+            chosen = choose(scored, params, batch, s);
         }
-        batch.tokens[r] = candidates.token(chosen);
+        batch.tokens[s] = candidates.token(chosen);
     }
 }
 
@@ -131,23 +134,6 @@ using namespace embedgrad;
 
 int32_t embedgrad_sample_cpu(const SamplingParams* params, const SamplingBatch* batch) {
     const SamplingError wrong = check_call(*params, *batch);
-    if (wrong == kCallIsFine) sample_rows(*params, *batch, 0, batch->rows);
+    if (wrong == kCallIsFine) sample(*params, *batch, 0, batch->sequences);
     return wrong;
 }
-
-void embedgrad_advance_cpu(const AdvanceBatch* batch) {
-    for (int32_t row = 0; row < batch->rows; ++row)
-        if (advance_row(*batch, row)) --*batch->running;
-}
-
-uint64_t embedgrad_random_bits(uint64_t seed, uint64_t stream, uint32_t step) {
-    return random_bits(seed, stream, step);
-}
-
-void embedgrad_philox(uint32_t* counter, const uint32_t* key) {
-    Philox block = {{counter[0], counter[1], counter[2], counter[3]}};
-    block = philox4x32_10(block, key[0], key[1]);
-    std::copy(block.word, block.word + 4, counter);
-}
-
-uint64_t embedgrad_weight(float d) { return weight(d); }

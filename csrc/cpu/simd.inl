@@ -1,4 +1,5 @@
-// Vectors of VL floats through the compiler's vector extensions. Included once per instruction set; VL is set there.
+// Vectors of VL floats, in the compiler's vector extensions. per_isa.inl sets VL and includes this once per instruction
+// set.
 
 #define EMBEDGRAD_INLINE static inline __attribute__((always_inline))
 
@@ -9,8 +10,8 @@ typedef uint32_t UVec __attribute__((vector_size(VL * 4)));
 typedef uint16_t Halves __attribute__((vector_size(VL * 2)));
 typedef uint16_t HalvesAnywhere __attribute__((vector_size(VL * 2), aligned(2), may_alias));
 
-// Asks for the cache lines of what is needed soon, where the machine does not foresee it.
-EMBEDGRAD_INLINE void fetch(const void* from, int64_t bytes) {
+// Prefetches the cache lines of [from, from + bytes), for accesses that the hardware prefetcher does not predict.
+EMBEDGRAD_INLINE void prefetch(const void* from, int64_t bytes) {
     for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(from) + i);
 }
 
@@ -24,9 +25,9 @@ EMBEDGRAD_INLINE To bits_as(const From& from) {
 
 static inline Vec load(const float* p) { return *reinterpret_cast<const VecAnywhere*>(p); }
 static inline void store(float* p, Vec x) { *reinterpret_cast<VecAnywhere*>(p) = x; }
-static inline Vec all(float x) { return x - Vec{}; }  // the same bits; 0 + x is an addition, because of −0
+static inline Vec broadcast(float x) { return x - Vec{}; }  // exact for every x; 0 + x would turn −0 into 0
 
-// Past the caches; p at a multiple of a vector's bytes. `streamed` before another thread reads it.
+// Non-temporal store; p is aligned to a vector. `stream_fence` must follow before another thread reads the data.
 #if EMBEDGRAD_ISA == 512
 static inline void stream(float* p, Vec x) { _mm512_stream_ps(p, __m512(x)); }
 #elif EMBEDGRAD_ISA == 2
@@ -36,7 +37,7 @@ static inline void stream(float* p, Vec x) { _mm_stream_ps(p, __m128(x)); }
 #else
 static inline void stream(float* p, Vec x) { store(p, x); }
 #endif
-static inline void streamed() {
+static inline void stream_fence() {
 #if defined(__x86_64__)
     _mm_sfence();
 #endif
@@ -46,14 +47,14 @@ static inline Vec load(const Bf16* p) {
     return bits_as<Vec>(__builtin_convertvector(*reinterpret_cast<const HalvesAnywhere*>(p), UVec) << 16);
 }
 
-// To the nearest, ties to even; NaN stays NaN.
+// Rounds to the nearest, ties to even; NaN stays NaN.
 static inline void store(Bf16* p, Vec x) {
     const UVec bits = bits_as<UVec>(x), rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-    const UVec kept = x == x ? rounded : UVec{} + 0x7fc0;
-    *reinterpret_cast<HalvesAnywhere*>(p) = __builtin_convertvector(kept, Halves);
+    const UVec result = x == x ? rounded : UVec{} + 0x7fc0;
+    *reinterpret_cast<HalvesAnywhere*>(p) = __builtin_convertvector(result, Halves);
 }
 
-// The first `count` numbers at p, VL of them or fewer; `rest` stands in the other places.
+// The first min(count, VL) numbers at p; the other lanes are `rest`.
 template <typename T>
 EMBEDGRAD_INLINE Vec load(const T* p, int64_t count, float rest = 0.0f) {
     if (count >= VL) return load(p);
@@ -72,7 +73,7 @@ EMBEDGRAD_INLINE void store(T* p, Vec x, int64_t count) {
     __builtin_memcpy(p, some, count * sizeof(T));
 }
 
-// The two halves added, again and again: the order of a tree.
+// Adds the two halves, then the halves of the result, and so on.
 static inline float sum(Vec x) {
     typedef float Four __attribute__((vector_size(16)));
     Four parts[VL / 4];
@@ -82,7 +83,8 @@ static inline float sum(Vec x) {
     return (parts[0][0] + parts[0][2]) + (parts[0][1] + parts[0][3]);
 }
 
-// a > b ? a : b and a < b ? a : b, so b where one is NaN: one instruction, which compilers do not see in the comparison.
+// a > b ? a : b and a < b ? a : b; b where one of them is NaN. Intrinsics, because compilers do not find the
+// instruction.
 #if EMBEDGRAD_ISA == 512
 static inline Vec max(Vec a, Vec b) { return Vec(_mm512_max_ps(__m512(a), __m512(b))); }
 static inline Vec min(Vec a, Vec b) { return Vec(_mm512_min_ps(__m512(a), __m512(b))); }
@@ -108,14 +110,15 @@ static inline float highest(Vec x) {
     return even > odd ? even : odd;
 }
 
-// exp of N vectors of numbers from −87.33 to 88.37, to 0.87 units in the last place: 2ⁿ·p(r) with x = n ln 2 + r,
-// |r| ≤ ln 2 / 2, ln 2 in two parts (Cephes' split), p the polynomial of degree 6 with the least relative error
-// (3.6e-9) among those that begin with 1 + r. The N chains of dependent operations run side by side.
+// exp of N vectors of numbers from −87.33 to 88.37, with an error of at most 0.87 units in the last place. x = n ln 2 +
+// r with |r| ≤ ln 2 / 2, and exp(x) = 2ⁿ·p(r). ln 2 is split in two parts as in Cephes. p is the polynomial of degree 6
+// with the least relative error (3.6e-9) among those that begin with 1 + r. N vectors at a time hide the operations'
+// latency.
 template <int N>
 EMBEDGRAD_INLINE void exp_inside(const Vec (&x)[N], Vec (&result)[N]) {
     constexpr float c[] = {1.3814539415761828e-3f, 8.36874544620514e-3f, 4.166838899254799e-2f, 0.1666652113199234f,
                            0.4999999403953552f,    1.0f,                 1.0f};
-    const Vec shifter = all(12582912.0f);  // 1.5 · 2²³: adding it rounds to an integer, which stands in the low bits
+    const Vec shifter = broadcast(12582912.0f);  // 1.5 · 2²³: adding it rounds to an integer, in the low bits of the sum
     Vec n[N], r[N];
 #pragma GCC unroll 4
     for (int k = 0; k < N; ++k) n[k] = x[k] * 1.44269504088896341f + shifter;
@@ -124,7 +127,7 @@ EMBEDGRAD_INLINE void exp_inside(const Vec (&x)[N], Vec (&result)[N]) {
 #pragma GCC unroll 4
     for (int k = 0; k < N; ++k) r[k] = r[k] - (n[k] - shifter) * -2.12194440e-4f;
 #pragma GCC unroll 4
-    for (int k = 0; k < N; ++k) result[k] = all(c[0]);
+    for (int k = 0; k < N; ++k) result[k] = broadcast(c[0]);
 #pragma GCC unroll 8
     for (int i = 1; i < 7; ++i)
 #pragma GCC unroll 4
@@ -133,21 +136,21 @@ EMBEDGRAD_INLINE void exp_inside(const Vec (&x)[N], Vec (&result)[N]) {
     for (int k = 0; k < N; ++k) result[k] = bits_as<Vec>(bits_as<UVec>(result[k]) + (bits_as<UVec>(n[k]) << 23));
 }
 
-// exp of N vectors of numbers of at most 88.37: as above, 0 below −87.3, where the result would be subnormal.
+// exp of N vectors of numbers up to 88.37; 0 below −87.3, where the result would be subnormal.
 template <int N>
 EMBEDGRAD_INLINE void exp_below(const Vec (&x)[N], Vec (&result)[N]) {
-    const Vec low = all(-87.3365447f), zero = {};
+    const Vec low = broadcast(-87.3365447f), zero = {};
     Vec y[N];
 #pragma GCC unroll 4
-    for (int k = 0; k < N; ++k) y[k] = max(low, x[k]);  // NaN stays: it is not below
+    for (int k = 0; k < N; ++k) y[k] = max(low, x[k]);  // max gives NaN for NaN
     exp_inside<N>(y, result);
 #pragma GCC unroll 4
     for (int k = 0; k < N; ++k) result[k] = x[k] < low ? zero : result[k];
 }
 
-// exp of any numbers: 2.4e38 above 88.37.
+// exp of any number; 2.4e38 above 88.37.
 static inline Vec exp(Vec x) {
-    const Vec one[1] = {min(all(88.3762626647950f), x)};
+    const Vec one[1] = {min(broadcast(88.3762626647950f), x)};
     Vec result[1];
     exp_below<1>(one, result);
     return result[0];

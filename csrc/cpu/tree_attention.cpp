@@ -11,25 +11,25 @@
 namespace embedgrad {
 namespace {
 
-constexpr int64_t kChunk = 8;      // panels whose scores exist at once: they stay in the cache beside q and o
-constexpr int64_t kSpareRows = 3;  // behind a block's rows: a product's last tile is four rows or more
+constexpr int64_t kChunk = 8;      // panels whose scores exist at once; they fit the cache together with q and o
+constexpr int64_t kSpareRows = 3;  // rows behind a block's last row, because the last tile of a product may have 4 rows
 
 int64_t panels_of(int64_t keys) { return (keys + kPanel - 1) / kPanel; }
 int64_t padded_to_panels(int64_t n) { return panels_of(n) * kPanel; }
 
-// A block's rows, scores and sums, for one thread; the backward pass takes one more of each.
+// Floats for one block's rows, scores and sums: what forward_block or backward_block takes from its bump allocator.
 int64_t block_floats(int64_t rows, int64_t padded, bool backward) {
     const int64_t wide = backward ? 3 * padded + 2 * kChunk * kPanel : 2 * padded + kChunk * kPanel;
     return padded_to_panels((rows + kSpareRows) * (wide + 2) + 7 * 16);
 }
 
-// `threads + 1` numbers of 64 bits, twice.
+// Floats for two arrays of `threads + 1` int64_t.
 int64_t share_floats(int64_t threads) { return padded_to_panels(4 * (threads + 1)); }
 
-// What is cut off a piece of memory, 64 bytes apart.
-class Memory {
+// A bump allocator of 64-byte aligned arrays.
+class BumpAllocator {
 public:
-    explicit Memory(float* data) : data_(data) {}
+    explicit BumpAllocator(float* data) : data_(data) {}
     float* take(int64_t n) {
         float* taken = data_;
         data_ += padded_to_panels(n);
@@ -40,7 +40,8 @@ private:
     float* data_;
 };
 
-// A panel that some queries of a block see, those of its rows [from, to); `partly`: one of them does not see every key.
+// An entry of the schedule: the queries [from, to) of a block see some key of this panel; `partly`: not all see every
+// key.
 struct Seen {
     int32_t panel, from, to, partly;
 
@@ -48,43 +49,43 @@ struct Seen {
     bool follows(const Seen& other) const { return panel == other.panel + 1 && from == other.from && to == other.to; }
 };
 
-// The schedule's arrays, and what one call adds to them.
+// The schedule's arrays and the sizes of one call.
 struct Plan {
     const TreeMask& mask;
     TreeShape shape;
-    int64_t panels, padded, size;  // padded: the head dimension in whole panels, the rest zero; size: of a group's keys
+    int64_t panels, padded, size;  // padded: head_dim rounded up to whole panels; size: floats of one kv head's keys
     const int32_t *begin, *end, *position, *first_seen, *cost;
     const Seen* seen;
 
     Plan(const TreeMask& m, const int32_t* schedule, const TreeShape& s)
-        : mask(m), shape(s), panels(panels_of(m.keys)), padded(padded_to_panels(s.head_dim)), size(panels * kPanel * padded),
-          begin(schedule), end(begin + panels * kPanel), position(end + panels * kPanel),
+        : mask(m), shape(s), panels(panels_of(m.keys)), padded(padded_to_panels(s.head_dim)),
+          size(panels * kPanel * padded), begin(schedule), end(begin + panels * kPanel), position(end + panels * kPanel),
           first_seen(position + panels * kPanel), cost(first_seen + m.blocks + 1),
           seen(reinterpret_cast<const Seen*>(cost + m.blocks)) {}
 
-    int64_t heads_per_group() const { return shape.heads / shape.groups; }
-    int64_t items() const { return shape.groups * mask.blocks; }
+    int64_t heads_per_kv_head() const { return shape.heads / shape.kv_heads; }
+    int64_t items() const { return shape.kv_heads * mask.blocks; }
     int64_t most_rows() const {
         int64_t most = 0;
         for (int64_t b = 0; b < mask.blocks; ++b)
             most = std::max<int64_t>(most, mask.block_start[b + 1] - mask.block_start[b]);
-        return most * heads_per_group();
+        return most * heads_per_kv_head();
     }
 };
 
-// Some query rows and the heads of one group over them: `rows` = queries · heads per group; it sees `count` panels.
+// A block of queries with the query heads of one kv head: rows = queries · heads per kv head. It sees `count` panels.
 struct Block {
-    int64_t group, first, queries, rows, count;
+    int64_t kv_head, first, queries, rows, count;
     const Seen* seen;
 
     Block(const Plan& plan, int64_t item)
-        : group(item / plan.mask.blocks), first(plan.mask.block_start[item % plan.mask.blocks]),
-          queries(plan.mask.block_start[item % plan.mask.blocks + 1] - first), rows(queries * plan.heads_per_group()),
+        : kv_head(item / plan.mask.blocks), first(plan.mask.block_start[item % plan.mask.blocks]),
+          queries(plan.mask.block_start[item % plan.mask.blocks + 1] - first), rows(queries * plan.heads_per_kv_head()),
           count(plan.first_seen[item % plan.mask.blocks + 1] - plan.first_seen[item % plan.mask.blocks]),
           seen(plan.seen + plan.first_seen[item % plan.mask.blocks]) {}
 };
 
-// Items [range[i], range[i + 1]) for thread i: contiguous, of about equal cost.
+// Thread i gets the items [range[i], range[i + 1]), of about the same cost for every thread.
 void share(const Plan& plan, int64_t threads, int64_t* range) {
     double total = 0, sum = 0;
     const auto cost_of = [&](int64_t item) { return static_cast<double>(plan.cost[item % plan.mask.blocks]); };
@@ -100,24 +101,25 @@ void share(const Plan& plan, int64_t threads, int64_t* range) {
     while (next <= threads) range[next++] = plan.items();
 }
 
-// A thread's items belong to neighbouring groups; it has a sum of its own (a part) for each of them, and the parts are
-// added in the order of the threads, so that the same number of threads gives the same bits.
+// A thread's items belong to neighbouring kv heads. For each of them the thread has its own sum of dk and dv, a part.
+// Parts are added in the order of the threads, so the same number of threads gives the same bits.
 struct Parts {
     const int64_t *range, *first_part;  // [threads + 1]
     int64_t threads, blocks;
 
-    int64_t first_group(int64_t thread) const { return range[thread] / blocks; }
+    int64_t first_kv_head(int64_t thread) const { return range[thread] / blocks; }
     int64_t of(int64_t thread) const {
-        return range[thread] < range[thread + 1] ? (range[thread + 1] - 1) / blocks - first_group(thread) + 1 : 0;
+        return range[thread] < range[thread + 1] ? (range[thread + 1] - 1) / blocks - first_kv_head(thread) + 1 : 0;
     }
-    // The thread's part of a group, or −1.
-    int64_t part(int64_t thread, int64_t group) const {
-        const int64_t at = group - first_group(thread);
+    // The thread's part of a kv head, or −1.
+    int64_t part(int64_t thread, int64_t kv_head) const {
+        const int64_t at = kv_head - first_kv_head(thread);
         return 0 <= at && at < of(thread) ? first_part[thread] + at : -1;
     }
 };
 
-// Keys and values of one group: rows [count · kPanel, padded] and panels [count, padded, kPanel]; null where unused.
+// Keys and values of one kv head: rows [panels · kPanel, padded] and panels [panels, padded, kPanel]; null where
+// unused.
 struct Keys {
     const float *k_rows, *v_rows, *k_panels, *v_panels;
 };
@@ -129,10 +131,10 @@ struct Keys {
 
 namespace {
 
-// Every group's rows and panels of k or v, laid out group by group.
+// Rows and panels of k or v, kv head by kv head.
 template <typename T>
 void lay_out(const Pool& pool, const Plan& plan, Heads<T> x, float* rows, float* transposed) {
-    pool.run(plan.shape.groups * plan.panels, 8, [&](int64_t begin, int64_t end) {
+    pool.run(plan.shape.kv_heads * plan.panels, 8, [&](int64_t begin, int64_t end) {
         EMBEDGRAD_DISPATCH(lay_out_panels, plan, x, rows, transposed, begin, end)
     });
 }
@@ -192,15 +194,15 @@ bool fits(const TreeMask& m, const int32_t* schedule, int64_t length) {
     return length >= fixed && length == fixed + 4 * int64_t{schedule[arrays + m.blocks]};
 }
 
-int64_t tree_attention_floats(int64_t keys, int64_t groups, int64_t head_dim, int64_t rows, int64_t threads) {
+int64_t tree_attention_floats(int64_t keys, int64_t kv_heads, int64_t head_dim, int64_t rows, int64_t threads) {
     const int64_t d = padded_to_panels(head_dim), size = padded_to_panels(keys) * d;
-    return 2 * groups * size + share_floats(threads) + threads * block_floats(rows, d, false);
+    return 2 * kv_heads * size + share_floats(threads) + threads * block_floats(rows, d, false);
 }
 
 int64_t tree_attention_backward_floats(
-    int64_t keys, int64_t groups, int64_t head_dim, int64_t rows, int64_t threads, bool wants_dq, bool wants_dkv) {
+    int64_t keys, int64_t kv_heads, int64_t head_dim, int64_t rows, int64_t threads, bool wants_dq, bool wants_dkv) {
     const int64_t d = padded_to_panels(head_dim), size = padded_to_panels(keys) * d;
-    const int64_t laid = (wants_dq ? 3 : 2) * groups, sums = wants_dkv ? 2 * (threads + groups - 1) : 0;
+    const int64_t laid = (wants_dq ? 3 : 2) * kv_heads, sums = wants_dkv ? 2 * (threads + kv_heads - 1) : 0;
     return (laid + sums) * size + share_floats(threads) + threads * block_floats(rows, d, true);
 }
 
@@ -210,8 +212,8 @@ void tree_attention(
     Heads<T> v, Heads<T> out, float* lse, float* memory) {
     const Plan plan(mask, schedule, shape);
     const int64_t threads = pool.threads(), each = block_floats(plan.most_rows(), plan.padded, false);
-    Memory rest(memory);
-    float *const k_panels = rest.take(shape.groups * plan.size), *const v_rows = rest.take(shape.groups * plan.size);
+    BumpAllocator rest(memory);
+    float *const k_panels = rest.take(shape.kv_heads * plan.size), *const v_rows = rest.take(shape.kv_heads * plan.size);
     int64_t* const range = reinterpret_cast<int64_t*>(rest.take(share_floats(threads)));
     float* const scratch = rest.take(threads * each);
     lay_out(pool, plan, k, nullptr, k_panels);
@@ -220,8 +222,8 @@ void tree_attention(
     pool.run(threads, 1, [&](int64_t begin, int64_t end) {
         for (int64_t item = range[begin]; item < range[end]; ++item) {
             const Block block(plan, item);
-            const Keys keys{nullptr, v_rows + block.group * plan.size, k_panels + block.group * plan.size, nullptr};
-            Memory own(scratch + begin * each);
+            const Keys keys{nullptr, v_rows + block.kv_head * plan.size, k_panels + block.kv_head * plan.size, nullptr};
+            BumpAllocator own(scratch + begin * each);
             EMBEDGRAD_DISPATCH(forward_block, plan, block, keys, q, out, lse, own)
         }
     });
@@ -233,10 +235,10 @@ void tree_attention_backward(
     Heads<T> k, Heads<T> v, Heads<T> out, const float* lse, Heads<T> dq, Heads<T> dk, Heads<T> dv, float* memory) {
     const Plan plan(mask, schedule, shape);
     const int64_t threads = pool.threads(), each = block_floats(plan.most_rows(), plan.padded, true);
-    const int64_t size = plan.size, groups = shape.groups;
-    Memory rest(memory);
-    float *const k_panels = rest.take(groups * size), *const v_panels = rest.take(groups * size);
-    float* const k_rows = dq.data ? rest.take(groups * size) : nullptr;
+    const int64_t size = plan.size, kv_heads = shape.kv_heads;
+    BumpAllocator rest(memory);
+    float *const k_panels = rest.take(kv_heads * size), *const v_panels = rest.take(kv_heads * size);
+    float* const k_rows = dq.data ? rest.take(kv_heads * size) : nullptr;
     int64_t* const range = reinterpret_cast<int64_t*>(rest.take(share_floats(threads)));
     int64_t* const first_part = range + threads + 1;
     float* const scratch = rest.take(threads * each);
@@ -253,18 +255,18 @@ void tree_attention_backward(
             if (dk.data) std::memset(own_sums, 0, sizeof(float) * 2 * size * parts.of(i));
             for (int64_t item = range[i]; item < range[i + 1]; ++item) {
                 const Block block(plan, item);
-                const int64_t at = block.group * size;
+                const int64_t at = block.kv_head * size;
                 const Keys keys{k_rows ? k_rows + at : nullptr, nullptr, k_panels + at, v_panels + at};
-                float* dk_sum = dk.data ? own_sums + (block.group - parts.first_group(i)) * 2 * size : nullptr;
+                float* dk_sum = dk.data ? own_sums + (block.kv_head - parts.first_kv_head(i)) * 2 * size : nullptr;
                 float* dv_sum = dk.data ? dk_sum + size : nullptr;
-                Memory own(scratch + begin * each);
+                BumpAllocator own(scratch + begin * each);
                 EMBEDGRAD_DISPATCH(
                     backward_block, plan, block, keys, d_out, q, out, lse, dq, dk_sum, dv_sum, own)
             }
         }
     });
     if (!dk.data) return;
-    pool.run(mask.keys - shape.kept, 16, [&](int64_t begin, int64_t end) {
+    pool.run(mask.keys - shape.prefix, 16, [&](int64_t begin, int64_t end) {
         EMBEDGRAD_DISPATCH(add_parts, plan, parts, sums, dk, dv, begin, end)
     });
 }

@@ -1,10 +1,10 @@
-// The sampler on a GPU: one block per row; the maths, and what is computed, in common/sampling.h.
+// The sampler on a GPU, one block per sequence; common/sampling.h defines what is computed.
 //
-// A row is read once for its highest value, and then once for each of: a digit of a cut (three for top_k, three for
-// top_p), a sum of weights, a place in the running sum. Keys and weights are computed again each time: a row of 262k
-// logits is 1 MB, which stays in the L2 cache but not in a block's shared memory.
+// The block reads its logits once for the highest value, and then once for each digit of a cut (three for top_k, three
+// for top_p), each sum of weights and each search in a running sum. Keys and weights are computed again in each pass:
+// 262k logits are 1 MB, which fits the L2 cache but not a block's shared memory.
 #include "api.h"
-#include "block.cuh"
+#include "block_collectives.cuh"
 
 namespace embedgrad {
 namespace {
@@ -17,7 +17,7 @@ struct Shared {
     SharedArray<int32_t, 1> place;
 };
 
-struct Row {
+struct Sequence {
     Candidates candidates;
     float highest;
     float temperature;
@@ -36,12 +36,12 @@ __device__ Mass sum(int32_t n, Measure measure, Shared& shared) {
     return block_sum(mine, shared.per_warp);
 }
 
-// The first place at which the running sum of the measure reaches `target`, which is at least 1 and at most the whole.
-// Each warp sums a stretch of the row; the one whose stretch holds the target walks it.
+// The first place at which the running sum of the measure reaches `target`; 1 ≤ target ≤ the whole sum. Each warp sums
+// its share of the candidates. The warp whose share reaches the target then searches its share.
 template <class Measure>
 __device__ int32_t find(int32_t n, Mass target, Measure measure, Shared& shared) {
-    const int32_t stretch = (n + blockDim.x - 1) / blockDim.x * 32;
-    const int32_t begin = warp() * stretch, end = begin + stretch < n ? begin + stretch : n;
+    const int32_t share = (n + blockDim.x - 1) / blockDim.x * 32;
+    const int32_t begin = warp() * share, end = begin + share < n ? begin + share : n;
     Mass mine = 0;
     for (int32_t i = begin + lane(); i < end; i += 32) mine += measure(i);
     mine = warp_sum(mine);
@@ -60,13 +60,13 @@ __device__ int32_t find(int32_t n, Mass target, Measure measure, Shared& shared)
         }
     }
     __syncthreads();
-    return shared.place[0];  // the next write to it stands behind the barrier of the next block_sum_before
+    return shared.place[0];  // the next block_sum_before has a barrier before `place` is written again
 }
 
 // The shortest beginning of the order whose measure (1 per candidate, or its weight) is at least `target`.
 template <class Measure>
-__device__ Cut shortest_beginning(const Row& row, Mass target, Measure measure, Shared& shared) {
-    const int32_t n = row.candidates.size;
+__device__ Cut shortest_beginning(const Sequence& sequence, Mass target, Measure measure, Shared& shared) {
+    const int32_t n = sequence.candidates.size;
     Cut cut;
     Mass missing = target;
     for (int level = 0; level < kDigits; ++level) {
@@ -74,11 +74,11 @@ __device__ Cut shortest_beginning(const Row& row, Mass target, Measure measure, 
         for (int b = threadIdx.x; b < kBins; b += blockDim.x) shared.histogram[b] = 0;
         __syncthreads();
         for (int32_t i = threadIdx.x; i < n; i += blockDim.x) {
-            const uint32_t key = row.key(i);
-            if (d.shares_prefix(key, cut.key)) atomicAdd(&shared.histogram[d.bin(key)], measure(i));
+            const uint32_t key = sequence.key(i);
+            if (d.shares_digits(key, cut.key)) atomicAdd(&shared.histogram[d.bin(key)], measure(i));
         }
         __syncthreads();
-        const int own = kBins / blockDim.x;  // bins of this thread, from the highest down
+        const int own = kBins / blockDim.x;  // bins per thread; thread 0 has the highest ones
         const int highest = kBins - 1 - own * threadIdx.x;
         Mass mine = 0;
         for (int b = highest; b > highest - own; --b) mine += shared.histogram[b];
@@ -94,58 +94,59 @@ __device__ Cut shortest_beginning(const Row& row, Mass target, Measure measure, 
         cut.key |= shared.bin[0] << d.shift;
         missing = shared.missing[0];
     }
-    // All candidates with the cut's key have one measure; any of them tells it.
-    const auto tied = [&](int32_t i) { return Mass{row.key(i) == cut.key}; };
+    // All candidates with the cut's key have the same measure.
+    const auto tied = [&](int32_t i) { return Mass{sequence.key(i) == cut.key}; };
     const int32_t first = find(n, 1, tied, shared);
     cut.last = find(n, ties_needed(missing, measure(first)), tied, shared);
     return cut;
 }
 
 __device__ int32_t choose(
-    const Row& row, const SamplingParams& params, const SamplingBatch& batch, int32_t r, Shared& shared) {
-    const int32_t n = row.candidates.size;
-    const auto weight = [&](int32_t i) { return row.weight(i); };
+    const Sequence& sequence, const SamplingParams& params, const SamplingBatch& batch, int32_t s, Shared& shared) {
+    const int32_t n = sequence.candidates.size;
+    const auto weight = [&](int32_t i) { return sequence.weight(i); };
     Cut cut;
     const auto kept = [&](int32_t i, Mass least) {
-        const Mass w = row.weight(i);
-        return w >= least && cut.keeps(row.key(i), i) ? w : 0;
+        const Mass w = sequence.weight(i);
+        return w >= least && cut.keeps(sequence.key(i), i) ? w : 0;
     };
     if (params.top_k > 0 && params.top_k < n)
-        cut = shortest_beginning(row, params.top_k, [](int32_t) { return Mass{1}; }, shared);
-    if (params.top_p < 1) {  // within top_k's beginning by itself: it needs no more weight than that has
+        cut = shortest_beginning(sequence, params.top_k, [](int32_t) { return Mass{1}; }, shared);
+    if (params.top_p < 1) {  // this cut lies within top_k's, because it needs no more weight than top_k kept
         const Mass total = sum(n, [&](int32_t i) { return kept(i, 0); }, shared);
-        cut = shortest_beginning(row, needed_weight(params.top_p, total), weight, shared);
+        cut = shortest_beginning(sequence, needed_weight(params.top_p, total), weight, shared);
     }
     const Mass least = least_weight(params.min_p);
     const auto drawn = [&](int32_t i) { return kept(i, least); };
-    return find(n, drawn_target(params, batch, r, sum(n, drawn, shared)), drawn, shared);
+    return find(n, drawn_target(params, batch, s, sum(n, drawn, shared)), drawn, shared);
 }
 
 __global__ void __launch_bounds__(1024) sample_kernel(SamplingParams params, SamplingBatch batch) {
     __shared__ Shared shared;
-    const int32_t r = blockIdx.x;
-    if (batch.reasons && batch.reasons[r] != 0) return;  // the whole block; what the row's last token was stays
-    Row row{Candidates(params, batch, r), 0, params.temperature};
+    const int32_t s = blockIdx.x;
+    if (batch.reasons && batch.reasons[s] != 0) return;  // the same for all threads of the block
+    Sequence sequence{Candidates(params, batch, s), 0, params.temperature};
     int32_t token = -1, status = kSampled;
-    if (row.candidates.size == 0) {
+    if (sequence.candidates.size == 0) {
         status = kNoCandidate;
     } else {
         Mass best = 0;  // the highest key, and of equal ones the lowest place
-        for (int32_t i = threadIdx.x; i < row.candidates.size; i += blockDim.x) {
-            const Mass candidate = Mass{row.key(i)} << 32 | (0xffffffffu - static_cast<uint32_t>(i));
+        for (int32_t i = threadIdx.x; i < sequence.candidates.size; i += blockDim.x) {
+            const Mass candidate = Mass{sequence.key(i)} << 32 | (0xffffffffu - static_cast<uint32_t>(i));
             if (candidate > best) best = candidate;
         }
         best = block_max(best, shared.per_warp);
-        status = row_status(static_cast<uint32_t>(best >> 32));
+        status = status_of(static_cast<uint32_t>(best >> 32));
         if (status == kSampled) {
             const int32_t first = static_cast<int32_t>(0xffffffffu - static_cast<uint32_t>(best));
-            row.highest = row.candidates.value(first);
-            token = row.candidates.token(params.temperature == 0 ? first : choose(row, params, batch, r, shared));
+            sequence.highest = sequence.candidates.value(first);
+            const int32_t chosen = params.temperature == 0 ? first : choose(sequence, params, batch, s, shared);
+            token = sequence.candidates.token(chosen);
         }
     }
     if (threadIdx.x == 0) {
-        batch.tokens[r] = token;
-        batch.status[r] = status;
+        batch.tokens[s] = token;
+        batch.status[s] = status;
     }
 }
 
@@ -156,8 +157,8 @@ using namespace embedgrad;
 
 int32_t embedgrad_sample_cuda(const SamplingParams* params, const SamplingBatch* batch, void* stream) {
     const SamplingError wrong = check_call(*params, *batch);
-    if (wrong != kCallIsFine || batch->rows == 0) return wrong;
-    const int threads = batch->vocabulary <= 4096 ? 128 : 1024;  // a small row has no work for more
-    EMBEDGRAD_LAUNCH(sample_kernel, batch->rows, threads, stream, *params, *batch);
+    if (wrong != kCallIsFine || batch->sequences == 0) return wrong;
+    const int threads = batch->vocabulary <= 4096 ? 128 : 1024;  // few logits have no work for more threads
+    EMBEDGRAD_LAUNCH(sample_kernel, batch->sequences, threads, stream, *params, *batch);
     return launched() ? kCallIsFine : kLaunchFailed;
 }

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstring>
 #include <optional>
+#include <vector>
 #if defined(_OPENMP)
 #include <omp.h>
 #else
@@ -13,26 +14,26 @@ namespace {
 
 using namespace embedgrad;
 
-constexpr int64_t kPiece = 256;  // tokens computed together: enough for the products, few enough for the cache
+constexpr int64_t kPiece = 256;  // tokens computed together: enough for fast products, few enough to stay in the cache
 
-// `work(crew)` on `threads` threads: those of the OpenMP pool where there is one, so that torch's are not joined by
-// others; otherwise on threads of its own.
+// Calls work(team) on `threads` threads. They come from the OpenMP pool if there is one, which is also torch's, so that
+// there are not twice as many threads as cores.
 template <class Work>
-void together(int32_t threads, const Work& work) {
+void run_on_team(int32_t threads, const Work& work) {
 #if defined(_OPENMP)
-    std::optional<Meeting> meeting;
+    std::optional<Barrier> barrier;
 #pragma omp parallel num_threads(threads)
     {
 #pragma omp single
-        meeting.emplace(omp_get_num_threads());
-        work(Crew{omp_get_thread_num(), omp_get_num_threads(), &*meeting});
+        barrier.emplace(omp_get_num_threads());
+        work(Team{omp_get_thread_num(), omp_get_num_threads(), &*barrier});
     }
 #else
-    Meeting meeting(threads);
+    Barrier barrier(threads);
     std::vector<std::thread> others;
     for (int32_t rank = 1; rank < threads; ++rank)
-        others.emplace_back([&, rank] { work(Crew{rank, threads, &meeting}); });
-    work(Crew{0, threads, &meeting});
+        others.emplace_back([&, rank] { work(Team{rank, threads, &barrier}); });
+    work(Team{0, threads, &barrier});
     for (std::thread& other : others) other.join();
 #endif
 }
@@ -47,46 +48,46 @@ int32_t embedgrad_generate(void* decoder, Loop* loop, int32_t threads) {
     const SamplingError wrong = check_call(loop->params, loop->sampling);
     if (wrong != kCallIsFine) return -1 - wrong;
     auto& model = *static_cast<Decoder*>(decoder);
-    model.reserve(loop->advance.rows);
+    model.reserve(loop->advance.sequences);
     LoopEnd end = kGoOn;
-    together(threads, [&](const Crew& crew) { run_loop(crew, model, *loop, &end); });
+    run_on_team(threads, [&](const Team& team) { run_loop(team, model, *loop, &end); });
     return end;
 }
 
 void embedgrad_decoder_advance(
     void* decoder, const Cache* cache, const Tokens* tokens, const Wanted* wanted, int32_t threads) {
     auto& model = *static_cast<Decoder*>(decoder);
-    model.reserve(std::min(tokens->rows, kPiece));
-    std::vector<int32_t> rows, target;
-    for (int64_t from = 0; from < tokens->rows; from += kPiece) {
-        const int64_t count = std::min(kPiece, tokens->rows - from);
-        rows.clear(), target.clear();
+    model.reserve(std::min(tokens->count, kPiece));
+    std::vector<int32_t> chosen, target;
+    for (int64_t from = 0; from < tokens->count; from += kPiece) {
+        const int64_t count = std::min(kPiece, tokens->count - from);
+        chosen.clear(), target.clear();
         for (int64_t i = 0; i < wanted->count; ++i)
-            if (const int64_t row = wanted->rows[i] - from; 0 <= row && row < count) {
-                rows.push_back(static_cast<int32_t>(row));
+            if (const int64_t token = wanted->tokens[i] - from; 0 <= token && token < count) {
+                chosen.push_back(static_cast<int32_t>(token));
                 target.push_back(wanted->target[i]);
             }
         const Tokens piece = {
             count, tokens->slots + from, tokens->positions + from, tokens->ids ? tokens->ids + from : nullptr,
             tokens->embeddings ? tokens->embeddings + from * model.spec().hidden : nullptr};
-        const Wanted found = {static_cast<int64_t>(rows.size()), rows.data(), target.data(), wanted->logits};
-        together(threads, [&](const Crew& crew) { model.advance(crew, *cache, piece, found); });
+        const Wanted found = {static_cast<int64_t>(chosen.size()), chosen.data(), target.data(), wanted->logits};
+        run_on_team(threads, [&](const Team& team) { model.advance(team, *cache, piece, found); });
     }
 }
 
-void embedgrad_linear(const Matrix* matrix, const float* x, int64_t rows, float* y, int32_t threads) {
-    Activations activations(rows, matrix->columns);
-    std::memcpy(activations.row(0), x, sizeof(float) * rows * matrix->columns);
-    for (int64_t b = 0; b < rows; ++b) activations.quantise(b, orders(*matrix, rows));
-    together(threads, [&](const Crew& crew) {
-        const auto [begin, end] = crew.share(matrix->rows, 8);
-        linear(*matrix, activations, rows, nullptr, y, matrix->rows, false, begin, end);
+void embedgrad_linear(const Matrix* matrix, const float* x, int64_t batch, float* y, int32_t threads) {
+    Activations activations(batch, matrix->columns);
+    std::memcpy(activations.row(0), x, sizeof(float) * batch * matrix->columns);
+    for (int64_t b = 0; b < batch; ++b) activations.quantise(b, layouts(*matrix, batch));
+    run_on_team(threads, [&](const Team& team) {
+        const auto [begin, end] = team.share(matrix->rows, 8);
+        linear(*matrix, activations, batch, nullptr, y, matrix->rows, false, begin, end);
     });
 }
 
 void embedgrad_widen(const Matrix* matrix, int64_t begin, int64_t end, float* out, int32_t threads) {
-    together(threads, [&](const Crew& crew) {
-        const auto share = crew.share(end - begin);
+    run_on_team(threads, [&](const Team& team) {
+        const auto share = team.share(end - begin);
         for (int64_t i = share.begin; i < share.end; ++i) read_row(*matrix, begin + i, out + i * matrix->columns);
     });
 }

@@ -1,5 +1,5 @@
-// The generation loop's C ABI: raw pointers, no torch. Structs are those of decoder.h and loop.h; what they point to
-// stays the caller's, and must outlive the decoder.
+// The C ABI of the decoder and its products: raw pointers, no torch. The structs are in matrix.h, decoder.h and loop.h.
+// The caller owns what they point to, and what a DecoderSpec points to must outlive the decoder.
 #pragma once
 
 #include "loop.h"
@@ -9,18 +9,18 @@ extern "C" {
 EMBEDGRAD_API void* embedgrad_decoder_create(const embedgrad::DecoderSpec*);
 EMBEDGRAD_API void embedgrad_decoder_free(void* decoder);
 
-// Runs the loop on `threads` threads. Returns a LoopEnd, or −1 − a SamplingError for a call that is wrong.
+// Runs the generation loop. Returns a LoopEnd, or −1 − SamplingError where the sampler refuses its settings.
 EMBEDGRAD_API int32_t embedgrad_generate(void* decoder, embedgrad::Loop*, int32_t threads);
 
-// Tokens of several sequences, and the logits of those that are wanted.
+// Appends tokens of several sequences to the cache, and computes the wanted logits.
 EMBEDGRAD_API void embedgrad_decoder_advance(
     void* decoder, const embedgrad::Cache*, const embedgrad::Tokens*, const embedgrad::Wanted*, int32_t threads);
 
-// y [rows, matrix rows] = x [rows, columns] Wᵀ + bias, as the loop computes it.
+// y [batch, matrix rows] = x [batch, columns] Wᵀ + bias, with the bits of the generation loop.
 EMBEDGRAD_API void embedgrad_linear(
-    const embedgrad::Matrix*, const float* x, int64_t rows, float* y, int32_t threads);
+    const embedgrad::Matrix*, const float* x, int64_t batch, float* y, int32_t threads);
 
-// Rows [begin, end) of the matrix in float32, without its bias: out [end − begin, columns].
+// out [end − begin, columns] = matrix rows [begin, end) in float32, without the bias.
 EMBEDGRAD_API void embedgrad_widen(
     const embedgrad::Matrix*, int64_t begin, int64_t end, float* out, int32_t threads);
 }

@@ -1,5 +1,6 @@
 #include "decoder.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -9,43 +10,43 @@
 
 namespace embedgrad {
 
-// Keys and values of one head group: [count, ·] rows that are `row` elements apart.
-struct Stretch {
+// Keys and values of one kv head: [count, head_dim], keys `stride` floats apart.
+struct KeySlice {
     const float *k, *v;
-    int64_t count, row;
+    int64_t count, stride;
 };
 
-// Asks for keys and values that are needed soon: they come from main memory, a line here and a line there.
-static inline void fetch(const Stretch& s, int64_t d) {
+// Prefetches the keys and values: they come from main memory, a few cache lines per key.
+static inline void prefetch(const KeySlice& s, int64_t head_dim) {
     constexpr int64_t kLine = 16;  // floats
     for (int64_t j = 0; j < s.count; ++j)
-        for (int64_t c = 0; c < d; c += kLine) {
-            __builtin_prefetch(s.k + j * s.row + c, 0, 2);
-            __builtin_prefetch(s.v + j * s.row + c, 0, 2);
+        for (int64_t c = 0; c < head_dim; c += kLine) {
+            __builtin_prefetch(s.k + j * s.stride + c, 0, 2);
+            __builtin_prefetch(s.v + j * s.stride + c, 0, 2);
         }
 }
 
 #define EMBEDGRAD_KERNELS "../decode/decoder.inl"
 #include "../cpu/per_isa.inl"
 
-Decoder::Work::Work(const DecoderSpec& s, int64_t rows)
-    : x(rows, s.hidden),
-      normed(rows, s.hidden),
-      attended(rows, int64_t{s.heads} * s.head_dim),
-      active(rows, s.intermediate),
-      qkv(rows * (s.heads + 2 * s.groups) * s.head_dim),
-      gate_up(rows * 2 * s.intermediate) {}
+Decoder::Work::Work(const DecoderSpec& s, int64_t tokens)
+    : x(tokens, s.hidden),
+      normed(tokens, s.hidden),
+      attended(tokens, int64_t{s.heads} * s.head_dim),
+      active(tokens, s.intermediate),
+      qkv(tokens * (s.heads + 2 * s.kv_heads) * s.head_dim),
+      gate_up(tokens * 2 * s.intermediate) {}
 
-void Decoder::reserve(int64_t rows) {
-    if (rows <= reserved_) return;
-    work_ = std::make_unique<Work>(spec_, rows);
-    reserved_ = rows;
+void Decoder::reserve(int64_t tokens) {
+    if (tokens <= reserved_) return;
+    work_ = std::make_unique<Work>(spec_, tokens);
+    reserved_ = tokens;
 }
 
-void Decoder::advance(const Crew& crew, const Cache& cache, const Tokens& tokens, const Wanted& wanted) {
+void Decoder::advance(const Team& team, const Cache& cache, const Tokens& tokens, const Wanted& wanted) {
     Work& w = *work_;
-    const int64_t rows = tokens.rows, d = spec_.hidden;
-    const auto [first, last] = crew.share(rows);
+    const int64_t count = tokens.count, d = spec_.hidden;
+    const auto [first, last] = team.share(count);
     for (int64_t b = first; b < last; ++b)
         if (tokens.ids)
             read_row(spec_.embedding, tokens.ids[b], w.x.row(b));
@@ -53,118 +54,120 @@ void Decoder::advance(const Crew& crew, const Cache& cache, const Tokens& tokens
             std::memcpy(w.x.row(b), tokens.embeddings + b * d, sizeof(float) * d);
     for (int64_t l = 0; l < spec_.num_layers; ++l) {
         const LayerSpec& layer = spec_.layers[l];
-        normalise(crew, layer.attention_norm, layer.qkv, rows);
-        const auto qkv = crew.share(layer.qkv.rows, 8);
-        linear(layer.qkv, w.normed, rows, nullptr, w.qkv.data(), layer.qkv.rows, false, qkv.begin, qkv.end);
-        crew.wait();
-        attention(crew, cache, tokens, l);
-        const auto out = crew.share(layer.out.rows, 8);
-        linear(layer.out, w.attended, rows, nullptr, w.x.row(0), d, true, out.begin, out.end);
-        crew.wait();
-        feed_forward(crew, layer, rows);
+        normalise(team, layer.attention_norm, layer.qkv, count);
+        const auto qkv = team.share(layer.qkv.rows, 8);
+        linear(layer.qkv, w.normed, count, nullptr, w.qkv.data(), layer.qkv.rows, false, qkv.begin, qkv.end);
+        team.wait();
+        attention(team, cache, tokens, l);
+        const auto out = team.share(layer.out.rows, 8);
+        linear(layer.out, w.attended, count, nullptr, w.x.row(0), d, true, out.begin, out.end);
+        team.wait();
+        feed_forward(team, layer, count);
     }
-    const auto [begin, end] = crew.share(wanted.count);
+    const auto [begin, end] = team.share(wanted.count);
     for (int64_t i = begin; i < end; ++i) {
-        EMBEDGRAD_DISPATCH(rms_norm_row, w.x.row(wanted.rows[i]), nullptr, spec_.final_norm, spec_.eps, w.normed.row(i), d)
-        w.normed.quantise(i, orders(spec_.head, wanted.count));
+        EMBEDGRAD_DISPATCH(rms_norm_row, w.x.row(wanted.tokens[i]), spec_.final_norm, spec_.eps, w.normed.row(i), d)
+        w.normed.quantise(i, layouts(spec_.head, wanted.count));
     }
-    crew.wait();
-    const auto share = crew.share(spec_.head.rows, 8);
+    team.wait();
+    const auto share = team.share(spec_.head.rows, 8);
     linear(
         spec_.head, w.normed, wanted.count, wanted.target, wanted.logits, spec_.vocabulary, false, share.begin,
         share.end);
-    crew.wait();
+    team.wait();
 }
 
-// normed = rms_norm(x), ready for the products with `next`. A member finds its rows of x as it left them, or behind a
-// wait.
-void Decoder::normalise(const Crew& crew, const float* weight, const Matrix& next, int64_t rows) {
+// normed = rms_norm(x), quantised for the product with `next`. The caller has waited since x was written, or each
+// thread has written x for its own share of the tokens.
+void Decoder::normalise(const Team& team, const float* weight, const Matrix& next, int64_t tokens) {
     Work& w = *work_;
-    const auto [begin, end] = crew.share(rows);
+    const auto [begin, end] = team.share(tokens);
     for (int64_t b = begin; b < end; ++b) {
-        EMBEDGRAD_DISPATCH(rms_norm_row, w.x.row(b), nullptr, weight, spec_.eps, w.normed.row(b), int64_t{spec_.hidden})
-        w.normed.quantise(b, orders(next, rows));
+        EMBEDGRAD_DISPATCH(rms_norm_row, w.x.row(b), weight, spec_.eps, w.normed.row(b), int64_t{spec_.hidden})
+        w.normed.quantise(b, layouts(next, tokens));
     }
-    crew.wait();
+    team.wait();
 }
 
-void Decoder::attention(const Crew& crew, const Cache& cache, const Tokens& tokens, int64_t l) {
+// Rotates q and k, appends k and v to the cache, and attends. `attended` is quantised for the output projection.
+void Decoder::attention(const Team& team, const Cache& cache, const Tokens& tokens, int64_t l) {
     Work& w = *work_;
-    const int64_t rows = tokens.rows;
+    const int64_t count = tokens.count;
     const int32_t *slots = tokens.slots, *positions = tokens.positions;
     const LayerSpec& layer = spec_.layers[l];
-    const int64_t d = spec_.head_dim, half = d / 2, groups = spec_.groups, each = spec_.heads / groups;
-    const int64_t width = groups * d, queries = spec_.heads * d;
+    const int64_t d = spec_.head_dim, half = d / 2, kv_heads = spec_.kv_heads, each = spec_.heads / kv_heads;
+    const int64_t width = kv_heads * d, queries = spec_.heads * d;
     const auto own = [&](int64_t what, int64_t slot, int64_t at) {
         return cache.own + (((l * 2 + what) * cache.slots + slot) * cache.capacity + at) * width;
     };
-    const float* trunk = cache.trunk + l * 2 * cache.trunk_length * width;
+    const float* prefix = cache.prefix + l * 2 * cache.prefix_length * width;
 
-    const auto pairs = crew.share(rows * groups);
+    const auto pairs = team.share(count * kv_heads);
     for (int64_t i = pairs.begin; i < pairs.end; ++i) {
-        const int64_t b = i / groups, g = i % groups, position = positions[b];
-        float* row = w.qkv.data() + b * layer.qkv.rows;
+        const int64_t b = i / kv_heads, g = i % kv_heads, position = positions[b];
+        float* qkv = w.qkv.data() + b * layer.qkv.rows;
         const float *cos = cache.cos + position * half, *sin = cache.sin + position * half;
-        float* k = row + queries + g * d;
-        EMBEDGRAD_DISPATCH(rotate_heads, row + g * each * d, cos, sin, layer.q_norm, spec_.eps, each, half)
+        float* k = qkv + queries + g * d;
+        EMBEDGRAD_DISPATCH(rotate_heads, qkv + g * each * d, cos, sin, layer.q_norm, spec_.eps, each, half)
         EMBEDGRAD_DISPATCH(rotate_heads, k, cos, sin, layer.k_norm, spec_.eps, int64_t{1}, half)
-        const int64_t at = position - cache.trunk_length;
+        const int64_t at = position - cache.prefix_length;
         std::memcpy(own(0, slots[b], at) + g * d, k, sizeof(float) * d);
         std::memcpy(own(1, slots[b], at) + g * d, k + width, sizeof(float) * d);
     }
-    crew.wait();
+    team.wait();
 
-    // A group's heads read its keys once, unless that leaves members of the crew without work.
-    const int64_t together = rows * groups >= 2 * crew.size ? each : 1;
-    const auto items = crew.share(rows * spec_.heads / together);
-    const bool quantised_apart = d % kGroup != 0;
-    const int64_t per_row = spec_.heads / together;
-    // The own keys and values of an item's head group.
-    const auto own_stretch = [&](int64_t b, int64_t g, int64_t hidden) {
-        const int64_t from = std::max<int64_t>(0, hidden - cache.trunk_length);
-        return Stretch{own(0, slots[b], from) + g * d, own(1, slots[b], from) + g * d,
-                       positions[b] + 1 - cache.trunk_length - from, width};
+    // One item has all query heads of a kv head, so that its keys are read once; or a single query head where there
+    // would be too few items for the team.
+    const int64_t together = count * kv_heads >= 2 * team.size ? each : 1;
+    const auto items = team.share(count * spec_.heads / together);
+    const bool quantised_apart = d % kQuantGroup != 0;  // a quant group then belongs to several items
+    const int64_t items_per_token = spec_.heads / together;
+    const auto own_slice = [&](int64_t b, int64_t g, int64_t first_key) {
+        const int64_t from = std::max<int64_t>(0, first_key - cache.prefix_length);
+        return KeySlice{own(0, slots[b], from) + g * d, own(1, slots[b], from) + g * d,
+                        positions[b] + 1 - cache.prefix_length - from, width};
     };
     for (int64_t i = items.begin; i < items.end; ++i) {
-        const int64_t b = i / per_row, h = i % per_row * together, g = h / each;
-        const int64_t hidden = layer.window ? std::max<int64_t>(0, int64_t{positions[b]} + 1 - layer.window) : 0;
-        const int64_t in_trunk = std::min(hidden, cache.trunk_length);
-        const Stretch stretches[2] = {
-            {trunk + in_trunk * width + g * d, trunk + (cache.trunk_length + in_trunk) * width + g * d,
-             cache.trunk_length - in_trunk, width},
-            own_stretch(b, g, hidden),
+        const int64_t b = i / items_per_token, h = i % items_per_token * together, g = h / each;
+        const int64_t first_key = layer.window ? std::max<int64_t>(0, int64_t{positions[b]} + 1 - layer.window) : 0;
+        const int64_t first_in_prefix = std::min(first_key, cache.prefix_length);
+        const KeySlice slices[2] = {
+            {prefix + first_in_prefix * width + g * d, prefix + (cache.prefix_length + first_in_prefix) * width + g * d,
+             cache.prefix_length - first_in_prefix, width},
+            own_slice(b, g, first_key),
         };
-        if (i + 1 < items.end) fetch(own_stretch((i + 1) / per_row, (i + 1) % per_row * together / each, hidden), d);
+        if (i + 1 < items.end)
+            prefetch(own_slice((i + 1) / items_per_token, (i + 1) % items_per_token * together / each, first_key), d);
         const float* q = w.qkv.data() + b * layer.qkv.rows + h * d;
-        EMBEDGRAD_DISPATCH(attend_heads, q, spec_.scale, stretches, d, together, w.attended.row(b) + h * d)
-        if (!quantised_apart) w.attended.quantise(b, orders(layer.out, rows), h * d, (h + together) * d);
+        EMBEDGRAD_DISPATCH(attend_heads, q, spec_.scale, slices, d, together, w.attended.row(b) + h * d)
+        if (!quantised_apart) w.attended.quantise(b, layouts(layer.out, count), h * d, (h + together) * d);
     }
-    crew.wait();
+    team.wait();
     if (quantised_apart) {
-        const auto [begin, end] = crew.share(rows);
-        for (int64_t b = begin; b < end; ++b) w.attended.quantise(b, orders(layer.out, rows));
-        crew.wait();
+        const auto [begin, end] = team.share(count);
+        for (int64_t b = begin; b < end; ++b) w.attended.quantise(b, layouts(layer.out, count));
+        team.wait();
     }
 }
 
-void Decoder::feed_forward(const Crew& crew, const LayerSpec& layer, int64_t rows) {
+void Decoder::feed_forward(const Team& team, const LayerSpec& layer, int64_t tokens) {
     Work& w = *work_;
-    normalise(crew, layer.mlp_norm, layer.gate_up, rows);
+    normalise(team, layer.mlp_norm, layer.gate_up, tokens);
     const int64_t width = spec_.intermediate;
     float* gate_up = w.gate_up.data();
-    const auto [begin, end] = crew.share(width, kGroup);  // whole groups, which their owner quantises at once
+    const auto [begin, end] = team.share(width, kQuantGroup);  // whole quant groups, which this thread quantises below
     for (int64_t half = 0; half < 2; ++half)
         linear(
-            layer.gate_up, w.normed, rows, nullptr, gate_up, 2 * width, false, half * width + begin, half * width + end);
-    for (int64_t b = 0; b < rows && begin < end; ++b) {
+            layer.gate_up, w.normed, tokens, nullptr, gate_up, 2 * width, false, half * width + begin, half * width + end);
+    for (int64_t b = 0; b < tokens && begin < end; ++b) {
         const float* gate = gate_up + b * 2 * width;
         EMBEDGRAD_DISPATCH(swiglu_row, gate + begin, gate + width + begin, w.active.row(b) + begin, end - begin)
-        w.active.quantise(b, orders(layer.down, rows), begin, end);
+        w.active.quantise(b, layouts(layer.down, tokens), begin, end);
     }
-    crew.wait();
-    const auto down = crew.share(layer.down.rows, 8);
-    linear(layer.down, w.active, rows, nullptr, w.x.row(0), spec_.hidden, true, down.begin, down.end);
-    crew.wait();
+    team.wait();
+    const auto down = team.share(layer.down.rows, 8);
+    linear(layer.down, w.active, tokens, nullptr, w.x.row(0), spec_.hidden, true, down.begin, down.end);
+    team.wait();
 }
 
 }  // namespace embedgrad

@@ -1,10 +1,10 @@
-// Norms, rotation, SwiGLU and attention of one token for one instruction set; see decoder.h.
+// Attention of one token for one instruction set; see decoder.h. Norms, rotation and SwiGLU come from rowwise.inl.
 #include "../cpu/rowwise.inl"
 
-constexpr int64_t kKeys = 128;              // keys whose weights are kept at once
-constexpr int64_t kScores = kKeys + 2 * VL;  // and room behind them
+constexpr int64_t kKeys = 128;               // keys whose scores exist at once
+constexpr int64_t kScores = kKeys + 2 * VL;  // score_keys writes whole vectors, some lanes behind the last key
 
-// Four (AVX2: two) vectors' sums of what `sum` adds first: of the vectors x[0] to x[3], four numbers of each are left.
+// The first additions of `sum`, for kGathered vectors at a time: four partial sums of each vector, side by side.
 #if EMBEDGRAD_ISA == 512
 constexpr int kGathered = 4;
 static inline Vec gather(const Vec* x) {
@@ -29,10 +29,11 @@ static inline Vec select(Vec a, Vec b) {
 }
 #endif
 
-// p[h][j] = scale · (sums[h] + Σ q_h k over the columns from c on)
+// p[h][j] = scale · (sums[h] + Σ q_h k over the columns c to d − 1)
 template <int H>
 static inline void finish_score(
-    const float* q, float scale, const float* k, int64_t c, int64_t d, const float* sums, float (*p)[kScores], int64_t j) {
+    const float* q, float scale, const float* k, int64_t c, int64_t d, const float* sums, float (*p)[kScores],
+    int64_t j) {
     for (int h = 0; h < H; ++h) {
         float score = sums[h];
         for (int64_t i = c; i < d; ++i) score += q[h * d + i] * k[i];
@@ -56,12 +57,13 @@ static inline void score_key(const float* q, float scale, const float* k, int64_
 }
 
 #if EMBEDGRAD_ISA
-// The same for VL keys, of which there are `count`, from j on; behind those, p has anything. The lanes are summed in the
-// order of `sum`, which does not depend on the key's place.
+// The same for min(VL, count) keys, to p[h][j] and on; the lanes of p behind them are undefined. Lanes are summed in
+// the order of `sum`, so a score does not depend on the key's place among the VL.
 template <int H>
 static inline void score_keys(
-    const float* q, float scale, const float* k, int64_t row, int64_t count, int64_t d, float (*p)[kScores], int64_t j) {
-    const auto key = [&](int64_t n) __attribute__((always_inline)) { return k + std::min(n, count - 1) * row; };
+    const float* q, float scale, const float* k, int64_t k_stride, int64_t count, int64_t d, float (*p)[kScores],
+    int64_t j) {
+    const auto key = [&](int64_t n) __attribute__((always_inline)) { return k + std::min(n, count - 1) * k_stride; };
     Vec quarters[H][4];
 #pragma GCC unroll 4
     for (int i = 0; i < 4; ++i) {
@@ -98,45 +100,50 @@ static inline void score_keys(
 }
 #endif
 
-// out_h += Σ p[h][first + j] v_j over j < count.
+// out_h += Σ p[h][first_key + j] v_j over j < count.
 template <int H>
 static inline void add_values(
-    const float (*p)[kScores], int64_t count, const float* v, int64_t row, int64_t d, float* out, int64_t first_key) {
+    const float (*p)[kScores], int64_t count, const float* v, int64_t v_stride, int64_t d, float* out,
+    int64_t first_key) {
     int64_t c = 0;
     for (; c + 2 * VL <= d; c += 2 * VL) {
         Vec sums[H][2];
         for (int h = 0; h < H; ++h) sums[h][0] = load(out + h * d + c), sums[h][1] = load(out + h * d + c + VL);
         for (int64_t j = 0; j < count; ++j) {
-            const Vec first = load(v + j * row + c), second = load(v + j * row + c + VL);
+            const Vec first = load(v + j * v_stride + c), second = load(v + j * v_stride + c + VL);
 #pragma GCC unroll 4
-            for (int h = 0; h < H; ++h) sums[h][0] += p[h][first_key + j] * first, sums[h][1] += p[h][first_key + j] * second;
+            for (int h = 0; h < H; ++h) {
+                sums[h][0] += p[h][first_key + j] * first;
+                sums[h][1] += p[h][first_key + j] * second;
+            }
         }
         for (int h = 0; h < H; ++h) store(out + h * d + c, sums[h][0]), store(out + h * d + c + VL, sums[h][1]);
     }
     for (; c < d; ++c)
         for (int64_t j = 0; j < count; ++j)
-            for (int h = 0; h < H; ++h) out[h * d + c] += p[h][first_key + j] * v[j * row + c];
+            for (int h = 0; h < H; ++h) out[h * d + c] += p[h][first_key + j] * v[j * v_stride + c];
 }
 
-// softmax(scale · q kᵀ) v for H heads of a group; q, out [H, d]. At least one key is visible: the token's own.
+// out = softmax(scale · q kᵀ) v for H query heads of one kv head; q, out [H, d]. The keys are those of slices[0], then
+// those of slices[1]; at least one is visible, the token's own.
 template <int H>
-static void attend(const float* q, float scale, const Stretch* stretches, int64_t d, float* out) {
+static void attend(const float* q, float scale, const KeySlice* slices, int64_t d, float* out) {
     float p[H][kScores], top[H], mass[H];
     for (int h = 0; h < H; ++h) top[h] = -std::numeric_limits<float>::infinity(), mass[h] = 0;
     for (int64_t i = 0; i < H * d; ++i) out[i] = 0;
-    const int64_t total = stretches[0].count + stretches[1].count;
-    // Pieces are cut where the keys stand in the sequence: what a token gets does not depend on how long the trunk is.
+    const int64_t total = slices[0].count + slices[1].count;
+    // Pieces of kKeys are counted over both slices, so the result does not depend on the length of the prefix.
     for (int64_t from = 0; from < total; from += kKeys) {
         const int64_t count = std::min(kKeys, total - from);
-        const int64_t in_first = std::max<int64_t>(0, std::min(count, stretches[0].count - from));
-        const int64_t second = std::max<int64_t>(0, from - stretches[0].count);
+        const int64_t in_first = std::max<int64_t>(0, std::min(count, slices[0].count - from));
+        const int64_t second = std::max<int64_t>(0, from - slices[0].count);
         for (int64_t j = 0; j < count;) {
-            const Stretch& s = stretches[j < in_first ? 0 : 1];
-            const float* k = s.k + (j < in_first ? from + j : second + j - in_first) * s.row;
+            const KeySlice& s = slices[j < in_first ? 0 : 1];
+            const float* k = s.k + (j < in_first ? from + j : second + j - in_first) * s.stride;
 #if EMBEDGRAD_ISA
             const int64_t left = (j < in_first ? in_first : count) - j;
             if (left > 2) {
-                score_keys<H>(q, scale, k, s.row, left, d, p, j);
+                score_keys<H>(q, scale, k, s.stride, left, d, p, j);
                 j += std::min<int64_t>(VL, left);
                 continue;
             }
@@ -155,32 +162,32 @@ static void attend(const float* q, float scale, const Stretch* stretches, int64_
                 sums += weight;
             }
             const float shrink = top[h] == now ? 1.0f : std::exp(top[h] - now);
-            mass[h] = std::fma(mass[h], shrink, sum(sums));  // by name: for every H the compiler must do the same
+            mass[h] = std::fma(mass[h], shrink, sum(sums));  // explicit, so that the rounding is the same for every H
             top[h] = now;
             if (shrink != 1.0f)
                 for (int64_t c = 0; c < d; ++c) out[h * d + c] *= shrink;
         }
-        if (in_first) add_values<H>(p, in_first, stretches[0].v + from * stretches[0].row, stretches[0].row, d, out, 0);
+        const KeySlice &prefix = slices[0], &own = slices[1];
+        if (in_first) add_values<H>(p, in_first, prefix.v + from * prefix.stride, prefix.stride, d, out, 0);
         if (in_first < count)
-            add_values<H>(
-                p, count - in_first, stretches[1].v + second * stretches[1].row, stretches[1].row, d, out, in_first);
+            add_values<H>(p, count - in_first, own.v + second * own.stride, own.stride, d, out, in_first);
     }
     for (int h = 0; h < H; ++h)
         for (int64_t c = 0; c < d; ++c) out[h * d + c] /= mass[h];
 }
 
-static void attend_heads(const float* q, float scale, const Stretch* stretches, int64_t d, int64_t heads, float* out) {
+static void attend_heads(const float* q, float scale, const KeySlice* slices, int64_t d, int64_t heads, float* out) {
     int64_t h = 0;
-    for (; h + 4 <= heads; h += 4) attend<4>(q + h * d, scale, stretches, d, out + h * d);
+    for (; h + 4 <= heads; h += 4) attend<4>(q + h * d, scale, slices, d, out + h * d);
     switch (heads - h) {
-        case 3: return attend<3>(q + h * d, scale, stretches, d, out + h * d);
-        case 2: return attend<2>(q + h * d, scale, stretches, d, out + h * d);
-        case 1: return attend<1>(q + h * d, scale, stretches, d, out + h * d);
+        case 3: return attend<3>(q + h * d, scale, slices, d, out + h * d);
+        case 2: return attend<2>(q + h * d, scale, slices, d, out + h * d);
+        case 1: return attend<1>(q + h * d, scale, slices, d, out + h * d);
         default: return;
     }
 }
 
-// Norm and rotation of the heads [first, first + count) of a row; `weight` null: no norm.
+// Norms (unless `weight` is null) and rotates `count` heads in place.
 static void rotate_heads(
     float* x, const float* cos, const float* sin, const float* weight, float eps, int64_t count, int64_t half) {
     rope_row(x, cos, sin, {weight, weight, 0, eps}, count, half);

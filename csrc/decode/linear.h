@@ -1,114 +1,121 @@
-// Products of frozen matrices with a few rows of activations: y [B, rows] = x [B, columns] Wᵀ + bias.
+// Products of frozen matrices with a few rows of activations: y [batch, rows] = x [batch, columns] Wᵀ + bias.
 //
-// Matrices in float types are multiplied in float32. Those in int8 and int4 are multiplied as they are stored: each
-// group of 32 activations becomes signed bytes and a scale (the largest magnitude / 127), so that a group's share of a
-// dot product is
+// Matrices in float types are multiplied in float32. The others are multiplied as they are stored, with activations
+// rounded to int8: each group of 32 activations becomes signed bytes q_x and a scale (the largest magnitude / 127). A
+// quant group's share of a dot product is then
 //
-//     Σ w x ≈ scale_w · scale_x · Σ q_w q_x + offset_w · scale_x · Σ q_x            exact integers inside a group
+//     Σ w x ≈ scale_w · scale_x · Σ q_w q_x + offset_w · scale_x · Σ q_x
 //
-// Its error is that of rounding the activations: per element at most scale_x / 2.
+// with exact integer sums. Besides float32 rounding, the only error is that of rounding the activations: at most
+// scale_x / 2 per element.
 //
-// A row of y does not depend on the other rows of x, to the bit: each is summed in the same order however many there are.
+// A row of y does not depend on the other rows of x, to the bit: the order of its sums is the same for every batch.
 #pragma once
 
 #include <cstdint>
 #include <vector>
 
-#include "crew.h"
 #include "matrix.h"
 
 namespace embedgrad {
 
-// The orders in which activations are laid out for matrices in blocks:
+// The layouts of rounded activations; README.md draws them.
 //
-//   kPlain, kSplit      for one_row.inl; split: as int4 needs them, whose second half of the columns begins at a whole
-//                       unit, because one byte of its rows holds an element of either half
-//   kBytes              group by group, for sixteen_rows.inl, and for a row or two in eight_rows.inl
-//   kLanes, kNeighbours eight rows side by side, for more of them in eight_rows.inl
-enum Order : int32_t { kPlain = 1, kSplit = 2, kBytes = 4, kLanes = 8, kNeighbours = 16 };
+//   kUnits, kSplitUnits      for products_plain_avx2.inl. In kSplitUnits the second half of the columns begins at a
+//                            whole unit, because a byte of an int4 row holds an element of each half.
+//   kGroups                  for products_avx512vnni.inl, and for one or two activation rows in products_avx2.inl
+//   kByteLanes, kPairLanes   for more activation rows in products_avx2.inl: int4 and int8
+enum Layout : int32_t { kUnits = 1, kSplitUnits = 2, kGroups = 4, kByteLanes = 8, kPairLanes = 16 };
 
-// A group of a row: x ≈ scale · bytes, sum = scale · Σ bytes, and −128 · Σ bytes of either half: what Σ (w + 128) · bytes
-// counts too much.
-struct GroupOfBytes {
-    int8_t bytes[kGroup];
+// A group of an activation row in kGroups: x ≈ scale · bytes and sum = scale · Σ bytes. `excess` is −128 · Σ bytes of
+// each half of the group: VNNI multiplies by w + 128, and adding `excess` gives the product with w.
+struct QuantizedGroup {
+    int8_t bytes[kQuantGroup];
     float scale, sum;
     int32_t excess[2];
 };
 
-// Eight rows of activations side by side, group by group: of every four columns the bytes of one row after the other, or
-// as numbers of 16 bits the second and the fourth column and behind them, of all rows, the first and the third. Behind
-// those the eight scales, scale · Σ bytes and, for 16 bits, minus the sums over pairs of columns of their products.
+// Eight activation rows side by side, group by group. A vector of 32 bytes has 32 bits of each row:
 //
-// Groups stand in the order in which an int4 row holds them, that of the other half of the columns behind each, or, for
-// 16 bits, in that of the columns.
+//   kByteLanes   four bytes, the columns 4 i to 4 i + 3
+//   kPairLanes   two 16-bit numbers: the columns 4 i + 1 and 4 i + 3, and in the next vector 4 i and 4 i + 2
+//
+// Behind the columns come a vector of the rows' scales, one of scale · Σ bytes and, in kPairLanes, one of −Σ x_{2j}
+// x_{2j+1}. kByteLanes has the groups in the order of an int4 row: each group of the first half of the columns, then
+// its partner of the second half. kPairLanes has them in the order of the columns.
 struct Lanes {
-    static constexpr int64_t kRows = 8, kBytes = kRows * (kGroup + 2 * 4), kNeighbours = kRows * (2 * kGroup + 3 * 4);
+    static constexpr int64_t kRows = 8;
+    static constexpr int64_t kByteGroup = kRows * (kQuantGroup + 2 * 4);      // bytes of a group in kByteLanes
+    static constexpr int64_t kPairGroup = kRows * (2 * kQuantGroup + 3 * 4);  // and in kPairLanes
 
     int64_t group_bytes, groups;
     std::vector<uint8_t> memory;
     uint8_t* first;
 
-    Lanes(int64_t rows, int64_t groups, int64_t group_bytes);
+    Lanes(int64_t batch, int64_t groups, int64_t group_bytes);
     Lanes(const Lanes&) = delete;
-    int64_t apart() const { return groups * group_bytes; }
-    uint8_t* at(int64_t b) const { return first + b / kRows * apart(); }
+    int64_t stride() const { return groups * group_bytes; }  // from eight rows to the next eight
+    uint8_t* at(int64_t b) const { return first + b / kRows * stride(); }
 };
 
-// Rows of activations, in float32 and, for matrices in blocks, in bytes.
+// Rows of activations in float32 and, for quantised matrices, in int8.
 //
-// Bytes stand in units of 64 elements followed by their two scales, each of them eight times as the kernels multiply by
-// them; the units of eight rows are interleaved, so that a kernel reads one stretch of memory. Behind the columns all is
-// 0.
+// kUnits has units of 64 columns of one row: 64 bytes, then the scales of its two groups, each eight times, as the
+// kernels multiply by vectors of eight. The units of eight rows are interleaved, so that a kernel reads memory in one
+// stream. Behind the columns all bytes and scales are 0.
 class Activations {
 public:
-    static constexpr int64_t kTogether = 8, kUnit = 64, kUnitBytes = 2 * kUnit;
+    static constexpr int64_t kInterleaved = 8, kUnit = 64, kUnitBytes = 2 * kUnit;
 
-    Activations(int64_t rows, int64_t columns);
+    Activations(int64_t batch, int64_t columns);
 
     int64_t columns() const { return columns_; }
     float* row(int64_t b) { return x_.data() + b * columns_; }
     const float* row(int64_t b) const { return x_.data() + b * columns_; }
 
-    // Bytes and scales of row b, from its floats, in each of the `orders`: of the columns [begin, end), where whole
-    // groups begin.
-    void quantise(int64_t b, int32_t orders, int64_t begin, int64_t end);
-    void quantise(int64_t b, int32_t orders) { quantise(b, orders, 0, columns_); }
+    // Rounds the columns [begin, end) of row b into each of the `layouts`; `begin` is a multiple of kQuantGroup.
+    void quantise(int64_t b, int32_t layouts, int64_t begin, int64_t end);
+    void quantise(int64_t b, int32_t layouts) { quantise(b, layouts, 0, columns_); }
 
-    // Row b's first unit; its next one is kTogether · kUnitBytes further, row b + 1's is kUnitBytes further.
-    const uint8_t* units(Order order, int64_t b) const { return const_cast<Activations*>(this)->at(order, b); }
-    // From units() of kSplit to the unit where the second half of the columns begins.
-    int64_t second_half() const { return half_units_ * kTogether * kUnitBytes; }
-    // Row b in kBytes.
-    const GroupOfBytes* groups(int64_t b) const { return groups_.data() + b * 2 * half_groups_; }
-    const Lanes& lanes(bool bytes) const { return bytes ? lanes_ : neighbours_; }
-    // scale · Σ bytes of each group of row b, 0 behind the last one.
-    const float* sums(int64_t b) const { return sums_.data() + b * sums_row_; }
-    int64_t sums_row() const { return sums_row_; }
+    // Row b's first unit. The row's next unit is kInterleaved · kUnitBytes further, that of row b + 1 kUnitBytes
+    // further.
+    const uint8_t* units(Layout layout, int64_t b) const { return const_cast<Activations*>(this)->at(layout, b); }
+    // From units() of kSplitUnits to the unit where the second half of the columns begins.
+    int64_t second_half() const { return half_units_ * kInterleaved * kUnitBytes; }
+    // Row b in kGroups.
+    const QuantizedGroup* groups(int64_t b) const { return groups_.data() + b * 2 * half_groups_; }
+    const Lanes& byte_lanes() const { return byte_lanes_; }
+    const Lanes& pair_lanes() const { return pair_lanes_; }
+    // scale · Σ bytes of each group of row b; 0 behind the last group.
+    const float* sums(int64_t b) const { return sums_.data() + b * sums_stride_; }
+    int64_t sums_stride() const { return sums_stride_; }
 
 private:
-    uint8_t* at(Order order, int64_t b) {
-        const int64_t units = order == kPlain ? half_groups_ : 2 * half_units_;
-        return (order == kPlain ? plain_ : split_) + (b / kTogether * units * kTogether + b % kTogether) * kUnitBytes;
+    uint8_t* at(Layout layout, int64_t b) {
+        const int64_t units = layout == kUnits ? half_groups_ : 2 * half_units_;
+        return (layout == kUnits ? units_ : split_units_) +
+               (b / kInterleaved * units * kInterleaved + b % kInterleaved) * kUnitBytes;
     }
 
-    int64_t columns_, half_groups_, half_units_, sums_row_;
+    int64_t columns_, half_groups_, half_units_, sums_stride_;
     std::vector<float> x_, sums_;
-    std::vector<GroupOfBytes> groups_;
-    Lanes lanes_, neighbours_;
+    std::vector<QuantizedGroup> groups_;
+    Lanes byte_lanes_, pair_lanes_;
     std::vector<uint8_t> memory_;
-    uint8_t *plain_, *split_;
+    uint8_t *units_, *split_units_;
 };
 
-// Which orders a matrix reads so many activations in; 0: none.
-int32_t orders(const Matrix&, int64_t rows);
+// The layouts in which the matrix reads `batch` rows of activations; 0: none.
+int32_t layouts(const Matrix&, int64_t batch);
 
-// Rows [begin, end) of y for activations 0 to `rows` − 1: y[target[b] · y_row + n] = …, plus what is there already
-// where `add`. target null: b. Activations must be quantised in orders(matrix, rows).
+// Columns [begin, end) of y (these rows of the matrix) for the activation rows 0 to batch − 1:
+// y[target[b] · y_stride + n] = Σ w x + bias, plus the old value where `add`. A null target means target[b] = b. The
+// activations must be quantised in layouts(matrix, batch).
 void linear(
-    const Matrix&, const Activations&, int64_t rows, const int32_t* target, float* y, int64_t y_row, bool add,
+    const Matrix&, const Activations&, int64_t batch, const int32_t* target, float* y, int64_t y_stride, bool add,
     int64_t begin, int64_t end);
 
-// Row `row` of the matrix in float32: out [columns].
+// out [columns] = a row of the matrix in float32.
 void read_row(const Matrix&, int64_t row, float* out);
 
 }  // namespace embedgrad

@@ -1,6 +1,6 @@
-// Products with a few rows for one instruction set; see linear.h.
+// Products with a few activation rows for one instruction set; see linear.h.
 
-// ---- numbers in 16 bits ---------------------------------------------------------------------------------------------
+// ---- 16-bit floats --------------------------------------------------------------------------------------------------
 
 static inline float from_half(uint16_t h) {
 #if EMBEDGRAD_ISA
@@ -81,9 +81,10 @@ static inline void widen_any(const void* from, bool half, int64_t n, float* out)
 
 // ---- matrices in float types ----------------------------------------------------------------------------------------
 
-// y of N rows of the matrix and M of the activations.
+// y for N matrix rows from n on and M activation rows from b on.
 template <class Format, int N, int M>
-static inline void float_tile(const char* w, int64_t row_bytes, const Activations& x, int64_t b, int64_t n, const Output& out) {
+static inline void float_tile(
+    const char* w, int64_t row_bytes, const Activations& x, int64_t b, int64_t n, const Output& out) {
     typedef typename Format::Element Element;
     const int64_t columns = x.columns();
     const Element* weights[N];
@@ -114,36 +115,35 @@ static inline void float_tile(const char* w, int64_t row_bytes, const Activation
 }
 
 template <class Format, int N>
-static void float_rows(const char* w, int64_t row_bytes, const Activations& x, int64_t rows, int64_t n, const Output& out) {
+static void float_rows(
+    const char* w, int64_t row_bytes, const Activations& x, int64_t batch, int64_t n, const Output& out) {
     constexpr int MOST = VL == 16 ? 6 : 2;
     int64_t b = 0;
-    for (; b + MOST <= rows; b += MOST) float_tile<Format, N, MOST>(w, row_bytes, x, b, n, out);
-    for (; b + 2 <= rows; b += 2) float_tile<Format, N, 2>(w, row_bytes, x, b, n, out);
-    if (b < rows) float_tile<Format, N, 1>(w, row_bytes, x, b, n, out);
+    for (; b + MOST <= batch; b += MOST) float_tile<Format, N, MOST>(w, row_bytes, x, b, n, out);
+    for (; b + 2 <= batch; b += 2) float_tile<Format, N, 2>(w, row_bytes, x, b, n, out);
+    if (b < batch) float_tile<Format, N, 1>(w, row_bytes, x, b, n, out);
 }
 
 template <class Format>
-static void float_part(const Part& part, const Activations& x, int64_t rows, int64_t begin, int64_t end, const Output& out) {
+static void float_part(
+    const Part& part, const Activations& x, int64_t batch, int64_t begin, int64_t end, const Output& out) {
     const char* w = static_cast<const char*>(part.data);
     int64_t n = begin;
-    for (; n + 4 <= end; n += 4) float_rows<Format, 4>(w + n * part.row_bytes, part.row_bytes, x, rows, n, out);
-    for (; n < end; ++n) float_rows<Format, 1>(w + n * part.row_bytes, part.row_bytes, x, rows, n, out);
+    for (; n + 4 <= end; n += 4) float_rows<Format, 4>(w + n * part.row_bytes, part.row_bytes, x, batch, n, out);
+    for (; n < end; ++n) float_rows<Format, 1>(w + n * part.row_bytes, part.row_bytes, x, batch, n, out);
 }
 
-// ---- matrices in blocks ---------------------------------------------------------------------------------------------
+// ---- quantised matrices ---------------------------------------------------------------------------------------------
 
-// The kernels go through several rows of a matrix at a time, in which the machine does not see that memory is read from one
-// end to the other: they fetch.
+#include "gguf_blocks.inl"
 
-#include "blocks.inl"
-
-// A row of GGUF's blocks: bytes q [columns], scales and offsets [columns / 16].
+// Unpacks a matrix row of GGUF blocks: q [columns], scales and offsets [columns / 16].
 static void unpack_row(const Part& part, int64_t row, int64_t columns, int8_t* q, float* scales, float* offsets) {
     const auto* block = static_cast<const uint8_t*>(part.data) + row * part.row_bytes;
     const int64_t size = part.stored == Stored::q5_0 ? 32 : 256;
     const int64_t bytes = part.stored == Stored::q5_0 ? 22 : part.stored == Stored::q4_k ? 144 : 210;
     for (int64_t k = 0; k < columns; k += size, block += bytes) {
-        const int64_t g = k / kSixteen;
+        const int64_t g = k / kGgufGroup;
         if (part.stored == Stored::q5_0)
             unpack_q5_0(block, q + k, scales + g, offsets + g);
         else if (part.stored == Stored::q4_k)
@@ -153,57 +153,61 @@ static void unpack_row(const Part& part, int64_t row, int64_t columns, int8_t* q
     }
 }
 
+// The products below read several matrix rows at once. The hardware prefetcher does not detect that memory as a whole
+// is read in order, so they prefetch.
 #if EMBEDGRAD_ISA != 512
-#include "one_row.inl"
+#include "products_plain_avx2.inl"
 #endif
 #if EMBEDGRAD_ISA == 2
-#include "eight_rows.inl"
+#include "products_avx2.inl"
 #elif defined(EMBEDGRAD_VNNI)
-#include "sixteen_rows.inl"
+#include "products_avx512vnni.inl"
 #endif
 
 static void linear_part(
-    const Part& part, const Activations& x, int64_t rows, int64_t begin, int64_t end, const Output& out) {
+    const Part& part, const Activations& x, int64_t batch, int64_t begin, int64_t end, const Output& out) {
     switch (part.stored) {
 #if EMBEDGRAD_ISA == 2
-        case Stored::int4: return eight_rows_part<true>(part, x, rows, begin, end, out);
-        case Stored::int8: return eight_rows_part<false>(part, x, rows, begin, end, out);
+        case Stored::int4: return eight_lane_part<true>(part, x, batch, begin, end, out);
+        case Stored::int8: return eight_lane_part<false>(part, x, batch, begin, end, out);
 #endif
-        case Stored::f32: return float_part<F32>(part, x, rows, begin, end, out);
-        case Stored::bf16: return float_part<Bf16>(part, x, rows, begin, end, out);
-        case Stored::f16: return float_part<F16>(part, x, rows, begin, end, out);
+        case Stored::f32: return float_part<F32>(part, x, batch, begin, end, out);
+        case Stored::bf16: return float_part<Bf16>(part, x, batch, begin, end, out);
+        case Stored::f16: return float_part<F16>(part, x, batch, begin, end, out);
 #if EMBEDGRAD_ISA != 512
-        default: return block_part(part, x, rows, begin, end, out);
+        default: return row_by_row_part(part, x, batch, begin, end, out);
 #elif defined(EMBEDGRAD_VNNI)
-        default: return sixteen_rows_part(part, x, rows, begin, end, out);
+        default: return sixteen_lane_part(part, x, batch, begin, end, out);
 #else
-        default: return;  // linear() does not ask for it
+        default: return;  // linear() calls the AVX2 kernel instead
 #endif
     }
 }
 
-// ---- rows -----------------------------------------------------------------------------------------------------------
+#if !defined(EMBEDGRAD_VNNI)  // the rest is dispatched without VNNI
 
-// Up to 32 numbers as bytes, the scale that they are multiples of, and the sums of either half of the bytes. The scale is
-// NaN and the rest 0 where a number is NaN or infinite.
+// ---- quantise and widen rows ----------------------------------------------------------------------------------------
+
+// Rounds n ≤ 32 numbers to bytes · scale; sums: of the bytes of each half. Where a number is NaN or infinite the scale
+// is NaN and the bytes are 0.
 static void quantise_group(const float* x, int64_t n, int8_t* bytes, float& scale, float* sums) {
     typedef int8_t Narrow __attribute__((vector_size(VL)));
-    float some[kGroup] = {};
-    if (n < kGroup) {
+    float some[kQuantGroup] = {};
+    if (n < kQuantGroup) {
         for (int64_t i = 0; i < n; ++i) some[i] = x[i];
         x = some;
     }
     Vec most = {}, differences = {};
-    for (int64_t i = 0; i < kGroup; i += VL) {
+    for (int64_t i = 0; i < kQuantGroup; i += VL) {
         const Vec v = load(x + i);
         most = max(most, max(v, -v));
         differences += v - v;
     }
     const float largest = highest(most), odd = sum(differences);
-    const Vec inverse = all(odd == 0 && largest > 0 ? 127.0f / largest : 0.0f), shifter = all(12582912.0f);
+    const Vec inverse = broadcast(odd == 0 && largest > 0 ? 127.0f / largest : 0.0f), shifter = broadcast(12582912.0f);
     for (int64_t half = 0; half < 2; ++half) {
         Vec along = {};
-        for (int64_t i = half * kGroup / 2; i < (half + 1) * kGroup / 2; i += VL) {
+        for (int64_t i = half * kQuantGroup / 2; i < (half + 1) * kQuantGroup / 2; i += VL) {
             Vec q = (load(x + i) * inverse + shifter) - shifter;  // adding 1.5 · 2²³ rounds
             q = odd == 0 ? q : Vec{};
             along += q;
@@ -215,25 +219,25 @@ static void quantise_group(const float* x, int64_t n, int8_t* bytes, float& scal
     scale = odd == 0 ? largest / 127.0f : odd;
 }
 
-// out = scale · q + offset over a whole group of 32.
+// out = scale · q + offset over a quant group.
 template <class Read>
 static inline void widen_group(const Read& read, float scale, float offset, float* out) {
-    for (int64_t i = 0; i < kGroup; i += VL) store(out + i, read(i) * scale + offset);
+    for (int64_t i = 0; i < kQuantGroup; i += VL) store(out + i, read(i) * scale + offset);
 }
 
 static void widen_packed(const Part& part, int64_t row, int64_t columns, float* out) {
     typedef int8_t Narrow __attribute__((vector_size(VL)));
-    const int64_t size = part.half_scales ? 2 : 4, half = part.groups / 2;
+    const int64_t size = part.half_scales ? 2 : 4, half = part.quant_groups / 2;
     const auto* bytes = static_cast<const int8_t*>(part.data) + row * part.row_bytes;
-    const char* scales = static_cast<const char*>(part.scales) + row * part.groups * size;
-    const char* offsets = part.offsets ? static_cast<const char*>(part.offsets) + row * part.groups * size : nullptr;
+    const char* scales = static_cast<const char*>(part.scales) + row * part.quant_groups * size;
+    const char* offsets = part.offsets ? static_cast<const char*>(part.offsets) + row * part.quant_groups * size : nullptr;
     const bool is_int4 = part.stored == Stored::int4;
     const int shift = is_int4 && !part.offsets ? 8 : 0;
-    for (int64_t g = 0; g * kGroup < columns; ++g) {
-        float scale, offset = 0, group[kGroup];
+    for (int64_t g = 0; g * kQuantGroup < columns; ++g) {
+        float scale, offset = 0, group[kQuantGroup];
         widen_any(scales + g * size, part.half_scales, 1, &scale);
         if (offsets) widen_any(offsets + g * size, part.half_scales, 1, &offset);
-        const int8_t* from = bytes + (is_int4 && g >= half ? g - half : g) * kGroup;
+        const int8_t* from = bytes + (is_int4 && g >= half ? g - half : g) * kQuantGroup;
         const int down = is_int4 && g >= half ? 4 : 0;
         const auto read = [&](int64_t i) __attribute__((always_inline)) {
             Narrow narrow;
@@ -242,21 +246,21 @@ static void widen_packed(const Part& part, int64_t row, int64_t columns, float* 
             if (is_int4) q = ((q >> down) & 15) - shift;
             return __builtin_convertvector(q, Vec);
         };
-        const int64_t left = columns - g * kGroup;
-        widen_group(read, scale, offset, left < kGroup ? group : out + g * kGroup);
-        if (left < kGroup) std::memcpy(out + g * kGroup, group, sizeof(float) * left);
+        const int64_t left = columns - g * kQuantGroup;
+        widen_group(read, scale, offset, left < kQuantGroup ? group : out + g * kQuantGroup);
+        if (left < kQuantGroup) std::memcpy(out + g * kQuantGroup, group, sizeof(float) * left);
     }
 }
 
 static void widen_unpacked(const Part& part, int64_t row, int64_t columns, float* out) {
     thread_local std::vector<int8_t> q;
     thread_local std::vector<float> numbers;
-    const int64_t sixteens = columns / kSixteen;
-    q.resize(columns), numbers.resize(2 * sixteens);
-    unpack_row(part, row, columns, q.data(), numbers.data(), numbers.data() + sixteens);
-    for (int64_t g = 0; g < sixteens; ++g)
-        for (int64_t k = g * kSixteen; k < (g + 1) * kSixteen; ++k)
-            out[k] = numbers[g] * static_cast<float>(q[k]) + numbers[sixteens + g];
+    const int64_t gguf_groups = columns / kGgufGroup;
+    q.resize(columns), numbers.resize(2 * gguf_groups);
+    unpack_row(part, row, columns, q.data(), numbers.data(), numbers.data() + gguf_groups);
+    for (int64_t g = 0; g < gguf_groups; ++g)
+        for (int64_t k = g * kGgufGroup; k < (g + 1) * kGgufGroup; ++k)
+            out[k] = numbers[g] * static_cast<float>(q[k]) + numbers[gguf_groups + g];
 }
 
 static void read_part_row(const Part& part, int64_t row, int64_t columns, float* out) {
@@ -270,3 +274,5 @@ static void read_part_row(const Part& part, int64_t row, int64_t columns, float*
     if (part.stored > Stored::int4) return widen_unpacked(part, row, columns, out);
     widen_packed(part, row, columns, out);
 }
+
+#endif

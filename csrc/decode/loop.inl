@@ -1,9 +1,9 @@
-// One row of logits for one instruction set.
+// Entropy and log-probability for one instruction set.
 
-// Entropy of the distribution as a share of log V, and the log-probability of `token` (NaN for none): as
-// common/entropy.h defines them, in two passes and with sums of a few thousand terms each in float32.
-static void row_entropy(const float* x, int64_t n, int32_t token, float* entropy, float* log_probability) {
-    Vec most = all(-std::numeric_limits<float>::infinity()), odd = {};
+// The entropy of the distribution divided by log V, and the log-probability of `token` (NaN where token < 0). Defined
+// as in common/entropy.h, but in two passes. Partial sums of 64 vectors are float32, their sum is double.
+static void token_entropy(const float* x, int64_t n, int32_t token, float* entropy, float* log_probability) {
+    Vec most = broadcast(-std::numeric_limits<float>::infinity()), odd = {};
     int64_t i = 0;
     for (; i + VL <= n; i += VL) {
         const Vec v = load(x + i);

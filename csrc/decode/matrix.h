@@ -5,22 +5,22 @@
 
 namespace embedgrad {
 
-// How the elements of a part are stored: in int8 and int4 (kernels/packing.py) 32 elements of a row share a scale; q5_0,
-// q4_k and q6_k are GGUF's blocks as a file has them (blocks.inl).
+// How a part of a matrix is stored. int8 and int4 (kernels/packing.py) have a scale for each quant group, 32 elements
+// of a matrix row. q5_0, q4_k and q6_k are GGUF's blocks as they are in the file (gguf_blocks.inl).
 enum class Stored : int32_t { f32, bf16, f16, int8, int4, q5_0, q4_k, q6_k };
 
-constexpr int64_t kGroup = 32;
+constexpr int64_t kQuantGroup = 32;
 
-// Rows of a matrix that are stored alike.
+// Matrix rows that are stored alike.
 struct Part {
     Stored stored;
-    int32_t half_scales;   // scales and offsets are float16, otherwise float32
+    int32_t half_scales;   // not 0: scales and offsets are float16; otherwise float32
     int64_t rows;
-    int64_t row_bytes;     // distance of rows in `data`
-    int64_t groups;        // per row of `scales` and `offsets`; int4: an even number
+    int64_t row_bytes;     // distance of matrix rows in `data`
+    int64_t quant_groups;  // per matrix row; an even number for int4
     const void* data;
-    const void* scales;    // [rows, groups]; int8 and int4 only
-    const void* offsets;   // [rows, groups] or null: w = scale·q + offset; without, w = scale·q (int4: scale·(q − 8))
+    const void* scales;    // [rows, quant_groups]; int8 and int4 only
+    const void* offsets;   // [rows, quant_groups]: w = scale·q + offset; null: w = scale·q (int4: scale·(q − 8))
 };
 
 // Parts on top of each other: [rows, columns].

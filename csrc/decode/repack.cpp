@@ -5,23 +5,23 @@
 namespace embedgrad {
 namespace {
 
-constexpr int64_t kHalf = 16;  // bytes of a block of 32 halves
+constexpr int64_t kNibbleBytes = 16;  // bytes of a block's 32 nibbles
 
-// The elements of blocks `low` and `high` (null: none), which belong to the two halves of the columns.
-void pair(const uint8_t* low, const uint8_t* high, uint8_t* to) {
-    uint8_t nothing[kHalf] = {};
-    if (!high) high = nothing;
-    for (int64_t i = 0; i < kHalf; ++i) {
-        to[i] = static_cast<uint8_t>((low[i] & 15) | (high[i] & 15) << 4);
-        to[kHalf + i] = static_cast<uint8_t>(low[i] >> 4 | (high[i] & 0xf0));
+// Elements of two blocks that lie in the first and in the second half of the columns. second: null where it is missing.
+void pair_blocks(const uint8_t* first, const uint8_t* second, uint8_t* to) {
+    uint8_t zeros[kNibbleBytes] = {};
+    if (!second) second = zeros;
+    for (int64_t i = 0; i < kNibbleBytes; ++i) {
+        to[i] = static_cast<uint8_t>((first[i] & 15) | (second[i] & 15) << 4);
+        to[kNibbleBytes + i] = static_cast<uint8_t>(first[i] >> 4 | (second[i] & 0xf0));
     }
 }
 
 void int4_row(const uint8_t* blocks, int64_t count, int64_t header, uint8_t* to, uint16_t* scales, uint16_t* offsets) {
-    const int64_t half = (count + 1) / 2, size = header + kHalf;
-    for (int64_t b = 0; b < half; ++b, to += 2 * kHalf) {
-        const uint8_t* high = half + b < count ? blocks + (half + b) * size + header : nullptr;
-        pair(blocks + b * size + header, high, to);
+    const int64_t half = (count + 1) / 2, size = header + kNibbleBytes;
+    for (int64_t b = 0; b < half; ++b, to += 2 * kNibbleBytes) {
+        const uint8_t* second = half + b < count ? blocks + (half + b) * size + header : nullptr;
+        pair_blocks(blocks + b * size + header, second, to);
     }
     for (int64_t b = 0; b < 2 * half; ++b) {
         scales[b] = 0;
@@ -43,8 +43,9 @@ void embedgrad_repack(
     const int64_t even = (count + 1) / 2 * 2;
     for (int64_t r = 0; r < rows; ++r, blocks += row_bytes) {
         if (block != GgufBlock::q8_0) {
-            uint16_t* to = offsets ? offsets + r * even : nullptr;
-            int4_row(blocks, count, block == GgufBlock::q4_1 ? 4 : 2, elements + r * even * kHalf, scales + r * even, to);
+            int4_row(
+                blocks, count, block == GgufBlock::q4_1 ? 4 : 2, elements + r * even * kNibbleBytes, scales + r * even,
+                offsets ? offsets + r * even : nullptr);
             continue;
         }
         for (int64_t b = 0; b < count; ++b) {

@@ -1,16 +1,16 @@
-"""Backends: modules with the same functions and signatures; the decoder is handed one of them."""
+"""Backends: implementations of `embedgrad.backends.base.Backend`; the decoder is handed one of them."""
 
 from __future__ import annotations
 
 import importlib
 import warnings
-from types import ModuleType
 
 import torch
 
-from embedgrad.errors import BackendError
+from embedgrad.backends.base import Backend
+from embedgrad.util.errors import BackendError
 
-NAMES = ("reference", "native", "triton")
+NAMES = ("naive", "reference", "native", "triton")
 NATIVE_TYPES = (torch.float32, torch.bfloat16)
 
 
@@ -18,7 +18,7 @@ class BackendWarning(UserWarning):
     """A slower backend serves, because the one meant for this machine cannot be loaded."""
 
 
-def choose(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> ModuleType:
+def choose(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Backend:
     """The backend called `name`, for a model on `device` that computes in `dtype`.
 
     "auto" is triton on GPUs (torch calls those of ROCm "cuda", too), native on CPUs for float32 and
@@ -33,10 +33,14 @@ def choose(name: str, device: torch.device, dtype: torch.dtype = torch.float32) 
         return _triton(device, dtype)
     if name == "native":
         return _native(device, dtype)
+    return _module(name).OPS
+
+
+def _module(name: str):  # type: ignore[no-untyped-def]
     return importlib.import_module(f"embedgrad.backends.{name}")
 
 
-def _best(device: torch.device, dtype: torch.dtype) -> ModuleType:
+def _best(device: torch.device, dtype: torch.dtype) -> Backend:
     if device.type == "cuda" and dtype != torch.float64:
         return _triton(device, dtype)
     if device.type == "cpu" and dtype in NATIVE_TYPES:
@@ -44,27 +48,27 @@ def _best(device: torch.device, dtype: torch.dtype) -> ModuleType:
             return _native(device, dtype)
         except BackendError as error:
             warnings.warn(f"{error} The reference backend serves, more slowly.", BackendWarning, stacklevel=2)
-    return importlib.import_module("embedgrad.backends.reference")
+    return _module("reference").OPS
 
 
-def _native(device: torch.device, dtype: torch.dtype) -> ModuleType:
+def _native(device: torch.device, dtype: torch.dtype) -> Backend:
     if device.type != "cpu" or dtype not in NATIVE_TYPES:
         raise BackendError(
             f"the native backend computes in float32 or bfloat16 on a CPU, not in {dtype} on {device.type!r}."
         )
     try:
-        return importlib.import_module("embedgrad.backends.native")
+        return _module("native").OPS
     except ImportError as error:
         raise BackendError(
             f"The native backend cannot be loaded: {error}; install embedgrad again where there is a C++17 compiler."
         ) from None
 
 
-def _triton(device: torch.device, dtype: torch.dtype) -> ModuleType:
+def _triton(device: torch.device, dtype: torch.dtype) -> Backend:
     if dtype == torch.float64:
         raise BackendError("the triton backend computes in float32 or bfloat16; use the backend reference for float64.")
     try:
-        module = importlib.import_module("embedgrad.backends.triton")
+        module = _module("triton")
     except ImportError as error:
         if error.name is None or error.name.partition(".")[0] != "triton":
             raise
@@ -76,4 +80,4 @@ def _triton(device: torch.device, dtype: torch.dtype) -> ModuleType:
         )
     if dtype == torch.bfloat16 and module.interpreted():
         raise BackendError("Triton's interpreter gets bfloat16 products wrong; use float32, or unset TRITON_INTERPRET.")
-    return module
+    return module.OPS

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from embedgrad.errors import BackendError
+from embedgrad.util.errors import BackendError
 
 
 def library_path() -> Path:

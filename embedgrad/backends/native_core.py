@@ -25,7 +25,7 @@ class Part(ctypes.Structure):
     _fields_ = [
         ("stored", c_int32),
         ("half_scales", c_int32),
-        *((name, c_int64) for name in ("rows", "row_bytes", "groups")),
+        *((name, c_int64) for name in ("rows", "row_bytes", "quant_groups")),
         *((name, c_void_p) for name in ("data", "scales", "offsets")),
     ]
 
@@ -58,7 +58,7 @@ class DecoderSpec(ctypes.Structure):
     _fields_ = [
         *(
             (name, c_int32)
-            for name in ("num_layers", "hidden", "intermediate", "heads", "groups", "head_dim", "vocabulary")
+            for name in ("num_layers", "hidden", "intermediate", "heads", "kv_heads", "head_dim", "vocabulary")
         ),
         ("eps", c_float),
         ("scale", c_float),
@@ -73,9 +73,9 @@ class Cache(ctypes.Structure):
     """Keys and values (decode/decoder.h)."""
 
     _fields_ = [
-        ("trunk", c_void_p),
+        ("prefix", c_void_p),
         ("own", c_void_p),
-        *((name, c_int64) for name in ("trunk_length", "slots", "capacity")),
+        *((name, c_int64) for name in ("prefix_length", "slots", "capacity")),
         ("cos", c_void_p),
         ("sin", c_void_p),
     ]
@@ -84,17 +84,17 @@ class Cache(ctypes.Structure):
 class Tokens(ctypes.Structure):
     """New tokens of several sequences (decode/decoder.h)."""
 
-    _fields_ = [("rows", c_int64), *((name, c_void_p) for name in ("slots", "positions", "ids", "embeddings"))]
+    _fields_ = [("count", c_int64), *((name, c_void_p) for name in ("slots", "positions", "ids", "embeddings"))]
 
 
 class Wanted(ctypes.Structure):
     """Tokens whose logits are wanted (decode/decoder.h)."""
 
-    _fields_ = [("count", c_int64), *((name, c_void_p) for name in ("rows", "target", "logits"))]
+    _fields_ = [("count", c_int64), *((name, c_void_p) for name in ("tokens", "target", "logits"))]
 
 
 class SamplingParams(ctypes.Structure):
-    """What all rows of a call share (common/sampling.h)."""
+    """What all sequences of a call share (common/sampling.h)."""
 
     _fields_ = [
         ("temperature", c_float),
@@ -109,12 +109,12 @@ class SamplingParams(ctypes.Structure):
 
 
 class SamplingBatch(ctypes.Structure):
-    """The rows that a token is chosen for (common/sampling.h)."""
+    """The sequences that a token is chosen for (common/sampling.h)."""
 
     _fields_ = [
         ("logits", c_void_p),
-        ("stride", c_int64),
-        ("rows", c_int32),
+        ("logits_stride", c_int64),
+        ("sequences", c_int32),
         ("vocabulary", c_int32),
         *(
             (name, c_void_p)
@@ -131,7 +131,7 @@ class AdvanceBatch(ctypes.Structure):
     _fields_ = [
         *(
             (name, c_int32)
-            for name in ("rows", "vocabulary", "capacity", "max_new_tokens", "max_position", "stop_size")
+            for name in ("sequences", "vocabulary", "capacity", "max_new_tokens", "max_position", "stop_size")
         ),
         *((name, c_void_p) for name in ("stop_tokens", "tokens", "status", "children", "child_tokens", "child_nodes")),
         *(
@@ -205,11 +205,6 @@ def declared(core: ctypes.CDLL) -> ctypes.CDLL:
         "embedgrad_widen": (None, [c_void_p, c_int64, c_int64, c_void_p, c_int32]),
         "embedgrad_repack": (None, [c_int32, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p]),
         "embedgrad_sample_cpu": (c_int32, [c_void_p, c_void_p]),
-        "embedgrad_advance_cpu": (None, [c_void_p]),
-        "embedgrad_random_bits": (c_uint64, [c_uint64, c_uint64, ctypes.c_uint32]),
-        "embedgrad_weight": (c_uint64, [c_float]),
-        "embedgrad_trajectory_entropy_cpu": (c_double, [c_void_p, c_int32, c_int32, c_int32]),
-        "embedgrad_loop_period_cpu": (c_int32, [c_void_p, c_int32, c_int32]),
     }
     for name, (result, arguments) in types.items():
         function = getattr(core, name, None)

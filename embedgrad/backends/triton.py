@@ -1,48 +1,32 @@
-"""The triton backend: the functions of `reference` on the project's own kernels, for GPUs and Triton's interpreter.
+"""The triton backend: the project's own kernels, for GPUs and for Triton's interpreter.
 
-float32 and bfloat16 models. Nothing here waits for the device. Equations and shapes are those of `reference`; what a
-function does is said in the kernel's own file.
+float32 and bfloat16 models. Nothing here waits for the device. The maths stand in each kernel's own file.
 """
 
 from __future__ import annotations
 
-from typing import Any, Protocol, cast
+from typing import Any, cast
 
 import torch
 import triton
 from torch import Tensor
 
-from embedgrad import optimizer
+from embedgrad.backends.base import Backend, Head, Heads
+from embedgrad.backends.mask import TreeMask
 from embedgrad.kernels import decode_attention as _decode
 from embedgrad.kernels import embed as _embed
 from embedgrad.kernels import linear_cross_entropy as _cross_entropy
 from embedgrad.kernels import prompt_step as _prompt_step
+from embedgrad.kernels import quantized_linear as _quantized
+from embedgrad.kernels import rms_norm as _rms_norm
+from embedgrad.kernels import rope as _rope
+from embedgrad.kernels import swiglu as _swiglu
 from embedgrad.kernels import tree_attention as _attention
 from embedgrad.kernels import tree_attention_backward as _attention_backward
 from embedgrad.kernels.packing import PackedWeight
-from embedgrad.kernels.quantized_linear import quantized_linear, quantized_linear_backward
-from embedgrad.kernels.rms_norm import add_rms_norm, rms_norm, rms_norm_backward
-from embedgrad.kernels.rope import rope, rope_backward
-from embedgrad.kernels.swiglu import swiglu, swiglu_backward
 from embedgrad.kernels.tree_schedule import TreeSchedule
-from embedgrad.tree import TreeMask
-from embedgrad.trust_region import Penalty, TrustRegion
-
-NAME = "triton"
-
-__all__ = [
-    "NAME", "add_rms_norm", "decode_attention", "embed", "embed_backward", "interpreted", "linear_cross_entropy",
-    "linear_cross_entropy_bytes", "prompt_step", "quantized_linear", "quantized_linear_backward", "rms_norm",
-    "rms_norm_backward", "rope", "rope_backward", "swiglu", "swiglu_backward", "tree_attention",
-    "tree_attention_backward", "tree_attention_backward_bytes", "tree_attention_bytes",
-]  # fmt: skip
-
-
-class Head(Protocol):
-    """The frozen matrix [V, d] in front of the softmax, as it is stored: one part."""
-
-    @property
-    def parts(self) -> list[Any]: ...
+from embedgrad.maths.optimizer import ADAMW, AdamW, Rule, StepReport
+from embedgrad.maths.trust_region import KINDS, TrustRegion
 
 
 def interpreted() -> bool:
@@ -59,145 +43,197 @@ def _schedule(mask: TreeMask) -> TreeSchedule:
     return mask.cached(
         "triton",
         lambda: TreeSchedule(
-            mask.key_begin, mask.key_end, mask.query_index, mask.kept,
+            mask.key_begin, mask.key_end, mask.query_index, mask.prefix,
             position(mask.query_position), position(mask.key_position), mask.window,
         ),
     )  # fmt: skip
 
 
-def tree_attention_bytes(queries: int, keys: int, heads: tuple[int, int, int]) -> int:
-    """None: the kernels' workspace is the allocator's (`embedgrad.memory` counts it)."""
-    return 0
+class Triton(Backend):
+    """See the module."""
 
+    name = "triton"
+    multiplies_packed = True
 
-def tree_attention_backward_bytes(
-    queries: int, keys: int, heads: tuple[int, int, int], *, dq: bool = True, dkv: bool = True
-) -> int:
-    """None, likewise."""
-    return 0
+    def rms_norm(self, x: Tensor, weight: Tensor, eps: float, *, out: Tensor) -> Tensor:
+        return _rms_norm.rms_norm(x, weight, eps, out=out)
 
+    def rms_norm_backward(self, dy: Tensor, x: Tensor, weight: Tensor, eps: float, *, dx: Tensor) -> Tensor:
+        return _rms_norm.rms_norm_backward(dy, x, weight, eps, dx=dx)
 
-def linear_cross_entropy_bytes(count: int, vocabulary: int, dtype: torch.dtype) -> int:
-    """None, likewise."""
-    return 0
+    def rope(
+        self,
+        qkv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        heads: Heads,
+        *,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+        eps: float = 0.0,
+    ) -> Tensor:
+        return _rope.rope(qkv, cos, sin, heads, q_norm=q_norm, k_norm=k_norm, eps=eps)
 
+    def rope_backward(
+        self,
+        dqkv: Tensor,
+        qkv_raw: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        heads: Heads,
+        *,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+        eps: float = 0.0,
+    ) -> Tensor:
+        return _rope.rope_backward(dqkv, qkv_raw, cos, sin, heads, q_norm=q_norm, k_norm=k_norm, eps=eps)
 
-def tree_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: TreeMask,
-    *,
-    scale: float,
-    softcap: float | None = None,
-    out: Tensor,
-    lse: Tensor,
-    workspace: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """o and lse; q, out [Nq, H, D]; k, v [S, G, D]; lse [Nq, H] float32."""
-    _attention.tree_attention(q, k, v, _schedule(mask), scale=scale, softcap=softcap, out=out, lse=lse)
-    return out, lse
+    def swiglu(self, gate_up: Tensor, *, out: Tensor) -> Tensor:
+        return _swiglu.swiglu(gate_up, out=out)
 
+    def swiglu_backward(self, da: Tensor, gate_up: Tensor, *, out: Tensor) -> Tensor:
+        return _swiglu.swiglu_backward(da, gate_up, out=out)
 
-def tree_attention_backward(
-    do: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    mask: TreeMask,
-    *,
-    scale: float,
-    softcap: float | None = None,
-    dq: Tensor | None = None,
-    dk: Tensor | None = None,
-    dv: Tensor | None = None,
-    workspace: Tensor | None = None,
-) -> None:
-    """dq [Nq, H, D]; dk and dv (together) [S − mask.kept, G, D]; what is None is not computed."""
-    _attention_backward.tree_attention_backward(
-        do, q, k, v, o, lse, _schedule(mask), scale=scale, softcap=softcap, dq=dq, dk=dk, dv=dv
-    )
+    def plan_attention(
+        self,
+        mask: TreeMask,
+        heads: Heads,
+        dtype: torch.dtype,
+        device: torch.device,
+        *,
+        forward: bool = False,
+        dq: bool = False,
+        dkv: bool = False,
+    ) -> None:
+        schedule, (h, g, size) = _schedule(mask), heads
+        if forward:
+            _attention.plan(schedule, h // g, size, dtype, device)
+        if dq or dkv:
+            _attention_backward.plan(schedule, h, g, size, dtype, device, dq=dq, dkv=dkv)
 
+    def tree_attention(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: TreeMask,
+        *,
+        scale: float,
+        softcap: float | None = None,
+        out: Tensor,
+        lse: Tensor,
+        workspace: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        _attention.tree_attention(q, k, v, _schedule(mask), scale=scale, softcap=softcap, out=out, lse=lse)
+        return out, lse
 
-def linear_cross_entropy(
-    h: Tensor,
-    head: Head,
-    targets: Tensor,
-    weights: Tensor,
-    *,
-    softcap: float | None = None,
-    dh: Tensor | None = None,
-    workspace: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """nll [N] float32 and arg-max [N] int64 of softmax(h Wᵀ), and where wanted dh; the head is read as it is stored."""
-    (stored,) = head.parts
-    return _cross_entropy.linear_cross_entropy(h, stored, targets, weights, softcap=softcap, dh=dh)
-
-
-def embed(rows: Tensor, table: Tensor | PackedWeight, ids: Tensor, prompt_rows: Tensor, *, out: Tensor) -> Tensor:
-    """out[i] = rows[prompt_rows[i]] where a prompt row is shown, else table[ids[i]].
-
-    A table that is stored in blocks is dequantised at `ids` first.
-    """
-    if not isinstance(table, Tensor):
-        table, ids = cast(Any, table)[ids], torch.arange(len(ids), device=ids.device)
-    return _embed.embed(rows, table, ids, prompt_rows, out=out)
-
-
-def embed_backward(dx: Tensor, prompt_rows: Tensor, *, grad: Tensor) -> Tensor:
-    """grad[r] = Σ of dx[i] over the positions i that show row r, in order of position; grad [k, d] float32."""
-    return _embed.embed_backward(dx, prompt_rows, grad=grad)
-
-
-def decode_attention(
-    q: Tensor,
-    trunk_k: Tensor,
-    trunk_v: Tensor,
-    own_k: Tensor,
-    own_v: Tensor,
-    own_lengths: Tensor,
-    *,
-    scale: float,
-    softcap: float | None = None,
-    first_seen: Tensor | None = None,
-    out: Tensor,
-) -> Tensor:
-    """One new query per sequence: q, out [B, H, D]; trunk_k, trunk_v [S, G, D]; own_k, own_v [B, C, G, D]."""
-    _decode.decode_attention(
-        q, trunk_k, trunk_v, own_k, own_v, own_lengths, scale=scale, softcap=softcap, first_seen=first_seen, out=out
-    )
-    return out
-
-
-def prompt_step(
-    e: Tensor,
-    e0: Tensor,
-    m: Tensor,
-    v: Tensor,
-    g: Tensor,
-    *,
-    step: int,
-    lr: float,
-    region: TrustRegion,
-    betas: tuple[float, float] = (0.9, 0.999),
-    eps: float = 1e-8,
-    weight_decay: float = 0.0,
-) -> optimizer.StepReport:
-    """`optimizer.prompt_step` in one launch; a float64 prompt takes the plain form.
-
-    As there, `g` holds a penalty's share already.
-    """
-    if e.dtype != torch.float32:
-        return optimizer.prompt_step(
-            e, e0, m, v, g, step=step, lr=lr, region=region, betas=betas, eps=eps, weight_decay=weight_decay
+    def tree_attention_backward(
+        self,
+        do: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        o: Tensor,
+        lse: Tensor,
+        mask: TreeMask,
+        *,
+        scale: float,
+        softcap: float | None = None,
+        dq: Tensor | None = None,
+        dk: Tensor | None = None,
+        dv: Tensor | None = None,
+        workspace: Tensor | None = None,
+    ) -> None:
+        _attention_backward.tree_attention_backward(
+            do, q, k, v, o, lse, _schedule(mask), scale=scale, softcap=softcap, dq=dq, dk=dk, dv=dv
         )
-    cosine, ratio = torch.empty(2, len(e), dtype=torch.float32, device=e.device)
-    projected = torch.empty(len(e), dtype=torch.bool, device=e.device)
-    described = {"kind": "none"} if isinstance(region, Penalty) else region.describe()
-    _prompt_step.prompt_step(
-        e, e0, m, v, g, step=step, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, region=described,
-        cosine=cosine, norm_ratio=ratio, projected=projected,
-    )  # fmt: skip
-    return optimizer.StepReport(cosine.double(), ratio.double(), projected)
+
+    def decode_attention(
+        self,
+        q: Tensor,
+        prefix_k: Tensor,
+        prefix_v: Tensor,
+        own_k: Tensor,
+        own_v: Tensor,
+        own_lengths: Tensor,
+        *,
+        scale: float,
+        softcap: float | None = None,
+        first_seen: Tensor | None = None,
+        out: Tensor,
+    ) -> Tensor:
+        _decode.decode_attention(
+            q, prefix_k, prefix_v, own_k, own_v, own_lengths,
+            scale=scale, softcap=softcap, first_seen=first_seen, out=out,
+        )  # fmt: skip
+        return out
+
+    def embed(self, rows: Tensor, table: Any, ids: Tensor, prompt_rows: Tensor, *, out: Tensor) -> Tensor:
+        if not isinstance(table, Tensor):  # stored in blocks: dequantised at `ids`
+            table, ids = cast(Any, table)[ids], torch.arange(len(ids), device=ids.device)
+        return _embed.embed(rows, table, ids, prompt_rows, out=out)
+
+    def embed_backward(self, dx: Tensor, prompt_rows: Tensor, *, grad: Tensor) -> Tensor:
+        return _embed.embed_backward(dx, prompt_rows, grad=grad)
+
+    def linear_cross_entropy(
+        self,
+        h: Tensor,
+        head: Head,
+        targets: Tensor,
+        weights: Tensor,
+        *,
+        softcap: float | None = None,
+        dh: Tensor | None = None,
+        workspace: Tensor | None = None,
+        logit_bytes: int | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        (stored,) = head.parts
+        return _cross_entropy.linear_cross_entropy(h, stored, targets, weights, softcap=softcap, dh=dh)
+
+    def quantized_linear(self, x: Tensor, weight: PackedWeight, *, out: Tensor, bias: Tensor | None = None) -> Tensor:
+        return _quantized.quantized_linear(x, weight, out=out, bias=bias)
+
+    def quantized_linear_backward(self, dy: Tensor, weight: PackedWeight, *, out: Tensor) -> Tensor:
+        return _quantized.quantized_linear_backward(dy, weight, out=out)
+
+    def prompt_step(
+        self,
+        e: Tensor,
+        e0: Tensor,
+        m: Tensor,
+        v: Tensor,
+        g: Tensor,
+        *,
+        factors: Tensor,
+        region: TrustRegion,
+        rule: Rule = ADAMW,
+        clip_norm: float | None = None,
+        alive: Tensor | None = None,
+        before: Tensor | None = None,
+    ) -> StepReport:
+        if e.dtype != torch.float32 or type(region) not in KINDS.values():
+            return super().prompt_step(
+                e, e0, m, v, g,
+                factors=factors, region=region, rule=rule, clip_norm=clip_norm, alive=alive, before=before,
+            )  # fmt: skip
+        device = e.device
+        alive = torch.ones((), dtype=torch.bool, device=device) if alive is None else alive
+        before = torch.empty(3, *e.shape, device=device) if before is None else before
+        cosine, ratio = torch.empty(2, len(e), dtype=torch.float64, device=device)
+        norm = torch.empty((), dtype=torch.float64, device=device)
+        projected = torch.empty(len(e), dtype=torch.bool, device=device)
+        if isinstance(rule, AdamW):
+            beta1, beta2 = rule.betas
+            constants = (beta1, 1 - beta1, beta2, 1 - beta2, rule.eps)
+        else:
+            constants = (rule.momentum, rule.weight_decay, 0.0, 0.0, 0.0)
+        _prompt_step.prompt_step(
+            e, e0, m, v, g, factors=factors.to(device), adamw=isinstance(rule, AdamW), constants=constants,
+            region=region.numbers(e.dtype), clip_norm=clip_norm, before=before, alive=alive,
+            cosine=cosine, norm_ratio=ratio, projected=projected, norm=norm,
+        )  # fmt: skip
+        return StepReport(cosine, ratio, projected, norm, alive)
+
+
+OPS = Triton()

@@ -1,1 +1,1 @@
-"""Controls beside an optimised prompt, on the same test items: what else could have had the same effect?"""
+"""Compares an optimised prompt with control prompts on the same test items."""

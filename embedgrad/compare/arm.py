@@ -1,26 +1,27 @@
-"""What an arm of a comparison is: starting prompts, and what is done with them before the test."""
+"""An arm of a comparison: its starting prompts, and what happens to them before the test."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from embedgrad.example import Example
-from embedgrad.model.model import Model
-from embedgrad.prompt import SoftPrompt
-from embedgrad.trust_region import TrustRegion
+from embedgrad.data.example import Example
+from embedgrad.engine.model import Model
+from embedgrad.maths.trust_region import TrustRegion
+from embedgrad.prompt.prompt import SoftPrompt
 
 Candidates = Callable[[Model, Sequence[Example], int], list[SoftPrompt]]
-"""(model, training examples, seed) → prompts in the order in which they are tried."""
+"""A function (model, training examples, seed) → prompts, in the order in which they are tried."""
 
 
 @dataclass(frozen=True)
 class Training:
     """How an arm is optimised.
 
-    region, learning_rate: instead of the configuration's. shuffled: targets are permuted among the training
-    examples, and among the validation examples, so that only their format can be learnt. peft: by PEFT's prompt
-    tuning, its own way.
+    region, learning_rate: replace the configuration's; None: the configuration's.
+    shuffled: the targets are permuted among the training examples and among the validation examples, so that only their
+        format can be learnt.
+    peft: PEFT's prompt tuning instead of our optimisation.
     """
 
     region: TrustRegion | None = None
@@ -31,11 +32,13 @@ class Training:
 
 @dataclass(frozen=True)
 class Arm:
-    """One row of the table.
+    """An arm of a comparison.
 
-    name: of its folder. title: for people. candidates: prompts; of several the best on the validation data is tested,
-    tried in their order as long as the budget lasts. training: None where nothing is optimised (then there may be many
-    candidates, else there is one). repeated: whether every seed is run, or only the first.
+    name: name of its folder. title: title for people.
+    candidates: gives the prompts. Without training there may be several: they are tried in their order on the
+        validation data until the budget is used up, and the best one is tested. With training there is one.
+    training: how the prompt is optimised; None: not at all.
+    repeated: run the arm with every seed; otherwise with the first seed only.
     """
 
     name: str
@@ -46,5 +49,5 @@ class Arm:
 
 
 def only(make: Callable[[Model], SoftPrompt]) -> Candidates:
-    """The one prompt that `make` gives."""
+    """Candidates that consist of the one prompt that `make` gives."""
     return lambda model, train, seed: [make(model)]

@@ -1,4 +1,4 @@
-"""The arms of a comparison: the optimised prompt, and everything that it should be better than."""
+"""The arms of a comparison: the optimised prompt and its controls."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from dataclasses import replace
 from embedgrad.compare.arm import Arm, Candidates, Training, only
 from embedgrad.compare.demonstrations import few_shot
 from embedgrad.compare.twin import no_twin
-from embedgrad.errors import ConfigError, TemplateError
-from embedgrad.example import Example
-from embedgrad.model.model import Model
-from embedgrad.plan import Plan
-from embedgrad.prompt import PLAIN_TEXT, SYSTEM_TURN, USER_TURN, SoftPrompt
-from embedgrad.template import PROMPT, QUERY, Template
-from embedgrad.trust_region import CosineCone, NoRegion
+from embedgrad.data.example import Example
+from embedgrad.engine.model import Model
+from embedgrad.maths.trust_region import CosineCone, NoRegion
+from embedgrad.prompt.prompt import PLAIN_TEXT, SYSTEM_TURN, USER_TURN, SoftPrompt
+from embedgrad.prompt.template import PROMPT, QUERY, Template
+from embedgrad.train.plan import Plan
+from embedgrad.util.errors import ConfigError, TemplateError
 
 ORIGINAL, OPTIMISED = "original", "optimised"
 AFTER_QUERY = Template.chat([{"role": "user", "content": f"{QUERY}\n\n{PROMPT}"}])
@@ -23,8 +23,10 @@ TEXT_AFTER_QUERY = Template.text(f"{QUERY}\n\n{PROMPT}\n\n")
 
 
 def arms(plan: Plan, model: Model) -> tuple[list[Arm], list[str]]:
-    """The arms that the configuration asks for, in the order in which they are run, and a sentence for each that cannot
-    be. Raises ConfigError for a name that is none."""
+    """(arms of the configuration in the order in which they run, a sentence for each arm that is not possible).
+
+    Raises ConfigError for an unknown arm in the configuration.
+    """
     found, left_out = _all(plan, model)
     wanted = plan.config.compare.arms
     if wanted is None:
@@ -69,12 +71,13 @@ def _all(plan: Plan, model: Model) -> tuple[list[Arm], list[str]]:
 
 
 def absent(model: Model, template: Template) -> SoftPrompt:
-    """The template without its prompt; the one row that a prompt must have is shown nowhere."""
+    """A prompt whose template has no slot for it. Its one prompt row, which every prompt needs, is never shown."""
     return SoftPrompt.from_ids(model, [0], template.without_prompt())
 
 
 def in_front(model: Model, text: str, template: Template) -> SoftPrompt:
-    """`text` where PEFT puts virtual tokens: in front of everything, the rest being the template without prompt."""
+    """`text` before the whole conversation, where PEFT puts its virtual tokens. The rest is `template` without
+    prompt."""
     rest = template.without_prompt()
     if rest.kind == "text":
         return SoftPrompt.from_text(model, text, Template.text(PROMPT + rest.body, rest.end))
@@ -85,7 +88,7 @@ def in_front(model: Model, text: str, template: Template) -> SoftPrompt:
 
 
 def _templates(model: Model, text: str, template: Template) -> list[Arm]:
-    """The original text at other places, as far as the model's chat template has them."""
+    """Arms with the original text in other places of the template, as far as the model's chat template allows."""
     chat = model.tokenizer.chat_template is not None
     places = (
         {"system-turn": SYSTEM_TURN, "user-turn-before": USER_TURN, "user-turn-after": AFTER_QUERY}
@@ -105,7 +108,7 @@ def _templates(model: Model, text: str, template: Template) -> list[Arm]:
             continue
         try:
             SoftPrompt.from_text(model, text, place)
-        except TemplateError:  # a chat template that refuses system messages, for instance
+        except TemplateError:  # for instance a chat template that refuses system messages
             continue
         found.append(Arm(name, titles[name], _at(text, place)))
     return found
@@ -116,7 +119,7 @@ def _at(text: str, template: Template) -> Candidates:
 
 
 def _sweep(plan: Plan, start: Candidates) -> list[Arm]:
-    """Cosine cones of other widths than the configuration's own."""
+    """Arms with cosine cones for the values of τ in compare.taus, except the configuration's own cone."""
     region = plan.config.optimize.trust_region
     return [
         Arm(f"tau-{tau:g}", f"cone of τ = {tau:g}", start, Training(CosineCone(tau)))
@@ -137,6 +140,7 @@ def _paraphrases(texts: Sequence[str], template: Template) -> Candidates:
 
 
 def _no_peft(model: Model) -> str | None:
+    """Why PEFT's prompt tuning is not possible, in one sentence; None where it is."""
     if any(importlib.util.find_spec(name) is None for name in ("peft", "transformers")):
         return "pip install 'embedgrad[compare]' brings it."
     return no_twin(model)

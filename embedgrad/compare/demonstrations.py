@@ -1,4 +1,4 @@
-"""Few-shot prompting: solved training examples in front of the query, behind the same prompt text."""
+"""Few-shot prompts: solved training examples (demonstrations) between the prompt's text and the query."""
 
 from __future__ import annotations
 
@@ -7,23 +7,24 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 
-from embedgrad.errors import ConfigError, EmbedGradError
-from embedgrad.example import Example
-from embedgrad.model.model import Model
-from embedgrad.prompt import SoftPrompt
-from embedgrad.rendering import render_query
-from embedgrad.template import PROMPT, QUERY, Template
+from embedgrad.data.example import Example
+from embedgrad.engine.model import Model
+from embedgrad.prompt.prompt import SoftPrompt
+from embedgrad.prompt.rendering import render_query
+from embedgrad.prompt.template import PROMPT, QUERY, Template
+from embedgrad.util.errors import ConfigError, EmbedGradError
 
-DRAWS = 16  # sets of demonstrations that may be tried
-ROOM = 4  # a quarter of the context is left for queries and answers
+DRAWS = 16  # sets of demonstrations that are drawn
+ROOM = 4  # 1/ROOM of the model's context is reserved for queries and answers
 
 
 def few_shot(
     model: Model, text: str, template: Template, train: Sequence[Example], shots: int, seed: int
 ) -> list[SoftPrompt]:
-    """DRAWS prompts with `shots` demonstrations each, drawn by `seed`, targets as even as they can be.
+    """At most DRAWS prompts with `shots` demonstrations each, drawn by `seed`. Targets are balanced where possible.
 
-    Raises ConfigError where no set fits into the model's context, or the training data has not so many examples.
+    Sets that do not fit into the model's context are left out. Raises ConfigError where no set fits, where there are
+    too few training examples of text, or for a plain template.
     """
     if template.kind == "plain":
         raise ConfigError("a plain template has no turns in which demonstrations could stand.")
@@ -47,24 +48,26 @@ def few_shot(
 
 
 def _usable(example: Example) -> bool:
-    """Text without anything that a template would take for a slot."""
+    """Whether query and target are texts that do not contain a template's slots."""
     texts = (example.query, example.target)
     return all(isinstance(text, str) and PROMPT not in text and QUERY not in text for text in texts)
 
 
 def _evenly(examples: Sequence[Example], shots: int, draw: random.Random) -> list[Example]:
-    """One example of each target in turn, in a drawn order."""
+    """`shots` examples in a drawn order, taken from the targets in turn."""
     by_target: dict[object, list[Example]] = defaultdict(list)
     for example in draw.sample(list(examples), len(examples)):
         by_target[example.target].append(example)
     rounds = sorted(by_target.values(), key=len, reverse=True)
-    turns = [group[number] for number in range(shots) for group in rounds if number < len(group)]
+    turns = [same_target[number] for number in range(shots) for same_target in rounds if number < len(same_target)]
     return draw.sample(turns[:shots], shots)
 
 
 def _with(template: Template, shown: Sequence[Example]) -> Template:
-    """`template` with the demonstrations in front of its last turn; a prompt that stands in that turn stands once, in
-    the first demonstration's."""
+    """`template` with the demonstrations before its last turn.
+
+    If the prompt's slot is in the last turn, only the first demonstration has the slot.
+    """
     if template.kind == "chat":
         *before, (role, content) = template.messages
         bare = content.replace(PROMPT, "").strip()

@@ -1,4 +1,4 @@
-"""What one arm came to on the test items of one seed and one fold, as it is kept on disk: without any text."""
+"""The outcome of an arm on the test items, for one seed and one fold, as it is stored on disk. It holds no texts."""
 
 from __future__ import annotations
 
@@ -9,21 +9,26 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from embedgrad.errors import ConfigError
-from embedgrad.evaluation import MEASURES, Evaluation
-from embedgrad.example import Example
-from embedgrad.files import write_atomic
+from embedgrad.data.example import Example
+from embedgrad.evaluation.evaluate import MEASURES, Evaluation
+from embedgrad.util.errors import ConfigError
+from embedgrad.util.files import write_atomic
 
 FILE = "result.json"
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """items: a hash of each test item, in the order of `correct`, {measure: which items are right}. answers: of
-    `embedgrad.answers.AnswerStatistics`. forward_tokens, backward_tokens: what making the prompt took (training and
-    validation, not the test), every sequence counted whole, as if nothing were shared. candidates: prompts that were
-    tried. similarity: lowest cosine of a token with its anchor; None where nothing was optimised. validation: accuracy
-    and loss {before, after}; alarms: those that went off; best_step, steps: of the optimisation.
+    """The outcome of an arm for one seed and one fold.
+
+    items: a hash of each test item. correct: {measure: for each item whether it is right}.
+    answers: values of `embedgrad.evaluation.answers.AnswerStatistics`.
+    forward_tokens, backward_tokens: tokens processed to make the prompt, in training and validation but not in the
+        test. Every sequence counts in full, as if no prefix were shared.
+    candidates: number of prompts that were tried. seconds: time to make the prompt.
+    similarity: lowest cosine of a prompt row with its anchor; None where nothing was optimised.
+    best_step, steps: step of the best prompt and number of steps. train_accuracy: training accuracy at the last
+        validation. validation: accuracy and loss {before, after}. alarms: the alarms of the run.
     """
 
     arm: str
@@ -45,12 +50,12 @@ class Outcome:
     alarms: list[dict[str, Any]] = field(default_factory=list)
 
     def save(self, folder: Path) -> None:
-        """Write it into an arm's folder, whole or not at all."""
+        """Writes the outcome into the arm's folder, whole or not at all. Raises SaveError."""
         write_atomic(folder / FILE, (json.dumps(asdict(self)) + "\n").encode())
 
     @classmethod
     def load(cls, folder: Path) -> Outcome | None:
-        """What `save` wrote; None where nothing is there. Raises ConfigError for a file that is damaged."""
+        """The outcome that `save` wrote; None where there is no file. Raises ConfigError for a damaged file."""
         path = folder / FILE
         try:
             values = json.loads(path.read_text("utf-8"))
@@ -62,18 +67,18 @@ class Outcome:
 
 
 def verdicts(evaluation: Evaluation) -> dict[str, list[bool]]:
-    """{measure: which items are right}, for the measures that were taken."""
+    """{measure: for each item whether it is right}, for the measures of the evaluation."""
     return {name: evaluation.correct(name) for name in MEASURES if getattr(evaluation, name) is not None}
 
 
 def item_hashes(examples: Sequence[Example]) -> list[str]:
-    """What says that two outcomes were tested on the same items; no text can be read off it."""
+    """A hash of each example, by which outcomes on the same items are recognised. It does not reveal the text."""
     return [hashlib.sha256(json.dumps([e.query, e.target], default=list).encode()).hexdigest()[:16] for e in examples]
 
 
 @dataclass(frozen=True)
 class Pooled:
-    """The outcomes of one arm and seed over all folds, as one."""
+    """The outcomes of one arm and seed over all folds."""
 
     arm: str
     title: str
@@ -82,21 +87,21 @@ class Pooled:
 
     @property
     def items(self) -> list[str]:
-        """Of all folds, one after the other."""
+        """The items' hashes of all folds, in the order of the folds."""
         return [item for part in self.parts for item in part.items]
 
     def correct(self, measure: str) -> list[bool]:
-        """Which of `items` are right."""
+        """For each of `items` whether it is right by `measure`."""
         return [right for part in self.parts for right in part.correct[measure]]
 
     @property
     def measures(self) -> list[str]:
-        """Those that every fold has."""
+        """The measures that every fold has."""
         return [name for name in MEASURES if all(name in part.correct for part in self.parts)]
 
 
 def pooled(outcomes: Sequence[Outcome]) -> dict[str, list[Pooled]]:
-    """{arm: one entry per seed}, in the order in which they were run; folds in their order."""
+    """{arm: one `Pooled` per seed}, in the order in which the arms were run. Folds are in ascending order."""
     found: dict[str, dict[int, list[Outcome]]] = {}
     for one in outcomes:
         found.setdefault(one.arm, {}).setdefault(one.seed, []).append(one)

@@ -1,8 +1,8 @@
-"""PEFT's prompt tuning as a control: the package itself, on a transformers model that shares our weights.
+"""PEFT's prompt tuning as a control. The package itself runs on a transformers model that shares our weights.
 
-Virtual tokens stand in front of the whole sequence, start from the text's embeddings, and are trained by AdamW on
-padded batches with PEFT's own loss (the mean over the batch's target tokens); batches, steps, learning rate and the
-validations on which the best state is chosen are those of the configuration.
+The virtual tokens come before the whole sequence and start from the embeddings of the prompt's text. AdamW trains them
+on padded batches with PEFT's own loss, which is the mean over the batch's target tokens. Batches, number of steps,
+learning-rate schedule, and the validations that choose the best state are those of the configuration.
 """
 
 from __future__ import annotations
@@ -13,24 +13,26 @@ from typing import Any
 import torch
 
 from embedgrad.compare.twin import transformers_twin
-from embedgrad.errors import TrainingError
-from embedgrad.example import Example
-from embedgrad.gradient import score
-from embedgrad.model.model import Model
-from embedgrad.optimizer import learning_rate
-from embedgrad.prompt import SoftPrompt
-from embedgrad.rendering import Rendered, render
-from embedgrad.session import batch_indices
-from embedgrad.settings import OptimizeConfig
+from embedgrad.data.example import Example
+from embedgrad.engine.model import Model
+from embedgrad.engine.scorer import score
+from embedgrad.maths.optimizer import learning_rate
+from embedgrad.prompt.prompt import SoftPrompt
+from embedgrad.prompt.rendering import Rendered, render
+from embedgrad.train.session import batch_indices
+from embedgrad.train.settings import OptimizeConfig
+from embedgrad.util.errors import TrainingError
 
-IGNORED = -100  # label of a position that is no target
+IGNORED = -100  # label of positions that are not targets
 
 
 def tune(
     model: Model, prompt: SoftPrompt, train: Sequence[Example], validation: Sequence[Example], config: OptimizeConfig
 ) -> tuple[SoftPrompt, dict[str, Any]]:
-    """The tuned prompt and its figures; `prompt` stands in front of the sequence. Raises TrainingError where a loss is
-    not finite."""
+    """(tuned prompt, fields of `Outcome`). `prompt` must come first in the sequence.
+
+    Raises TrainingError where a loss is not finite.
+    """
     import peft
 
     twin: Any = transformers_twin(model, attention="sdpa")
@@ -50,8 +52,8 @@ def tune(
     after = before
     for step in range(total):
         batch = [sequences[i] for i in batch_indices(len(train), config.batch_size, step, config.seed)]
-        for group in optimiser.param_groups:
-            group["lr"] = learning_rate(config.schedule, config.learning_rate, step, total, config.warmup_steps)
+        for param_group in optimiser.param_groups:
+            param_group["lr"] = learning_rate(config.schedule, config.learning_rate, step, total, config.warmup_steps)
         optimiser.zero_grad(set_to_none=True)
         loss = tuned(**_padded(batch, count)).loss
         if not torch.isfinite(loss):
@@ -83,7 +85,7 @@ def _rank(measured: Mapping[str, float]) -> tuple[float, float]:
 
 
 def _measured(model: Model, prompt: SoftPrompt, validation: Sequence[Example]) -> dict[str, float]:
-    """Teacher-forced exact accuracy and loss, by our engine; empty without validation data."""
+    """Exact-match accuracy under teacher forcing, and loss, by our engine; empty without validation data."""
     if not validation:
         return {}
     details = score(model, prompt, validation)
@@ -91,15 +93,15 @@ def _measured(model: Model, prompt: SoftPrompt, validation: Sequence[Example]) -
 
 
 def _padded(batch: Sequence[Rendered], count: int) -> dict[str, torch.Tensor]:
-    """What PEFT is given: the tokens behind its virtual ones, padded on the right."""
-    rows = [(s.ids[count:], s.target_mask[count:]) for s in batch]
+    """PEFT's inputs: the tokens after its `count` virtual tokens, padded on the right."""
+    sequences = [(s.ids[count:], s.target_mask[count:]) for s in batch]
     for sequence in batch:
-        assert sequence.prompt_rows[:count] == list(range(count))  # nothing stands in front of the prompt
-    longest = max(len(ids) for ids, _ in rows)
-    ids = torch.zeros(len(rows), longest, dtype=torch.int64)
+        assert sequence.prompt_rows[:count] == list(range(count))  # the prompt comes first
+    longest = max(len(ids) for ids, _ in sequences)
+    ids = torch.zeros(len(sequences), longest, dtype=torch.int64)
     labels = torch.full_like(ids, IGNORED)
     mask = torch.zeros_like(ids)
-    for n, (tokens, targets) in enumerate(rows):
+    for n, (tokens, targets) in enumerate(sequences):
         size = len(tokens)
         ids[n, :size] = torch.tensor(tokens)
         labels[n, :size] = torch.where(torch.tensor(targets), ids[n, :size], IGNORED)

@@ -1,4 +1,4 @@
-"""Runs the arms of a comparison, each seed and fold in a folder of its own; what is there already is not run again."""
+"""Runs the arms of a comparison. Each seed and fold has its own folder; stored outcomes are not computed again."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ from embedgrad.compare.arm import Arm
 from embedgrad.compare.arms import OPTIMISED
 from embedgrad.compare.outcome import Outcome, item_hashes, verdicts
 from embedgrad.compare.peft_tuning import tune
-from embedgrad.errors import ConfigError
-from embedgrad.evaluation import Evaluation, evaluate
-from embedgrad.example import Example
-from embedgrad.files import write_atomic
-from embedgrad.model.model import Model
-from embedgrad.plan import Plan
-from embedgrad.prompt import SoftPrompt
-from embedgrad.rendering import render
-from embedgrad.runs import read_metrics
-from embedgrad.settings import OptimizeConfig
+from embedgrad.data.example import Example
+from embedgrad.engine.model import Model
+from embedgrad.evaluation.evaluate import Evaluation, evaluate
+from embedgrad.prompt.prompt import SoftPrompt
+from embedgrad.prompt.rendering import render
 from embedgrad.tasks.parts import Parts
-from embedgrad.train import OptimizeResult, optimize
+from embedgrad.train.optimize import OptimizeResult, optimize
+from embedgrad.train.plan import Plan
+from embedgrad.train.run_folder import read_metrics
+from embedgrad.train.settings import OptimizeConfig
+from embedgrad.util.errors import ConfigError
+from embedgrad.util.files import write_atomic
 
 IDENTITY = "identity.json"
 
 
 class Stopped(Exception):
-    """A signal ended an arm's optimisation; running the same command again goes on."""
+    """A signal stopped an arm's optimisation. The same command continues it. reason: "interrupted" or "terminated"."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -41,7 +41,7 @@ class Stopped(Exception):
 
 
 class Runner:
-    """One comparison. Raises ConfigError where `folder` holds one of other settings or of another model."""
+    """A comparison in `folder`. Raises ConfigError where the folder belongs to other settings or another model."""
 
     def __init__(self, plan: Plan, model: Model, folder: Path) -> None:
         self.plan, self.model, self.folder = plan, model, folder
@@ -55,7 +55,7 @@ class Runner:
         write_atomic(known, own.encode())
 
     def _identity(self) -> str:
-        """Everything that every arm depends on, but for the data, whose items each result names."""
+        """Everything that all arms depend on, as JSON, except the data: each outcome holds the hashes of its items."""
         config = self.plan.config.model_dump(mode="json", exclude={"run"})
         for free in ("arms", "seeds", "taus"):
             config["compare"].pop(free)
@@ -67,11 +67,11 @@ class Runner:
 
     @cached_property
     def folds(self) -> range:
-        """The folds that are pooled; one without cross-validation."""
+        """The folds that are pooled; without cross-validation there is one."""
         return range(self.plan.config.data.folds or 1)
 
     def parts(self, fold: int) -> Parts:
-        """The data of one fold."""
+        """The data of one fold. Raises ConfigError where there are no test data."""
         if fold not in self._parts:
             self._parts[fold] = self.plan.parts(self.model.tokenizer, fold)
             if not self._parts[fold].test:
@@ -79,19 +79,20 @@ class Runner:
         return self._parts[fold]
 
     def seeds(self, arm: Arm) -> Sequence[int]:
-        """Those of the configuration, for an arm that is repeated; else the first."""
+        """The configuration's seeds for a repeated arm, else only the first."""
         seeds = self.plan.config.compare.seeds
         return seeds if arm.repeated else seeds[:1]
 
     def place(self, arm: str, seed: int, fold: int) -> Path:
-        """The folder of an arm's run."""
+        """The folder of an arm for one seed and fold."""
         inner = f"seed-{seed}" + (f"-fold-{fold}" if self.plan.config.data.folds else "")
         return self.folder / arm / inner
 
     def run(self, arm: Arm, seed: int, fold: int, budget: int | None = None) -> Outcome:
-        """The arm's outcome, from its folder or by running it. Raises Stopped.
+        """The arm's outcome, read from its folder or made by running the arm.
 
-        budget: forward and backward tokens that an arm with several candidates may spend on the validation data.
+        budget: number of tokens that an arm with several candidates may process on the validation data; None: no limit.
+        Raises Stopped after a signal, and ConfigError where the stored outcome belongs to other test items.
         """
         place = self.place(arm.name, seed, fold)
         parts = self.parts(fold)
@@ -118,23 +119,26 @@ class Runner:
         return outcome
 
     def records(self, arm: str, seed: int, fold: int) -> list[dict[str, Any]]:
-        """The lines of metrics.jsonl of an arm that was optimised."""
+        """The records in metrics.jsonl of an optimised arm."""
         return read_metrics(self.place(arm, seed, fold))[0]
 
     def evaluate(self, prompt: SoftPrompt, examples: Sequence[Example]) -> Evaluation:
-        """As the configuration says."""
+        """Evaluates a prompt with the configuration's labels, sampling and grader."""
         plan = self.plan
         return evaluate(self.model, prompt, examples, plan.labels, plan.sampling, plan.grader)
 
     def budget(self, outcomes: Sequence[Outcome], fold: int) -> int | None:
-        """Forward and backward tokens of the optimised prompt's first seed on this fold; None before it was run."""
+        """Forward plus backward tokens of the optimised prompt on this fold, for its first seed; None before it ran."""
         spent = [o.forward_tokens + o.backward_tokens for o in outcomes if o.arm == OPTIMISED and o.fold == fold]
         return spent[0] if spent else None
 
     def _best(
         self, candidates: Sequence[SoftPrompt], validation: Sequence[Example], budget: int | None
     ) -> tuple[SoftPrompt, dict[str, Any]]:
-        """The candidate that is right most often on the validation data (as generated, then by label), and the cost."""
+        """(best candidate on the validation data, fields of `Outcome`).
+
+        Candidates are ranked by generated accuracy, then by the accuracy of the likeliest label.
+        """
         if len(candidates) == 1 or not validation:
             return candidates[0], {}
         spent, tried = 0, 0
@@ -172,7 +176,7 @@ class Runner:
         return result.prompt, self._figures(result, validation)
 
     def _config(self, arm: Arm, seed: int) -> OptimizeConfig:
-        """The configuration's settings; what an alarm may do is warn, so that every arm has the same steps."""
+        """The configuration's settings for an arm. Alarms only warn, so that every arm has the same number of steps."""
         config = self.plan.config.optimize
         quiet = {
             sign: getattr(config.monitors, sign).model_copy(update={"action": "warn"})
@@ -202,12 +206,12 @@ class Runner:
 
 
 def tokens(model: Model, prompt: SoftPrompt, examples: Sequence[Example]) -> int:
-    """Of the examples' whole sequences, as if nothing were shared."""
+    """Number of tokens in the examples' whole sequences, as if no prefix were shared."""
     return sum(len(render(model, prompt, example).ids) for example in examples)
 
 
 def shuffled(examples: Sequence[Example], seed: int) -> list[Example]:
-    """The same queries with the same targets in another order, so that only the targets' form is left to learn."""
+    """The examples with their targets permuted by `seed`, so that only the targets' format can be learnt."""
     targets = [example.target for example in examples]
     key = hashlib.sha256(f"{seed}/shuffled/{len(targets)}".encode()).hexdigest()
     random.Random(key).shuffle(targets)

@@ -1,4 +1,4 @@
-"""The table of a comparison: each arm's accuracies with intervals, and its paired test against the original text."""
+"""The table of a comparison: each arm's accuracies with intervals, and a paired test against the original text."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from typing import Any
 
 from embedgrad.compare.arms import ORIGINAL
 from embedgrad.compare.outcome import Outcome, Pooled, pooled
-from embedgrad.errors import DataError
-from embedgrad.evaluation import MEASURES
-from embedgrad.statistics import McNemar, Spread, wilson
+from embedgrad.evaluation.evaluate import MEASURES
+from embedgrad.evaluation.statistics import McNemar, Spread, wilson
+from embedgrad.util.errors import DataError
 
 NOTE = (
     "Accuracies on {items} test items{folds}: mean of the seeds ± their standard deviation, and the 95 % Wilson "
@@ -23,7 +23,12 @@ NOTE = (
 
 @dataclass(frozen=True)
 class Cell:
-    """One measure of one arm: over seeds, and against the original (None for itself, or where it was not run)."""
+    """One measure of one arm.
+
+    spread, low, high: over the seeds, with the 95 % Wilson interval of the mean. gained, lost: items against the
+    original text, for the first seed. p: the largest p-value of McNemar's test over the seeds. The last three are None
+    for the original text itself and where it was not run.
+    """
 
     spread: Spread
     low: float
@@ -33,18 +38,24 @@ class Cell:
     p: float | None
 
     def told(self) -> str:
-        """Such as "68.2 % ± 1.1 [64.0, 72.1]"."""
+        """The accuracy as text, such as "68.2 % ± 1.1 [64.0, 72.1]"."""
         deviation = "" if self.spread.deviation is None else f" ± {100 * self.spread.deviation:.1f}"
         return f"{100 * self.spread.mean:.1f} %{deviation} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
 
     def against(self) -> str:
-        """Such as "+40 −12, p = 0.00011"."""
+        """The test as text, such as "+40 −12, p = 0.00011"; empty without a test."""
         return "" if self.p is None else f"+{self.gained} −{self.lost}, p = {self.p:.2g}"
 
 
 @dataclass(frozen=True)
 class Line:
-    """One arm."""
+    """The table's line for one arm.
+
+    cells: by measure. invalid, tokens: means over all answers (`AnswerStatistics`). similarity: the lowest of all runs.
+    forward_tokens, backward_tokens, seconds: means over the seeds. candidates: mean over all runs. gap: mean of
+    training accuracy minus generated accuracy on the test items; None without training. alarms: number of runs by
+    alarm.
+    """
 
     arm: str
     title: str
@@ -62,7 +73,10 @@ class Line:
 
 
 def lines(outcomes: Sequence[Outcome]) -> list[Line]:
-    """One per arm, in the order in which they were run."""
+    """One line per arm, in the order in which the arms were run.
+
+    Raises DataError where an arm and the original text were not tested on the same items.
+    """
     by_arm = pooled(outcomes)
     original = by_arm.get(ORIGINAL)
     return [_line(runs, None if arm == ORIGINAL or not original else original[0]) for arm, runs in by_arm.items()]
@@ -94,12 +108,12 @@ def _line(runs: Sequence[Pooled], original: Pooled | None) -> Line:
 
 
 def _weighted(parts: Sequence[Outcome], name: str) -> float:
-    """A mean of answers, over the answers of all parts."""
+    """The mean of a statistic of the answers, weighted by the number of answers in each part."""
     return sum(p.answers[name] * len(p.items) for p in parts) / sum(len(p.items) for p in parts)
 
 
 def _gap(parts: Sequence[Outcome]) -> float | None:
-    """Mean of training accuracy less accuracy as generated on the test items, in shares."""
+    """Mean of training accuracy minus generated accuracy on the test items, as shares; None without training."""
     gaps = [
         part.train_accuracy - sum(part.correct["generated_accuracy"]) / len(part.items)
         for part in parts
@@ -124,12 +138,12 @@ def _cell(runs: Sequence[Pooled], original: Pooled | None, measure: str) -> Cell
 
 
 def to_json(outcomes: Sequence[Outcome]) -> dict[str, Any]:
-    """The lines, and the outcomes that they were made of."""
+    """The lines and the outcomes as JSON-able values."""
     return {"lines": [asdict(line) for line in lines(outcomes)], "outcomes": [asdict(one) for one in outcomes]}
 
 
 def columns(found: Sequence[Line], measures: Sequence[str] = tuple(MEASURES)) -> list[tuple[str, list[str]]]:
-    """(heading, one text per arm), as far as any arm has something to say; `measures` says which accuracies."""
+    """(heading, one text per arm) for each column that is not empty. measures: the accuracies to show."""
     measures = [name for name in measures if any(name in line.cells for line in found)]
     table: list[tuple[str, list[str]]] = [("", [line.title for line in found])]
     table.append(("seeds", [str(line.seeds) for line in found]))
@@ -153,7 +167,7 @@ def _cost(line: Line) -> str:
 
 
 def markdown(outcomes: Sequence[Outcome], notes: Sequence[str] = ()) -> str:
-    """The table, what it shows, and `notes`."""
+    """The table, its explanation and `notes` as Markdown."""
     found = lines(outcomes)
     table = columns(found)
     rows = [[heading for heading, _ in table], ["---"] * len(table), *zip(*(cells for _, cells in table), strict=True)]
@@ -162,7 +176,7 @@ def markdown(outcomes: Sequence[Outcome], notes: Sequence[str] = ()) -> str:
 
 
 def explanation(outcomes: Sequence[Outcome]) -> str:
-    """What the columns are."""
+    """The explanation of the columns, and the alarms."""
     first = next(iter(pooled(outcomes).values()))[0]
     folds = (
         f" of {len(first.parts)} folds, each tested by a prompt that has not seen it" if len(first.parts) > 1 else ""

@@ -1,4 +1,4 @@
-"""The transformers model with the weights of one of ours: the other side of a comparison, a benchmark, and a test."""
+"""Makes a transformers model that shares the weights of one of our models, for comparisons, benchmarks and tests."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 
-from embedgrad.errors import ConfigError
-from embedgrad.model.model import Model
+from embedgrad.engine.model import Model
+from embedgrad.util.errors import ConfigError
 
 FAMILIES = ("llama", "qwen2")
 
 
 def no_twin(model: Model) -> str | None:
-    """Why there is no twin of `model`, in one sentence; None where there is one."""
+    """Why `model` cannot have a transformers twin, in one sentence; None where it can."""
     c = model.config
     if c.family not in FAMILIES or c.rope.kind != "default":
         return (
@@ -25,7 +25,10 @@ def no_twin(model: Model) -> str | None:
 
 
 def transformers_twin(model: Model, attention: str = "eager") -> Any:
-    """A frozen float32 transformers model that shares `model`'s weights; Llama and Qwen2 with plain rotations."""
+    """A frozen float32 transformers model that shares the weights of `model`, a Llama or Qwen2 with unscaled rotations.
+
+    attention: transformers' attention implementation. Raises ConfigError where `no_twin` gives a reason.
+    """
     import transformers
 
     problem = no_twin(model)

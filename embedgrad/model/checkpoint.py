@@ -1,4 +1,4 @@
-"""Opens a checkpoint on disk: configuration, tokenizer, and tensors whose names and shapes have been checked."""
+"""Opens a model's checkpoint: reads configuration and tokenizer, and checks the tensors' names and shapes."""
 
 from __future__ import annotations
 
@@ -9,38 +9,38 @@ from typing import Protocol
 
 import torch
 
-from embedgrad.errors import ModelError
 from embedgrad.model.config import ModelConfig
 from embedgrad.model.fields import read_object
-from embedgrad.model.gguf_file import GgufFile
-from embedgrad.model.hub import name_of
-from embedgrad.model.safetensors_files import SafetensorsFiles
+from embedgrad.model.files.gguf import GgufFile
+from embedgrad.model.files.hub import name_of
+from embedgrad.model.files.safetensors import SafetensorsFiles
 from embedgrad.model.tokenizer import Tokenizer
+from embedgrad.util.errors import ModelError
 
 
 class TensorSource(Protocol):
-    """Where a checkpoint's tensors come from. Names are those of Hugging Face checkpoints."""
+    """A reader of a checkpoint's tensors. Tensors have their names in Hugging Face checkpoints."""
 
     def names(self) -> list[str]:
-        """All tensors, in the file's order."""
+        """Names of all tensors in the file's order."""
         ...
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Shape of every tensor, without reading any."""
+        """Shape of every tensor by name. Reads no tensor."""
         ...
 
     def get(self, name: str) -> torch.Tensor:
-        """The tensor on the CPU in a float type: a view into the mapped file, or new float32 values (quantised)."""
+        """The tensor on the CPU in a float type: a view into the mapped file, or a new float32 tensor if quantised."""
         ...
 
     def raw(self, name: str) -> tuple[str, torch.Tensor] | None:
-        """GGUF only: the block type's name and the blocks, uint8 [rows, bytes per row]; None elsewhere."""
+        """(name of the stored type, blocks as uint8 [matrix rows, bytes per matrix row]) in GGUF files, else None."""
         ...
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """An opened model on disk. `name` is for people and for prompt files: hub id, folder name or file name."""
+    """An opened checkpoint. name: hub id, folder name or file name; it is shown to people and stored with prompts."""
 
     config: ModelConfig
     tokenizer: Tokenizer
@@ -49,9 +49,9 @@ class Checkpoint:
 
 
 def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Open a Hugging Face folder, a .gguf file, or a folder that holds one .gguf file.
+    """Opens a Hugging Face folder, a .gguf file, or a folder that holds one .gguf file.
 
-    Reads headers, configuration and tokenizer; tensors are read when they are asked for. Raises ModelError.
+    Reads headers, configuration and tokenizer. `Checkpoint.tensors` reads the tensors later. Raises ModelError.
     """
     path = Path(path)
     try:

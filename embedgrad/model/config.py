@@ -1,6 +1,6 @@
-"""What a checkpoint's configuration says, in the terms of section 4 of the design; nothing that matters is skipped.
+"""A model's configuration, read from config.json or GGUF metadata.
 
-A field that would change the result and is not understood is a ModelError that names the field and its value.
+No field that could change the result is ignored: an unknown field raises a ModelError with its name and value.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from embedgrad.errors import ModelError
 from embedgrad.model.fields import Fields, short
+from embedgrad.util.errors import ModelError
 
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
@@ -23,7 +23,7 @@ ARCHITECTURES = {
 }
 GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3")
 
-# What transformers' config classes assume where config.json leaves a field out.
+# Defaults of transformers' config classes for fields that config.json does not have.
 _HF_DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": {"num_key_value_heads": None, "head_dim": None, "max_position_embeddings": 2048},
     "mistral": {"num_key_value_heads": 8, "head_dim": None, "max_position_embeddings": 131072},
@@ -40,8 +40,8 @@ def _words(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-# Fields with no say in what the frozen model computes: bookkeeping, initialisation, training only, generation settings
-# (a run has its own), ids that the tokenizer reads, and switches that choose between equal ways of computing.
+# Fields that do not change what the frozen model computes: bookkeeping, initialisation, training, generation settings
+# (`Sampling` replaces them), token ids that the tokenizer reads, and choices between equivalent implementations.
 _HARMLESS = _words(
     """
     architectures model_type transformers_version dtype torch_dtype _name_or_path name_or_path _commit_hash
@@ -74,7 +74,7 @@ _GGUF_HARMLESS = _words(
     rope.scale_linear vocab_size tensor_data_layout pooling_type
     """
 )
-# GGUF fields that have one value which says nothing new.
+# GGUF fields that are accepted with this one value, with which they change nothing.
 _GGUF_NEUTRAL: dict[str, object] = {
     "expert_count": 0,
     "expert_used_count": 0,
@@ -88,8 +88,14 @@ _GGUF_NEUTRAL: dict[str, object] = {
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Rotary position embedding. `kind`: default, linear (every frequency / factor), llama3 (low frequencies / factor,
-    smooth in between; Llama 3.1), divisors (frequency i / divisors[i], as GGUF files store llama3 scaling)."""
+    """Rotary position embedding.
+
+    theta: base of the frequencies. kind: how the frequencies are scaled.
+    - default: not at all.
+    - linear: every frequency is divided by `factor`.
+    - llama3: low frequencies are divided by `factor`, with a smooth transition (Llama 3.1).
+    - divisors: frequency i is divided by divisors[i]; GGUF files store llama3 scaling in this form.
+    """
 
     theta: float
     kind: str = "default"
@@ -102,9 +108,12 @@ class RopeConfig:
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and switches of one decoder.
+    """Sizes and options of a decoder.
 
-    `windows[l]` is layer l's sliding window: a token at position p sees keys with p - position < window; None = all.
+    intermediate_size: width of the MLP. tied: the head is the embedding table. qkv_bias, output_bias, mlp_bias: whether
+    these projections have a bias. qk_norm: queries and keys are normalised per head (Qwen3). windows[l]: sliding window
+    of layer l, in tokens: a token at position p sees the keys whose position is above p - window; None: all keys.
+    max_position: context length in tokens.
     """
 
     family: str
@@ -127,7 +136,7 @@ class ModelConfig:
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], where: str) -> ModelConfig:
-        """Read the contents of a config.json; `where` names the file in messages. Raises ModelError."""
+        """Reads the contents of a config.json. `where` names the file in messages. Raises ModelError."""
         fields = Fields(config, where)
         family = _hf_family(config, where)
         defaults = _HF_DEFAULTS[family]
@@ -171,8 +180,11 @@ class ModelConfig:
         shapes: Mapping[str, tuple[int, ...]],
         rope_divisors: tuple[float, ...] = (),
     ) -> ModelConfig:
-        """Read GGUF metadata. `shapes`: canonical tensor name -> shape (which says what is tied and what has a bias);
-        `rope_divisors`: contents of `rope_freqs.weight` where the file has it. Raises ModelError."""
+        """Reads GGUF metadata. Raises ModelError.
+
+        shapes: shape of each tensor by its Hugging Face name; the names tell whether the head is tied and which biases
+        there are. rope_divisors: contents of `rope_freqs.weight`, empty where the file has none.
+        """
         family = metadata.get("general.architecture")
         if family not in GGUF_ARCHITECTURES:
             raise ModelError(
@@ -185,7 +197,7 @@ class ModelConfig:
         head_dim = fields.integer("attention.key_length", None, none=hidden // heads)
         for name in ("attention.value_length", "rope.dimension_count"):
             if fields.integer(name, head_dim) != head_dim:
-                raise ModelError(f"{where}: {prefix}{name} is {fields.take(name)}, and {head_dim} is supported here.")
+                raise ModelError(f"{where}: {prefix}{name} is {fields.take(name)}; supported is {head_dim} only.")
         embedding = shapes.get("model.embed_tokens.weight", ())
         for name, value in _GGUF_NEUTRAL.items():
             fields.expect(name, value)
@@ -220,12 +232,12 @@ class ModelConfig:
             raise ModelError(f"{where}: the head size {self.head_dim} is odd, and rotary embedding needs an even one.")
         if self.rope.divisors and len(self.rope.divisors) != self.head_dim // 2:
             raise ModelError(
-                f"{where}: rope_freqs.weight has {len(self.rope.divisors)} values; {self.head_dim // 2} are right."
+                f"{where}: rope_freqs.weight has {len(self.rope.divisors)} values; it should have {self.head_dim // 2}."
             )
         return self
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Canonical name -> shape of every tensor that a checkpoint of this configuration holds."""
+        """Shape of every tensor in a checkpoint of this configuration, by its Hugging Face name."""
         hidden, ffn = self.hidden_size, self.intermediate_size
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         linear = [
@@ -256,10 +268,11 @@ class ModelConfig:
 
 
 def inverse_frequencies(config: ModelConfig, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Angular frequency of each rotated pair, radians per position: [head_dim / 2] in `dtype` (float32 or float64).
+    """Angular frequency of each rotated pair in radians per position: [head_dim / 2] in `dtype` (float32 or float64).
 
-    RoFormer (arXiv 2104.09864) eq. 15, theta^(-2i/D); linear scaling after Chen et al. (arXiv 2306.15595); llama3
-    scaling as Llama 3.1 defines it. In float32 computed in the order transformers computes it, so that bits agree.
+    RoFormer (arXiv 2104.09864) eq. 15: theta^(-2i/D). Linear scaling follows Chen et al. (arXiv 2306.15595); llama3
+    scaling is that of Llama 3.1. In float32 the operations have the same order as in transformers, so that the results
+    are equal bit for bit.
     """
     rope, dim = config.rope, config.head_dim
     frequency = 1.0 / (rope.theta ** (torch.arange(0, dim, 2, dtype=dtype) / dim))  # [D/2]
@@ -299,7 +312,7 @@ def _hf_family(config: Mapping[str, Any], where: str) -> str:
 
 
 def _hf_rope(fields: Fields, max_position: int) -> RopeConfig:
-    """Both spellings: `rope_theta` beside `rope_scaling`, or `rope_parameters` with everything inside."""
+    """Reads both forms: `rope_theta` and `rope_scaling`, or `rope_parameters` with everything inside."""
     where = fields.where
     old, new = fields.take("rope_scaling"), fields.take("rope_parameters")
     for name, value in (("rope_scaling", old), ("rope_parameters", new)):
@@ -336,7 +349,7 @@ def _hf_rope(fields: Fields, max_position: int) -> RopeConfig:
 
 
 def _hf_windows(fields: Fields, family: str, layers: int) -> tuple[int | None, ...]:
-    """Sliding window per layer, as transformers derives it."""
+    """Sliding window of each layer, by the rules of transformers."""
     if family == "llama":
         return (None,) * layers
     if family == "mistral":

@@ -1,4 +1,4 @@
-"""Typed access to fields of untrusted JSON or metadata; every refusal names the field and its value."""
+"""Typed access to fields of untrusted JSON or metadata. Every ModelError names the field and its value."""
 
 from __future__ import annotations
 
@@ -10,26 +10,27 @@ from typing import Any
 
 import numpy as np
 
-from embedgrad.errors import ModelError
+from embedgrad.util.errors import ModelError
 
 _LARGEST_INT = 2**31 - 1
 
 
 class Fields:
-    """Typed access to a mapping of untrusted values; remembers what was asked for."""
+    """Typed access to a mapping of untrusted values. Records which fields have been read."""
 
     def __init__(self, values: Mapping[str, Any], where: str, prefix: str = "") -> None:
         self.values, self.where, self.prefix = values, where, prefix
         self.known: set[str] = set()
 
     def take(self, name: str, default: Any = None) -> Any:
+        """The value as it is."""
         self.known.add(name)
         return self.values.get(name, default)
 
     def integer(
         self, name: str, default: Any = "", *, none: int | None = None, most: int = _LARGEST_INT, same: bool = False
     ) -> int:
-        """A whole number in [1, most]; `none` stands for null; `same`: an array of equal numbers counts as one."""
+        """A whole number in [1, most]. none: value for null. same: accept an array of equal numbers as one number."""
         value = self.take(name, default)
         if same and isinstance(value, np.ndarray) and value.size and (value == value[0]).all():
             value = value[0].item()
@@ -42,6 +43,7 @@ class Fields:
         return int(value)
 
     def number(self, name: str, default: float | None = None) -> float:
+        """A positive finite number."""
         value = self.take(name, default)
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
             self._refuse(name, "a positive number")
@@ -52,6 +54,7 @@ class Fields:
             raise
 
     def boolean(self, name: str, default: bool) -> bool:
+        """True or false; `default` for null too."""
         value = self.take(name, default)
         if value is None:
             return default
@@ -60,11 +63,13 @@ class Fields:
         return bool(value)
 
     def expect(self, name: str, value: object) -> None:
+        """Raises ModelError where the field has another value than `value` or null."""
         found = self.take(name, value)
         if found is not None and (isinstance(found, np.ndarray) or found != value):
             raise ModelError(f'{self.where}: "{self.prefix}{name}" is {short(found)}; supported is {value!r} only.')
 
     def refuse_the_rest(self, harmless: frozenset[str]) -> None:
+        """Raises ModelError for a field that was never read and is not in `harmless`; null and false are ignored."""
         for name, value in self.values.items():
             if name in self.known or name in harmless or value is None or value is False:
                 continue
@@ -92,7 +97,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def short(value: object) -> str:
-    """A value as it may stand in a sentence."""
+    """A value as text for a message, at most some 200 characters."""
     try:
         text = repr(value)
     except RecursionError:

@@ -1,8 +1,8 @@
-"""Frozen matrices: two verbs, and how they are stored is their own secret.
+"""Frozen matrices. Callers see two products only; how a matrix is stored is hidden from them.
 
-`forward(x)` is x Wᵀ (+ b) and `backward(dy)` is dy W; no gradient of W or b exists. A matrix may be made of several
-stored parts that stand on top of each other (q, k and v; gate and up), so that one product serves all of them. A part
-is a tensor, a `PackedWeight` (int8 or int4 blocks) or a `BlockWeight` (a GGUF file's own blocks).
+`forward(x)` is x Wᵀ (+ b) and `backward(dy)` is dy W. There is no gradient of W or b. A matrix may have several stored
+parts, stacked by matrix rows (q, k and v; gate and up), so that one product serves all of them. A part is a tensor, a
+`PackedWeight` (int8 or int4 blocks) or a `BlockWeight` (the blocks of a GGUF file).
 """
 
 from __future__ import annotations
@@ -18,43 +18,48 @@ from embedgrad.model.gguf_blocks import BlockWeight
 from embedgrad.model.native_matrices import native_matrix
 from embedgrad.model.native_matrices import widen as native_widen
 
-ROWS = 512  # rows of x that are brought to the products' type at once, where they are narrower
+ROWS = 512  # rows of a narrow x that are converted to the products' type at once
 TILE_BYTES = 16 << 20  # largest piece of a narrow matrix that is widened at once
-# Longest sum that one backward product takes: BLAS adds term after term in the compute type, and over a vocabulary's
-# 49,152 terms that made the gradient of a real prompt ten times less exact (1.7e-4 against 1.5e-5 with pieces).
+# Longest sum in one backward product. BLAS adds all terms one after another in the products' type. Over a vocabulary of
+# 49,152 terms the gradient of a real prompt had an error of 1.7e-4; with sums of this length it has 1.5e-5.
 SUM_ROWS = 4096
-UNPACKED = 1 << 20  # elements dequantised at once: what that takes on the way stays in the cache
+DEVICE_TILE_BYTES = 256 << 20  # TILE_BYTES for a GPU; so large that most products are one call
+UNPACKED = 1 << 20  # elements dequantised at once, so few that the intermediate values stay in the cache
 
 
 def product_type(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """What a model that computes in `dtype` multiplies in: on a CPU, BLAS's products of 16-bit numbers are slow."""
+    """The type of the matrix products in a model that computes in `dtype`.
+
+    On a CPU it is float32 for 16-bit types, because BLAS's products of 16-bit numbers are slow.
+    """
     return torch.float32 if device.type == "cpu" and dtype.itemsize == 2 else dtype
 
 
 class Widening:
-    """The type that a model's matrices multiply in, and the buffers in which all of them bring to it what is not.
+    """The type of a model's matrix products, and the buffers for conversion to it, which all matrices share.
 
-    dtype: the type of the products. Narrow and packed matrices are widened a tile at a time, narrow x some rows.
+    Matrices in another type or in blocks are converted one tile at a time, x in another type some rows at a time.
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
         self.dtype = dtype
+        self.on_cpu = device.type == "cpu"
         self._device = device
         self._buffers: dict[str, Tensor] = {}
 
     def buffer(self, name: str, rows: int, columns: int) -> Tensor:
-        """An uninitialised matrix; valid until the next call with that name."""
+        """An uninitialised matrix [rows, columns]. It is valid until the next call with the same name."""
         if rows * columns > len(self._buffers.get(name, ())):
-            self._buffers[name] = torch.empty(0)  # free the old one first
+            self._buffers[name] = torch.empty(0)  # frees the old buffer before the new one is allocated
             self._buffers[name] = torch.empty(rows * columns, dtype=self.dtype, device=self._device)
         return self._buffers[name][: rows * columns].view(rows, columns)
 
     def rows(self, x: Tensor) -> Tensor:
-        """`x` [n, columns] in the type of the products: itself, or a copy that is valid until the next call."""
+        """`x` [n, columns] in the type of the products: `x` itself, or a copy that is valid until the next call."""
         return x if x.dtype == self.dtype else self.buffer("rows", *x.shape).copy_(x)
 
     def widen(self, tiles: Sequence[Any], columns: int) -> Tensor:
-        """The rows of `tiles` on top of each other, in the type of the products; valid until the next call."""
+        """`tiles` stacked by matrix rows, [n, columns] in the type of the products. Valid until the next call."""
         if len(tiles) == 1 and isinstance(tiles[0], Tensor) and tiles[0].dtype == self.dtype:
             return tiles[0]
         wide = self.buffer("tile", sum(tile.shape[0] for tile in tiles), columns)
@@ -81,12 +86,12 @@ def _unpack(weight: PackedWeight | BlockWeight, out: Tensor) -> None:
 
 
 def tensors_of(part: Any) -> list[Tensor]:
-    """What a part of a matrix is stored in."""
+    """The tensors that hold a part of a matrix."""
     return [part] if isinstance(part, Tensor) else [x for x in part.tensors() if x is not None]
 
 
 def moved(part: Any, move: Callable[[Tensor], Tensor]) -> Any:
-    """The part with every tensor that it is stored in replaced by `move` of it."""
+    """A copy of the part in which each tensor x that holds it is replaced by move(x)."""
     if isinstance(part, Tensor):
         return move(part)
     if isinstance(part, BlockWeight):
@@ -100,9 +105,9 @@ def moved(part: Any, move: Callable[[Tensor], Tensor]) -> Any:
 class FrozenMatrix:
     """A frozen weight [out, in] with an optional frozen bias [out].
 
-    parts: tensors or packed weights [out_i, in], stacked by rows. One tensor in the type of the products is used as it
-    is; otherwise tiles of at most `TILE_BYTES` are widened through `widening` for each product. x, out and `add` may be
-    narrower than the products: sums are wide, and rounded once.
+    parts: tensors or packed weights [out_i, in], stacked by matrix rows. A single tensor in the type of the products is
+    used directly. Otherwise `widening` converts tiles of at most `TILE_BYTES` for each product. x, out and `add` may
+    have a narrower type than the products: sums are computed in the products' type and rounded once.
     """
 
     def __init__(self, parts: Sequence[Any], bias: Tensor | None, widening: Widening) -> None:
@@ -117,7 +122,8 @@ class FrozenMatrix:
         return not others and isinstance(part, Tensor) and part.dtype == self._widening.dtype
 
     def _cut(self) -> list[tuple[slice, list[Any]]]:
-        limit = max(1, TILE_BYTES // (self.shape[1] * self._widening.dtype.itemsize))
+        tile_bytes = TILE_BYTES if self._widening.on_cpu else DEVICE_TILE_BYTES
+        limit = max(1, tile_bytes // (self.shape[1] * self._widening.dtype.itemsize))
         tiles: list[tuple[slice, list[Any]]] = []
         if self.shape[0] <= limit:
             return [(slice(0, self.shape[0]), self.parts)]
@@ -130,14 +136,14 @@ class FrozenMatrix:
         return tiles
 
     def tensors(self) -> Iterator[Tensor]:
-        """Every tensor that the matrix is stored in."""
+        """Every tensor that holds the matrix or its bias."""
         for part in self.parts:
             yield from tensors_of(part)
         if self.bias is not None:
             yield self.bias
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> FrozenMatrix:
-        """The same matrix with every tensor replaced by `move` of it, in the order of `tensors`."""
+        """A copy of the matrix in which each tensor x is replaced by move(x), in the order of `tensors`."""
         parts = [moved(part, move) for part in self.parts]
         return self._of(parts, None if self.bias is None else move(self.bias))
 
@@ -145,7 +151,9 @@ class FrozenMatrix:
         return FrozenMatrix(parts, bias, self._widening)
 
     def forward(self, x: Tensor, out: Tensor, *, add: Tensor | None = None) -> Tensor:
-        """out [T, out] = x [T, in] Wᵀ + b (+ `add` [T, out]); out must not overlap x."""
+        """out [T, out] = x [T, in] Wᵀ + b (+ `add` [T, out]). `out` must not overlap `x`."""
+        if not self._widening.on_cpu and x.dtype == out.dtype == self._widening.dtype:
+            return self._forward_on_device(x, out, add)
         for at, tile in self._tiles:
             wide = self._widening.widen(tile, self.shape[1])
             to, added = out[:, at], None if add is None else add[:, at]
@@ -154,8 +162,32 @@ class FrozenMatrix:
                 self._product(x[rows], wide, bias, to[rows], None if added is None else added[rows])
         return out
 
+    def _forward_on_device(self, x: Tensor, out: Tensor, add: Tensor | None) -> Tensor:
+        """`forward` with one product per tile. The product's epilogue adds `add`, or the bias if `add` is None."""
+        for at, tile in self._tiles:
+            weight, to = self._widening.widen(tile, self.shape[1]).T, out[:, at]
+            bias = None if self.bias is None else self.bias[at]
+            added = bias if add is None else add[:, at]
+            if added is None:
+                torch.mm(x, weight, out=to)
+            else:
+                torch.addmm(added, x, weight, out=to)
+            if bias is not None and add is not None:
+                to.add_(bias)
+        return out
+
+    def _backward_on_device(self, dy: Tensor, out: Tensor) -> Tensor:
+        """`backward` with one product per tile. All products but the first add to `out`."""
+        for n, (at, tile) in enumerate(self._tiles):
+            weight = self._widening.widen(tile, self.shape[1])
+            if n == 0:
+                torch.mm(dy[:, at], weight, out=out)
+            else:
+                out.addmm_(dy[:, at], weight)
+        return out
+
     def _pieces(self, x: Tensor, out: Tensor) -> list[slice]:
-        """All rows at once, or some at a time where something has to be widened."""
+        """All rows of x at once, or ROWS at a time where x or out must be converted."""
         step = len(x) if x.dtype == out.dtype == self._widening.dtype else ROWS
         return [slice(start, start + step) for start in range(0, len(x), max(1, step))]
 
@@ -174,6 +206,8 @@ class FrozenMatrix:
     def backward(self, dy: Tensor, out: Tensor) -> Tensor:
         """out [T, in] = dy [T, out] W."""
         widening, (first, *others) = self._widening, self._tiles
+        if not widening.on_cpu and dy.dtype == out.dtype == widening.dtype:
+            return self._backward_on_device(dy, out)
         whole = None if others else widening.widen(first[1], self.shape[1])
         if whole is not None and self.shape[0] <= SUM_ROWS and dy.dtype == out.dtype == widening.dtype:
             return torch.mm(dy, whole, out=out)
@@ -196,7 +230,7 @@ class FrozenMatrix:
         return out
 
     def rows(self, start: int, stop: int) -> FrozenMatrix:
-        """The rows [start, stop) as a matrix of its own, sharing the storage."""
+        """The matrix rows [start, stop) as a matrix that shares the storage."""
         parts, row = [], 0
         for part in self.parts:
             first, last = max(start - row, 0), min(stop - row, part.shape[0])

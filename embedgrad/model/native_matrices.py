@@ -1,4 +1,4 @@
-"""Frozen matrices as csrc/decode/ takes them: addresses of what is stored, in the form it is stored in."""
+"""Descriptions of frozen matrices for csrc/decode/: addresses of the stored tensors and their form of storage."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from torch import Tensor
 from embedgrad.backends.native_core import STORED, Matrix, Part, library
 from embedgrad.kernels.packing import PackedWeight
 
-GROUP = 32  # elements of a group, as csrc/decode/matrix.h has it
+QUANT_GROUP = 32  # elements of a quant_group in csrc/decode/matrix.h
 _FLOATS = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 
 
 def native_matrix(parts: Sequence[Any], bias: Tensor | None) -> Matrix | None:
-    """The matrix that `parts` (tensors or packed weights [out_i, in]) and `bias` [out] make, or None where csrc/ has no
-    product for the way one of them is stored. It points into them: keep them."""
+    """The matrix made of `parts` (tensors or packed weights [out_i, in], stacked by matrix rows) and `bias` [out].
+
+    None where csrc/ has no product for the form in which one of them is stored. The result holds pointers into `parts`
+    and `bias`, so the caller must keep them alive.
+    """
     described = [part for part in map(_part, parts) if part is not None]
     if len(described) < len(parts) or (bias is not None and not _usable(bias, torch.float32)):
         return None
@@ -35,7 +38,7 @@ def _usable(x: Tensor, dtype: torch.dtype) -> bool:
 def _part(part: Any) -> Part | None:
     if isinstance(part, PackedWeight):
         return _packed_part(part)
-    if not isinstance(part, Tensor):  # a BlockWeight
+    if not isinstance(part, Tensor):  # the third kind of part, a BlockWeight
         blocks = part.blocks
         if blocks.stride(1) != 1:
             return None
@@ -50,7 +53,7 @@ def _part(part: Any) -> Part | None:
 def _packed_part(weight: PackedWeight) -> Part | None:
     tensors = [x for x in weight.tensors() if x is not None]
     scales, offsets = weight.scales, weight.offsets
-    if weight.group != GROUP or not all(x.device.type == "cpu" and x.is_contiguous() for x in tensors):
+    if weight.group != QUANT_GROUP or not all(x.device.type == "cpu" and x.is_contiguous() for x in tensors):
         return None
     if offsets is not None and offsets.dtype != scales.dtype:
         return None
@@ -64,7 +67,10 @@ def _packed_part(weight: PackedWeight) -> Part | None:
 
 
 def widen(matrix: Matrix, start: int, stop: int, out: Tensor) -> bool:
-    """Rows of the matrix, without its bias, to out [stop − start, in] float32. False where csrc/ is missing."""
+    """Writes the matrix rows [start, stop) to `out` [stop − start, in] float32, without the bias.
+
+    Returns False, and writes nothing, where csrc/ is not built.
+    """
     try:
         core = library()
     except ImportError:
@@ -74,7 +80,7 @@ def widen(matrix: Matrix, start: int, stop: int, out: Tensor) -> bool:
 
 
 def few_rows(matrix: Matrix, x: Tensor, core: ctypes.CDLL) -> Tensor:
-    """x [B, in] float32 times the matrix, [B, out] float32: what the generation loop computes, for any B."""
+    """x Wᵀ + b for x [B, in], as float32 [B, out]: the product of the generation loop, for any B."""
     x = x.float().contiguous()
     y = torch.empty(len(x), matrix.rows, dtype=torch.float32)
     core.embedgrad_linear(ctypes.byref(matrix), x.data_ptr(), len(x), y.data_ptr(), torch.get_num_threads())

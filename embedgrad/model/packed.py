@@ -1,17 +1,17 @@
-"""Frozen matrices kept in int8 or int4 blocks: taken over from a GGUF file, or quantised while they are read.
+"""Frozen matrices in int8 or int4 blocks, taken from a GGUF file or quantised while the weights are read.
 
-On the triton backend the products read the blocks; elsewhere `FrozenMatrix` dequantises a tile at a time.
+The triton backend's products read the blocks. On other backends `FrozenMatrix` dequantises one tile at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from embedgrad.errors import ModelError
+from embedgrad.backends.base import Backend
 from embedgrad.kernels.packing import (
     PackedWeight,
     quantize_int4,
@@ -19,29 +19,21 @@ from embedgrad.kernels.packing import (
 )
 from embedgrad.model.frozen import FrozenMatrix, Widening
 from embedgrad.model.gguf_blocks import BlockWeight
+from embedgrad.util.errors import ModelError
 
 QUANTISERS: dict[str, Callable[[Tensor], tuple[PackedWeight, float]]] = {"int8": quantize_int8, "int4": quantize_int4}
 
 
-class Products(Protocol):
-    """What a backend that multiplies by packed weights has: x Wᵀ (+ b) and dy W."""
-
-    def quantized_linear(
-        self, x: Tensor, weight: PackedWeight, *, out: Tensor, bias: Tensor | None = None
-    ) -> Tensor: ...
-    def quantized_linear_backward(self, dy: Tensor, weight: PackedWeight, *, out: Tensor) -> Tensor: ...
-
-
 class PackedMatrix(FrozenMatrix):
-    """A frozen matrix of one packed part whose products read the blocks as they are stored."""
+    """A frozen matrix of one packed part. Its products read the stored blocks."""
 
-    def __init__(self, parts: Sequence[Any], bias: Tensor | None, widening: Widening, products: Products) -> None:
+    def __init__(self, parts: Sequence[Any], bias: Tensor | None, widening: Widening, products: Backend) -> None:
         super().__init__(parts, bias, widening)
         (self._weight,) = self.parts
         self._products = products
 
     def forward(self, x: Tensor, out: Tensor, *, add: Tensor | None = None) -> Tensor:
-        """out [T, out] = x [T, in] Wᵀ + b (+ `add` [T, out]); out must not overlap x or `add`."""
+        """out [T, out] = x [T, in] Wᵀ + b (+ `add` [T, out]). `out` must not overlap `x` or `add`."""
         self._products.quantized_linear(x, self._weight, out=out, bias=self.bias)
         return out if add is None else out.add_(add)
 
@@ -54,7 +46,7 @@ class PackedMatrix(FrozenMatrix):
 
 
 class PackedTable:
-    """An embedding table [V, d] in blocks; `table[ids]` and `table[start:stop]` are float32 rows."""
+    """An embedding table [V, d] in blocks. `table[ids]` and `table[start:stop]` are rows of the table in float32."""
 
     def __init__(self, weight: PackedWeight | BlockWeight) -> None:
         self.weight = weight
@@ -74,7 +66,10 @@ class PackedTable:
 
 
 def quantised(name: str, w: Tensor, kind: str) -> tuple[PackedWeight, float]:
-    """The matrix in `kind` and ‖W − Ŵ‖/‖W‖. Raises ModelError for a matrix with infinite or NaN elements."""
+    """(the matrix `w` quantised to `kind`, relative error ‖W − Ŵ‖/‖W‖).
+
+    `name` is the tensor's name in messages. Raises ModelError for a matrix with infinite or NaN elements.
+    """
     try:
         return QUANTISERS[kind](w)
     except ValueError as error:
@@ -87,5 +82,5 @@ def is_packed(part: Any) -> bool:
 
 
 def as_tensor(table: Any) -> Any:
-    """The part that a head tied to this table is made of."""
+    """The embedding table as the part of a matrix, for a head that is tied to it."""
     return table.weight if isinstance(table, PackedTable) else table

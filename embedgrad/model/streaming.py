@@ -1,34 +1,32 @@
-"""Blocks that do not fit the device stay in host memory and are brought to it one after the other.
+"""Weight streaming: layers that do not fit on the device stay in host memory and are copied when they are needed.
 
-There are two buffers on the device: block n goes into buffer n mod 2, so that the next block in the direction of travel
-(up in the forward pass, down in the backward pass) is copied, on a stream of its own, while the present one is
-computed. At the turn from one direction to the other both blocks that are needed first are there already. On a CPU the
-same happens without streams.
+There are two buffers on the device; layer n goes into buffer n mod 2. While one layer is computed, the next layer is
+prefetched on a separate stream: the layer above in the forward pass, the layer below in the backward pass. Where the
+forward pass turns into the backward pass, the first two layers are already in the buffers. On a CPU the same copies are
+made without streams.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, overload
+from typing import overload
 
 import torch
 from torch import Tensor
 
-from embedgrad.errors import ConfigError
+from embedgrad.model.weights import LayerWeights
+from embedgrad.util.errors import ConfigError
 
-if TYPE_CHECKING:
-    from embedgrad.model.weights import LayerWeights
-
-ALIGNMENT = 256  # bytes: what an allocator gives a tensor of its own, so that kernels see the same alignment
+ALIGNMENT = 256  # bytes; that of a separately allocated tensor, so that kernels see the same alignment
 
 
 def placed(
     layers: Sequence[LayerWeights], always: Sequence[Tensor], device: torch.device, limit: int
 ) -> Sequence[LayerWeights]:
-    """The blocks on `device`; behind the first ones that fit they are streamed.
+    """The layers on `device`: the first ones stay there as far as they fit, the others are streamed.
 
-    layers: on the host. always: tensors that are on the device anyway. limit: bytes that all of them may take there.
-    Raises ConfigError where `always` and two blocks take more.
+    layers: layers in host memory. always: the other tensors on the device. limit: bytes that all of them may take on
+    the device. Raises ConfigError where `always` and two layers take more than `limit`.
     """
     sizes = [_packed_size(layer) for layer in layers]
     room = limit - sum(x.nbytes for x in always)
@@ -60,7 +58,7 @@ def _aligned(nbytes: int) -> int:
 
 
 def _views(buffer: Tensor) -> Callable[[Tensor], Tensor]:
-    """Called with one tensor after the other: the place of each in `buffer`."""
+    """A function that returns, for one tensor after another, its place in `buffer` as a view."""
     start = 0
 
     def place(x: Tensor) -> Tensor:
@@ -72,10 +70,10 @@ def _views(buffer: Tensor) -> Callable[[Tensor], Tensor]:
     return place
 
 
-class StreamedLayers(Sequence["LayerWeights"]):
-    """The blocks of a model, of which all but the first are on the device only while they are used.
+class StreamedLayers(Sequence[LayerWeights]):
+    """The layers of a model. The first ones are always on the device, the others only while they are used.
 
-    `layers[i]` is valid until a block two further on is asked for. `copies` counts what was brought to the device.
+    `layers[i]` is valid until another layer is requested. `copies` counts the copies to the device.
     """
 
     def __init__(
@@ -96,7 +94,7 @@ class StreamedLayers(Sequence["LayerWeights"]):
 
     @property
     def device_bytes(self) -> int:
-        """Bytes that the blocks take on the device."""
+        """Bytes that the layers take on the device."""
         return sum(x.nbytes for layer in self._resident for x in layer.tensors()) + sum(map(len, self._buffers))
 
     def _flat(self, layer: LayerWeights) -> Tensor:
@@ -116,7 +114,7 @@ class StreamedLayers(Sequence["LayerWeights"]):
     @overload
     def __getitem__(self, index: slice) -> Sequence[LayerWeights]: ...
     def __getitem__(self, index: int | slice) -> LayerWeights | Sequence[LayerWeights]:
-        """The block; the one after it, in the direction of travel, is on its way when this returns."""
+        """The layer. Also starts to prefetch the next one, above or below, by the direction since the last call."""
         if isinstance(index, slice):
             raise TypeError("streamed blocks are asked for one at a time")
         index = range(len(self))[index]
@@ -131,7 +129,7 @@ class StreamedLayers(Sequence["LayerWeights"]):
         return self._layers[n] if n >= 0 else self._resident[index]
 
     def _bring(self, n: int) -> None:
-        """Start to copy block n into its buffer, unless it is there or on its way."""
+        """Starts to copy streamed layer n into its buffer, unless this has been done before."""
         slot, block = n % 2, self._host[n]
         if self._holds[slot] == n:
             return
@@ -141,7 +139,7 @@ class StreamedLayers(Sequence["LayerWeights"]):
         if not self._cuda:
             into.copy_(block)
             return
-        # What was launched so far may still read the buffer; what is launched from now on reads the other one.
+        # Kernels that are already launched may still read this buffer. Later ones read the other buffer.
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):
             into.copy_(block, non_blocking=True)

@@ -1,8 +1,8 @@
-"""Text to token ids and back, with the `tokenizers` package, from a Hugging Face folder or from GGUF metadata.
+"""The tokenizer of a Hugging Face folder or of GGUF metadata, on top of the `tokenizers` package.
 
-tokenizer.json is taken as it stands; as in transformers, it and not tokenizer_config.json's add_bos_token says whether
-a text gets a BOS. (transformers 5 rebuilds some tokenizers by the class that tokenizer_config.json names; where the two
-differ, this is what the model's own file says.)
+tokenizer.json is used unchanged. As in transformers, tokenizer.json decides whether a text gets a BOS token, not
+`add_bos_token` in tokenizer_config.json. transformers 5 rebuilds some tokenizers from the class that
+tokenizer_config.json names; where its result differs, this module follows tokenizer.json.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 import tokenizers
 from tokenizers import AddedToken
 
-from embedgrad.errors import DataError, ModelError
 from embedgrad.model.fields import read_object
-from embedgrad.model.gguf_tokenizer import build_backend
+from embedgrad.model.files.gguf_tokenizer import build_backend
+from embedgrad.util.errors import DataError, ModelError
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -25,7 +25,7 @@ _T = TypeVar("_T")
 
 
 class Tokenizer:
-    """Encodes without adding special tokens; special tokens that stand in the text are recognised as such."""
+    """Encodes text without adding special tokens. Special tokens that occur in the text are recognised."""
 
     def __init__(
         self,
@@ -37,10 +37,10 @@ class Tokenizer:
         chat_template: str | None,
         special: Mapping[str, str],
     ) -> None:
-        """`adds_bos`: plain text gets `bos_id` in front; `special`: bos_token, eos_token, ... for chat templates."""
+        """adds_bos: plain text is preceded by `bos_id`. special: bos_token, eos_token, ... for chat templates."""
         backend.no_truncation()
         backend.no_padding()
-        backend.post_processor = None  # adds special tokens and trims offsets; neither is wanted
+        backend.post_processor = None  # it would add special tokens and trim offsets
         self._backend = backend
         self.bos_id = bos_id
         self.eos_ids = tuple(sorted(set(eos_ids)))
@@ -50,12 +50,14 @@ class Tokenizer:
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`. Raises DataError for a string that is no Unicode text (half a surrogate pair)."""
+        """Token ids of `text`. Raises DataError for a string with half a surrogate pair, which is not Unicode text."""
         return list(self._encoding(text).ids)
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """Token ids, and for each the characters [start, end) of `text` it stands for; a character that is spread over
-        several tokens belongs to each of them."""
+        """(token ids, for each token the range [start, end) of its characters in `text`).
+
+        A character that several tokens share is in the range of each of them.
+        """
         encoding = self._encoding(text)
         return list(encoding.ids), [(int(start), int(end)) for start, end in encoding.offsets]
 
@@ -65,20 +67,23 @@ class Tokenizer:
         return self._backend.encode(text, add_special_tokens=False)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        """The text of `ids`; ids of embedding rows that are no token say nothing."""
+        """The text of `ids`. An id without a token (an unused row of the embedding table) gives no text.
+
+        skip_special: leave out special tokens.
+        """
         return str(self._backend.decode(list(ids), skip_special_tokens=skip_special))
 
     def texts(self, ids: Sequence[int]) -> list[str]:
-        """The text of each id by itself; half a character of UTF-8 shows as U+FFFD."""
+        """The text of each id alone; an incomplete UTF-8 character gives U+FFFD."""
         return [self.decode([id], skip_special=False) for id in ids]
 
     def token(self, id: int) -> str:
-        """The vocabulary's own spelling of a token; empty for an embedding row that is no token."""
+        """A token as the vocabulary spells it; empty for an id without a token."""
         return self._backend.id_to_token(id) or ""
 
     @classmethod
     def from_folder(cls, folder: Path) -> Tokenizer:
-        """Read tokenizer.json and the files beside it. Raises ModelError."""
+        """Reads tokenizer.json and the configuration files in the same folder. Raises ModelError."""
         path = folder / "tokenizer.json"
         if not path.is_file():
             raise ModelError(
@@ -110,7 +115,7 @@ class Tokenizer:
 
     @classmethod
     def from_gguf(cls, metadata: Mapping[str, Any], where: str = "GGUF file") -> Tokenizer:
-        """Build the tokenizer that GGUF metadata describes. Raises ModelError."""
+        """Builds the tokenizer that GGUF metadata describe. `where` names the file in messages. Raises ModelError."""
         backend = _guarded(lambda: build_backend(metadata, where), f"{where}: the tokenizer's tables are not usable")
         kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
         ids: dict[str, int] = {}
@@ -123,7 +128,7 @@ class Tokenizer:
             for key, name in zip(_SPECIAL[:4], ("bos", "eos", "unknown", "padding"), strict=True)
             if name in ids
         }
-        # What llama.cpp assumes where the key is absent.
+        # llama.cpp's default where the key is absent.
         adds_bos = metadata.get("tokenizer.ggml.add_bos_token", kind == "llama" or pre in ("llama-bpe", "llama3"))
         template = metadata.get("tokenizer.chat_template")
         return cls(
@@ -137,7 +142,10 @@ class Tokenizer:
 
 
 def _guarded(action: Callable[[], _T], what: str) -> _T:
-    """Run `action`; what the tokenizers package raises on bad tables (panics are no Exception) is a ModelError."""
+    """The result of `action()`. Errors of the tokenizers package become a ModelError.
+
+    On damaged tables the package also raises panics, which are not subclasses of Exception.
+    """
     try:
         return action()
     except (ModelError, KeyboardInterrupt, SystemExit, MemoryError):
@@ -157,7 +165,7 @@ def _ids(value: Any) -> list[int]:
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """Special tokens by role; some files write them as strings, some as objects with `content`."""
+    """Special tokens by role. Some files hold them as strings, others as objects with the field `content`."""
     result = {}
     for name in _SPECIAL:
         value = config.get(name)
@@ -170,7 +178,10 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
 def _add_tokens(
     backend: tokenizers.Tokenizer, config: Mapping[str, Any], special: Mapping[str, str], folder: Path
 ) -> None:
-    """Tokens that only tokenizer_config.json declares, under the ids it gives them; and roles make a token special."""
+    """Adds the tokens that only tokenizer_config.json declares, and makes every token with a role a special token.
+
+    Raises ModelError where a token would not get the id that is declared for it.
+    """
     have = {token.content for token in backend.get_added_tokens_decoder().values()}
     declared = config.get("added_tokens_decoder")
     for key, entry in sorted((declared if isinstance(declared, dict) else {}).items(), key=lambda item: int(item[0])):
@@ -190,7 +201,7 @@ def _add_tokens(
 
 
 def _added_in_front(backend: tokenizers.Tokenizer, where: str) -> list[int]:
-    """The ids that tokenizer.json itself puts before a text."""
+    """The token ids that tokenizer.json puts before a text: none or one. Raises ModelError for more."""
     plain, full = (backend.encode("a", add_special_tokens=flag).ids for flag in (False, True))
     front = full[: next((i for i in range(len(full)) if full[i : i + len(plain)] == plain), 0)] if plain else []
     if len(front) > 1:
@@ -199,8 +210,10 @@ def _added_in_front(backend: tokenizers.Tokenizer, where: str) -> list[int]:
 
 
 def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
-    """chat_template.jinja, else tokenizer_config.json (one template, or the one named default), else
-    chat_template.json."""
+    """The chat template from chat_template.jinja, else tokenizer_config.json, else chat_template.json; None for none.
+
+    Of several templates in one file it is the one named "default".
+    """
     file = folder / "chat_template.jinja"
     if file.is_file():
         try:

@@ -1,5 +1,6 @@
-"""Reports of finished, running and interrupted runs: one HTML page that needs no network, and its Markdown twin.
+"""Reports of finished, running and interrupted runs, as an HTML page that needs no network and as Markdown.
 
-`read` takes a run's folder apart; `content` says what a report says, in plain strings and numbers; `curves` which
-pictures there are; `page` and `markdown` write the two forms, with `figures` (plotly) and `pictures` (matplotlib).
+`read` reads a run's folder. `content` makes the report's content of strings and numbers, and `curves` its pictures.
+`page` writes HTML with the pictures of `figures` (plotly); `markdown` writes Markdown with those of `pictures`
+(matplotlib).
 """

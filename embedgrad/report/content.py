@@ -1,4 +1,4 @@
-"""What a report says, the same for both of its forms: tables of strings, sentences, examples, pictures."""
+"""The content of a report, for both of its forms: tables of strings, sentences, examples and pictures."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from embedgrad.evaluation import MEASURES
-from embedgrad.leakage import Leakage
+from embedgrad.data.leakage import Leakage
+from embedgrad.evaluation.evaluate import MEASURES
+from embedgrad.evaluation.statistics import Accuracy, McNemar, mcnemar_p
 from embedgrad.report.curves import HeatMap, Panel, alarm_sentence, heat_map, overlays, panels
 from embedgrad.report.read import Record, Run, find, number
-from embedgrad.statistics import Accuracy, McNemar, mcnemar_p
 
-_LONGEST = 1200  # characters of a text in an example; more is cut
+_LONGEST = 1200  # characters of a text in an example; a longer text is truncated
 NOTHING = "–"
 
 
 @dataclass(frozen=True)
 class Table:
-    """Cells as text. texts: the columns that are no figures; those are set to the right."""
+    """A table whose cells are text. texts: indices of the columns that hold texts; all others are aligned right."""
 
     header: list[str]
     rows: list[list[str]]
@@ -28,7 +28,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Changed:
-    """A test example whose answer was right only after, or only before."""
+    """A test example whose answer is right only before, or only after. before, after: the generated answers."""
 
     query: str
     target: str
@@ -38,7 +38,7 @@ class Changed:
 
 @dataclass(frozen=True)
 class Examples:
-    """Some of `total` examples that changed in one way."""
+    """Some (`shown`) of `total` examples that changed in the same direction."""
 
     title: str
     total: int
@@ -47,7 +47,7 @@ class Examples:
 
 @dataclass(frozen=True)
 class Section:
-    """One run. `tables` is from heading to table."""
+    """The part of a report on one run. tables: the tables by heading. missing: what is absent or contradictory."""
 
     title: str
     verdict: str
@@ -67,7 +67,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Content:
-    """A whole report; with one run there is no comparison."""
+    """A whole report. comparison, overlays: only for several runs."""
 
     title: str
     sections: list[Section]
@@ -77,7 +77,7 @@ class Content:
 
 @dataclass(frozen=True)
 class Share:
-    """A share of right answers with its 95 % interval and, where known, how many of how many."""
+    """A share of right answers with its 95 % interval. counted: "N of M", or empty where it is not known."""
 
     value: float
     low: float
@@ -85,13 +85,13 @@ class Share:
     counted: str = ""
 
     def told(self) -> str:
-        """ "88.8 % [85.7, 91.3]" """
+        """The share as text, such as "88.8 % [85.7, 91.3]"."""
         return f"{percent(self.value)} [{100 * self.low:.1f}, {100 * self.high:.1f}]"
 
 
 @dataclass(frozen=True)
 class Measured:
-    """One measure before and after on the test data."""
+    """A measure on the test data before and after. test: their paired test; None where it is not known."""
 
     name: str
     before: Share
@@ -100,7 +100,7 @@ class Measured:
 
 
 def build(runs: Sequence[Run], examples: int) -> Content:
-    """The report on `runs`, with at most `examples` examples of each kind and run."""
+    """The report on `runs`, with at most `examples` examples for each run and direction of change."""
     names = _names(runs)
     sections = [_section(run, name, examples) for run, name in zip(runs, names, strict=True)]
     if len(runs) == 1:
@@ -109,12 +109,12 @@ def build(runs: Sequence[Run], examples: int) -> Content:
 
 
 def percent(value: float) -> str:
-    """A share as "88.8 %", the space of which does not break."""
+    """A share as text, such as "88.8 %", with a no-break space."""
     return f"{100 * value:.1f}\u00a0%"
 
 
 def measured(run: Run) -> list[Measured]:
-    """The measures of the test data that have a before and an after."""
+    """The measures on the test data that are known both before and after."""
     found = []
     for name, told in MEASURES.items():
         before, after = (_share(run, name, when) for when in ("before", "after"))
@@ -124,7 +124,7 @@ def measured(run: Run) -> list[Measured]:
 
 
 def _share(run: Run, name: str, when: str) -> Share | None:
-    """Counted from the answers where they are there, else what the summary says."""
+    """The share by `name`, counted from the answers where they are stored, else read from the summary."""
     records = find(run.test, when, "records")
     if isinstance(find(run.test, when, name), dict) and _are_records(records):
         counted = Accuracy.of(list(map(_correct(name), records)))
@@ -135,7 +135,7 @@ def _share(run: Run, name: str, when: str) -> Share | None:
 
 
 def _contradictions(run: Run) -> list[str]:
-    """Where the summary says something else than the answers."""
+    """A sentence for each share in the summary that differs from the stored answers."""
     found = []
     for name, told in MEASURES.items():
         for when in ("before", "after"):
@@ -149,7 +149,7 @@ def _contradictions(run: Run) -> list[str]:
 
 
 def _paired(run: Run, name: str) -> McNemar | None:
-    """From the answers themselves where they are there, so that the table does not rest on the summary."""
+    """The paired test by `name`, from the answers where they are stored, else from the summary; None if unknown."""
     pairs = _pairs(run)
     if pairs:
         correct = _correct(name)
@@ -179,7 +179,7 @@ def _are_records(values: object) -> bool:
 
 
 def _names(runs: Sequence[Run]) -> list[str]:
-    """The folders' names, with what stands before them where two are the same."""
+    """The names of the runs' folders, or their whole paths where two names are equal."""
     names = [run.name for run in runs]
     if len(set(names)) == len(names):
         return names
@@ -208,7 +208,7 @@ def _section(run: Run, title: str, examples: int) -> Section:
 
 
 def _verdict(run: Run) -> str:
-    """The outcome in a sentence or two: as generated, and what is left of it where the format is given."""
+    """The outcome in one or two sentences: the generated answers, and the likeliest label."""
     found = measured(run)
     return " ".join(map(_told, found[:2])) or "There are no test figures."
 
@@ -293,7 +293,7 @@ _STATISTICS: dict[str, tuple[str, Callable[[float], str]]] = {
     "invalid": ("invalid", percent),
     "truncated": ("cut off", percent),
     "loops": ("end in a loop", percent),
-    "token_entropy": ("entropy per token, nats", lambda value: f"{value:.3f}"),
+    "token_entropy": ("entropy per token", lambda value: f"{value:.3f}"),
     "distinct_1": ("different tokens (1-grams)", percent),
     "distinct_2": ("different pairs (2-grams)", percent),
     "answer_entropy": ("entropy of answers over that of targets", lambda value: f"{value:.3f}"),
@@ -397,7 +397,7 @@ def _plainly(value: Any) -> str:
 
 
 def _comparison(runs: Sequence[Run], names: Sequence[str]) -> Table:
-    """A column per run, because runs are fewer than what there is to say about them."""
+    """The comparison of several runs, with one column per run, because there are fewer runs than figures."""
     columns = [_compared(run) for run in runs]
     told = list(dict.fromkeys(name for column in columns for name in column))
     rows = [[name, *(column.get(name, NOTHING) for column in columns)] for name in told]

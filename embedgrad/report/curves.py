@@ -1,14 +1,14 @@
-"""Which pictures a report has: their lines and marks as plain numbers, drawn by `figures` and by `pictures`."""
+"""The pictures of a report as numbers: lines, levels and marks. `figures` and `pictures` draw them."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from embedgrad.alarms import Alarm
 from embedgrad.report.read import Record, Run, find, number
+from embedgrad.train.alarms import Alarm
 
-COLUMNS = 240  # steps of a heat map; of a longer run only so many are shown, evenly spread, the last one among them
+COLUMNS = 240  # largest number of steps in a heat map; of a longer run, evenly spaced steps are shown
 COLOURS = (
     "#3b82c4",
     "#d9822b",
@@ -18,13 +18,16 @@ COLOURS = (
     "#7d8794",
     "#b59a1f",
     "#4aa7bd",
-)  # read on both themes
+)  # legible in the light and in the dark theme
 
 
 @dataclass(frozen=True)
 class Line:
-    """Points of one quantity over steps. colour: an index into COLOURS. points: marked, not only joined. dashed, faint:
-    how it is drawn. error: (lower, upper) ends of an interval at each point."""
+    """A quantity over steps.
+
+    colour: index into COLOURS. points: draw the points as well as the line. dashed, faint: style of the line. error:
+    (lower, upper) ends of an interval at each point.
+    """
 
     name: str
     steps: list[int]
@@ -38,7 +41,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Level:
-    """A threshold: a horizontal line with a name."""
+    """A threshold, drawn as a horizontal line with a name."""
 
     name: str
     value: float
@@ -46,7 +49,7 @@ class Level:
 
 @dataclass(frozen=True)
 class Mark:
-    """An alarm: after which step, at which value (None: no curve of this picture is its own), and what it says."""
+    """An alarm after a step. value: its value if a curve of this picture shows it, else None. text: its sentence."""
 
     step: int
     value: float | None
@@ -55,8 +58,11 @@ class Mark:
 
 @dataclass(frozen=True)
 class Panel:
-    """One picture. band: two of the lines (indices), the space between them is filled. percent: values are shares.
-    note: what a reader must know to read it."""
+    """A picture of curves.
+
+    axis: label of the y axis. band: indices of two lines between which the area is filled. percent: the values are
+    shares. note: explanation for readers.
+    """
 
     key: str
     title: str
@@ -71,7 +77,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class HeatMap:
-    """Similarity of each token (row) after each of `steps` (column)."""
+    """Similarity of each prompt token (row of the map) after each of `steps` (column)."""
 
     key: str
     title: str
@@ -82,7 +88,7 @@ class HeatMap:
 
 
 def panels(run: Run) -> list[Panel]:
-    """The curves of one run; pictures without a point are left out."""
+    """The pictures of one run. Pictures without points are left out."""
     marks = _marks(run)
     threshold = {
         sign: number(run.setting("optimize", "monitors", sign, "threshold"))
@@ -124,7 +130,7 @@ def panels(run: Run) -> list[Panel]:
             [
                 _line("collapse sign", run.validations, "answers", "collapse", colour=1, points=True),
                 _line("answers / targets", run.validations, "answers", "answer_entropy", points=True, dashed=True),
-                _line("per token, nats", run.validations, "answers", "token_entropy", colour=2, points=True),
+                _line("per token", run.validations, "answers", "token_entropy", colour=2, points=True),
                 _line("trajectory", run.validations, "answers", "trajectory_entropy", colour=4, points=True),
                 _line("windowed", run.validations, "answers", "windowed_entropy", colour=3, points=True, dashed=True),
             ],
@@ -138,7 +144,7 @@ def panels(run: Run) -> list[Panel]:
 
 
 def heat_map(run: Run) -> HeatMap | None:
-    """Similarity per token over steps; None where no step recorded it."""
+    """The similarity of each token over the steps; None where no step has recorded it."""
     width = len(run.token_names)
     rows = [record for record in run.steps if len(_numbers(record.get("similarity"))) == width]
     if not rows or not width:
@@ -156,7 +162,7 @@ def heat_map(run: Run) -> HeatMap | None:
 
 
 def overlays(runs: Sequence[Run], names: Sequence[str]) -> list[Panel]:
-    """Curves of several runs in common pictures."""
+    """The pictures that show curves of all runs together."""
 
     def each(kind: str, key: str, **style: bool) -> list[Line]:
         return [
@@ -176,7 +182,7 @@ def overlays(runs: Sequence[Run], names: Sequence[str]) -> list[Panel]:
 
 
 def alarm_sentence(record: Record) -> str:
-    """What an alarm's record says; its bare values where it is not one of today's alarms."""
+    """An alarm's record as a sentence. An unknown alarm gives a sentence with its values."""
     try:
         alarm = Alarm(**{key: record[key] for key in ("sign", "step", "value", "threshold", "action")})
         sentence = alarm.sentence()
@@ -220,7 +226,7 @@ def _marks(run: Run) -> list[tuple[str, Mark]]:
 
 
 def _of(marks: Sequence[tuple[str, Mark]], own: str | None) -> list[Mark]:
-    """All alarms, with a value only where the picture has the alarm's own curve."""
+    """All alarms as marks. Only alarms of the sign `own`, whose curve is in the picture, have a value."""
     return [mark if sign == own else Mark(mark.step, None, mark.text) for sign, mark in marks]
 
 
@@ -233,6 +239,6 @@ def _without_empty(panel: Panel) -> Panel | None:
 
 
 def _numbers(values: object) -> list[float]:
-    """`values`, where it is a list of finite numbers; else nothing."""
+    """`values` if it is a list of finite numbers, else an empty list."""
     found = [number(value) for value in values] if isinstance(values, list) else []
     return [value for value in found if value is not None] if None not in found else []

@@ -1,4 +1,4 @@
-"""The pictures of a page: `curves` as plotly figures, without the theme's colours, which the page puts in."""
+"""Draws `curves` as plotly figures for the HTML page. The page sets the colours of the theme."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import html
 import json
 from typing import Any
 
-from embedgrad.errors import ConfigError
 from embedgrad.report.curves import COLOURS, HeatMap, Line, Panel
+from embedgrad.util.errors import ConfigError
 
-_ROW, _LEAST = 17, 220  # pixels: of a heat map's row, and of the least height of one
-_TALLEST = 900
-_LABEL = 14  # characters of a row's label
+_ROW, _LEAST = 17, 220  # pixels: height of a row in a heat map, and least height of a heat map
+_TALLEST = 900  # pixels: greatest height of a heat map
+_LABEL = 14  # characters in the label of a row
 ALARM = "#d04545"
 FILL = "rgba(217, 130, 43, 0.18)"
 
 
 def plotly_script() -> str:
-    """The text of plotly.js. Raises ConfigError where plotly is not installed."""
+    """The source of plotly.js. Raises ConfigError where plotly is not installed."""
     _need()
     from plotly.offline import get_plotlyjs
 
@@ -25,7 +25,7 @@ def plotly_script() -> str:
 
 
 def curve_figure(panel: Panel) -> dict[str, Any]:
-    """{"data": traces, "layout": layout} of curves, as JSON-able values. Raises ConfigError without plotly."""
+    """{"data": traces, "layout": layout} as JSON-able values. Raises ConfigError where plotly is not installed."""
     go = _need()
     figure = go.Figure()
     for index, line in enumerate(panel.lines):
@@ -57,7 +57,7 @@ def curve_figure(panel: Panel) -> dict[str, Any]:
 
 
 def heat_figure(heat: HeatMap) -> dict[str, Any]:
-    """The same of a heat map."""
+    """The same for a heat map."""
     go = _need()
     lowest = min(min(row) for row in heat.values)
     figure = go.Figure(
@@ -117,7 +117,7 @@ def _trace(go: Any, line: Line, percent: bool, fill: str) -> Any:
 
 
 def _alarms(go: Any, panel: Panel) -> Any:
-    """A cross at an alarm's value; a triangle at the bottom where the picture shows no such value."""
+    """The alarms' marks: a cross at the alarm's value, or a triangle at the bottom for an alarm without value."""
     lowest = min(value for line in panel.lines for value in line.values)
     return go.Scatter(
         x=[mark.step for mark in panel.marks], name="alarm", mode="markers",
@@ -135,7 +135,7 @@ def _cut(text: str) -> str:
 
 
 def _plain(text: str) -> str:
-    """`text` where plotly reads tags and entities."""
+    """`text` with HTML tags and entities escaped, which plotly would interpret."""
     return html.escape(text, quote=False)
 
 

@@ -1,4 +1,4 @@
-"""A report as Markdown, with the texts of the run so written that no sign of theirs is markup."""
+"""Writes a report as Markdown. Texts of the run are escaped, so that no character in them is markup."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from collections.abc import Iterator, Mapping
 from embedgrad.report.content import Content, Examples, Section, Table
 from embedgrad.report.curves import HeatMap, Panel
 
-_SIGNS = re.compile(r"([\\`*_{}\[\]<>#|~$&!])")  # the last ones: HTML, mathematics, entities, pictures
-_FIRST = re.compile(r"^(\s*\d*)([-+=.)])(?!\d)", re.MULTILINE)  # lists, and lines under headings
+_SIGNS = re.compile(r"([\\`*_{}\[\]<>#|~$&!])")  # among them <> for HTML, $ for mathematics, & for entities
+_FIRST = re.compile(r"^(\s*\d*)([-+=.)])(?!\d)", re.MULTILINE)  # list items and underlined headings
 
 
 def render(content: Content, pictures: Mapping[str, str], version: str) -> str:
-    """The text. `pictures`: keys ("run1-loss", "all-loss") to the names of files beside the report."""
+    """The report as Markdown. pictures: file name in the report's folder by key ("run1-loss", "all-loss")."""
     lines = [f"# {plain(content.title)}", ""]
     if content.comparison is not None:
         lines += ["## Comparison", "", *_table(content.comparison)]
@@ -33,13 +33,13 @@ def render(content: Content, pictures: Mapping[str, str], version: str) -> str:
 
 
 def plain(text: str) -> str:
-    """`text` in one line in which nothing is markup."""
+    """`text` as one line with all markup escaped."""
     escaped = _FIRST.sub(r"\1\\\2", _SIGNS.sub(r"\\\1", text))
     return re.sub(r"\s*[\r\n\u2028\u2029\x0b\x0c\x85]+\s*", " ↵ ", escaped.strip())
 
 
 def fenced(text: str, language: str = "") -> list[str]:
-    """`text` as it is, in a fence longer than any inside."""
+    """`text` unchanged in a code block, whose fence is longer than any fence in the text."""
     longest = max((len(found) for found in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)
     return [f"{fence}{language}", text.rstrip("\n"), fence, ""]

@@ -1,5 +1,7 @@
-"""A report as one HTML file that needs nothing else: styles, pictures and plotly.js are inside, and a content security
-policy forbids it to load anything."""
+"""Writes a report as one self-contained HTML file.
+
+The file contains styles, pictures and plotly.js. Its content security policy forbids loading anything else.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,7 @@ THEMES = {
 
 
 def render(content: Content, version: str) -> str:
-    """The page. Raises ConfigError where plotly is not installed."""
+    """The report as an HTML page. Raises ConfigError where plotly is not installed."""
     script = plotly_script()
     figures: dict[str, Any] = {}
     for panel in content.overlays:

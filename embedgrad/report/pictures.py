@@ -1,4 +1,4 @@
-"""The pictures of a Markdown report: `curves` as SVG files, drawn by matplotlib."""
+"""Draws `curves` with matplotlib as SVG files for the Markdown report."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from typing import Any
 from embedgrad.report.curves import COLOURS, HeatMap, Panel
 
 _STYLE: dict[Any, Any] = {
-    "svg.fonttype": "path",  # the reader's fonts may lack a token's signs
-    "svg.hashsalt": "embedgrad",  # the same bytes for the same run
+    "svg.fonttype": "path",  # the reader's fonts may lack the characters of a token
+    "svg.hashsalt": "embedgrad",  # gives the same bytes for the same run
     "font.size": 9,
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.grid": True,
     "grid.alpha": 0.3,
-    "figure.facecolor": "white",  # also where the reader's page is dark
+    "figure.facecolor": "white",  # for readers with a dark theme
 }
 
 
@@ -29,7 +29,7 @@ def available() -> bool:
 
 
 def curve_picture(panel: Panel) -> bytes:
-    """An SVG file of curves."""
+    """The bytes of an SVG file of curves."""
     with _figure(7.2, 3.2) as (figure, axes):
         for line in panel.lines:
             axes.plot(
@@ -59,7 +59,7 @@ def curve_picture(panel: Panel) -> bytes:
 
 
 def heat_picture(heat: HeatMap) -> bytes:
-    """An SVG file of a heat map. Rows are named by their numbers, for no font has every token's signs."""
+    """The bytes of an SVG file of a heat map. Its rows are numbered, because no font has all tokens' characters."""
     with _figure(7.2, min(10.0, max(2.4, 0.16 * len(heat.rows) + 1))) as (figure, axes):
         image = axes.imshow(
             heat.values, aspect="auto", cmap="viridis", vmin=min(0.99, *map(min, heat.values)), vmax=1.0,
@@ -75,7 +75,7 @@ def heat_picture(heat: HeatMap) -> bytes:
 
 
 class _figure:
-    """A matplotlib figure with one set of axes, in this module's style, closed afterwards; it needs no display."""
+    """A context manager that gives a matplotlib figure and its axes in this module's style. It needs no display."""
 
     def __init__(self, width: float, height: float) -> None:
         self._size = (width, height)

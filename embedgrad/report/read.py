@@ -1,4 +1,4 @@
-"""A run's folder, read without its model: whatever is there, and sentences about what is not."""
+"""Reads a run's folder without its model. Missing or damaged files are described in sentences."""
 
 from __future__ import annotations
 
@@ -10,18 +10,22 @@ from typing import Any
 
 import yaml
 
-from embedgrad.errors import ConfigError, PromptError
-from embedgrad.prompt import SoftPrompt
-from embedgrad.runs import holds_run, read_metrics
-from embedgrad.trust_region import norm_ratio
+from embedgrad.maths.trust_region import norm_ratio
+from embedgrad.prompt.prompt import SoftPrompt
+from embedgrad.train.run_folder import holds_run, read_metrics
+from embedgrad.util.errors import ConfigError, PromptError
 
 Record = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Token:
-    """One row of the best prompt: its token, how far it has moved, and its nearest vocabulary tokens as (text or id,
-    cosine, rank of its own token), before the first step and for the best prompt; None where nobody looked."""
+    """A prompt row of the best prompt.
+
+    text, id: its token. similarity, norm_ratio: to its anchor. before, after: the nearest token of the vocabulary as
+    (text or id, cosine, rank of the prompt row's own token), before the first step and for the best prompt; None where
+    no validation has recorded it.
+    """
 
     text: str
     id: int
@@ -33,11 +37,12 @@ class Token:
 
 @dataclass(frozen=True)
 class Run:
-    """What `embedgrad optimize` left in a folder.
+    """The contents of a run's folder.
 
-    config: config.yaml as values, config_text as it stands. steps, validations, alarms: the records of metrics.jsonl.
-    summary, test: summary.json and test.json ({"before": evaluation, "after": evaluation}), empty without. prompt: the
-    best so far. missing: a sentence for each part that is not there or cannot be read.
+    config, config_text: config.yaml as values and as text. steps, validations, alarms: the records of metrics.jsonl.
+    summary, test: summary.json and test.json ({"before": evaluation, "after": evaluation}), empty where there is no
+    file. prompt: the best prompt so far. tokens: its prompt rows. token_names: names of its tokens. missing: a sentence
+    for each part that is absent or cannot be read.
     """
 
     path: Path
@@ -55,31 +60,31 @@ class Run:
     missing: list[str] = field(default_factory=list)
 
     def setting(self, *keys: str) -> Any:
-        """A value of config.yaml, such as `setting("optimize", "trust_region", "tau")`; None where it is not set."""
+        """A value in config.yaml, such as `setting("optimize", "trust_region", "tau")`; None where it is not set."""
         return find(self.config, *keys)
 
     @property
     def best_step(self) -> int | None:
-        """After how many steps the best prompt was reached, as far as known."""
+        """The step of the best prompt; None where it is not known."""
         step = self.summary.get("best_step", find(self.prompt.metadata, "metrics", "step") if self.prompt else None)
         return step if isinstance(step, int) else None
 
 
 def find(values: Any, *keys: str) -> Any:
-    """values[a][b]...; None where there is no such key."""
+    """values[a][b]...; None where a key is missing."""
     for key in keys:
         values = values.get(key) if isinstance(values, dict) else None
     return values
 
 
 def number(value: Any) -> float | None:
-    """`value`, where it is a finite number; else None."""
+    """`value` as a float if it is a finite number, else None."""
     usable = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     return float(value) if usable else None
 
 
 def read_run(path: Path) -> Run:
-    """The run in the folder `path`. Raises ConfigError where there is none, or metrics.jsonl cannot be read."""
+    """The run in the folder `path`. Raises ConfigError where there is no run or metrics.jsonl cannot be read."""
     if not path.is_dir():
         raise ConfigError(f"there is no folder {path}; give a run's folder, such as runs/demo.")
     if not holds_run(path):
@@ -162,7 +167,7 @@ def _prompt(path: Path, missing: list[str]) -> SoftPrompt | None:
 
 
 def _texts(summary: Record, validations: list[Record], prompt: SoftPrompt | None) -> dict[int, str]:
-    """Texts of token ids, from whatever the run wrote down."""
+    """Texts of token ids, from all records of the run that have them."""
     known: dict[int, str] = {}
     for record in validations:
         known.update(_pairs(record.get("nearest"), record.get("nearest_texts")))
@@ -176,7 +181,7 @@ def _pairs(ids: Any, texts: Any) -> dict[int, str]:
 
 
 def shown(text: str) -> str:
-    """A token's text with its white space made visible."""
+    """A token's text with visible white space."""
     for sign, visible in ((" ", "␣"), ("\n", "↵"), ("\t", "⇥"), ("\r", "␍")):
         text = text.replace(sign, visible)
     return text

@@ -1,14 +1,14 @@
-"""Tasks: data sets as examples, each with its prompt, labels or grader, split and settings; see `task.py`."""
+"""The tasks: data sets with their prompt, labels or grader, split and settings. `task.py` defines the interface."""
 
 from __future__ import annotations
 
 import difflib
 import importlib
 
-from embedgrad.errors import ConfigError
 from embedgrad.tasks.task import Task
+from embedgrad.util.errors import ConfigError
 
-_HOMES = {  # the user's own files are a task as well: `embedgrad.tasks.jsonl`
+_HOMES = {  # `embedgrad.tasks.jsonl` makes a task of the user's own files
     "imdb": "embedgrad.tasks.imdb",
     "causal_judgement": "embedgrad.tasks.causal_judgement",
     "math500": "embedgrad.tasks.math500",
@@ -18,7 +18,7 @@ NAMES = tuple(_HOMES)
 
 
 def find_task(name: str) -> Task:
-    """The task of this name. Raises ConfigError."""
+    """The task with this name. Raises ConfigError where there is none."""
     if name not in _HOMES:
         near = difflib.get_close_matches(name, NAMES, 1)
         hint = f"did you mean {near[0]!r}?" if near else f"choose one of {', '.join(NAMES)}."

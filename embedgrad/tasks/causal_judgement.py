@@ -1,13 +1,14 @@
 """Causal judgement: would a typical person say that this caused that, or that it was done intentionally?
 
-The task `causal_judgment` of BIG-bench (Srivastava et al., arXiv 2206.04615; 190 items) and its selection in BIG-Bench
-Hard as `causal_judgement` (Suzgun et al., arXiv 2210.09261; 187 items). Two texts stand there twice with opposite
-labels, and most items are variations of others: another question to the same story, or the story with one sentence
-changed, often with the other label. The 190 items make 67 families (`embedgrad.splitting.families`); a family comes to
-one side of a split, else half of the test items would be trained on but for a sentence.
+The data are the task `causal_judgment` of BIG-bench (Srivastava et al., arXiv 2206.04615; 190 items) and its selection
+in BIG-Bench Hard, `causal_judgement` (Suzgun et al., arXiv 2210.09261; 187 items). Two texts occur twice with opposite
+labels. Most items are variations of others: another question about the same story, or the story with one sentence
+changed, often with the other label. The 190 items form 67 families (`embedgrad.data.splitting.families`). A family goes
+to one part of a split; otherwise half of the test items would occur in the training data except for one sentence.
 
-In both variants the query is the bare story with its question: the instruction in front of it is the prompt's business,
-and the options behind it are the labels. With so few items cross-validation (`data.folds`) is the way to measure.
+In both variants the query is the story with its question. The benchmark's instruction before the story is removed,
+because the prompt gives the instruction. The options after the story are removed, because they are the labels. With so
+few items, measure with cross-validation (`data.folds`).
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from embedgrad.data import text_field
-from embedgrad.errors import DataError
-from embedgrad.example import Example
-from embedgrad.splitting import families
+from embedgrad.data.example import Example
+from embedgrad.data.readers import text_field
+from embedgrad.data.splitting import families
 from embedgrad.tasks.source import HubSet, Source
 from embedgrad.tasks.task import Pools, Task
+from embedgrad.util.errors import DataError
 
 LABELS = ("Yes", "No")
 BIGBENCH = HubSet("tasksource/bigbench", ("train", "validation"), "causal_judgment")
@@ -31,7 +32,10 @@ _OPTIONS = re.compile(r"\s*(?:\n\s*(?:Options:|choice:|A:)[\s\S]*)?\s*\Z")
 
 
 def load(source: Source, variant: str | None = None) -> Pools:
-    """Rows have `input` and `target`; those of the hub's BIG-bench `inputs` and a list `targets` of one text."""
+    """The items of the variant "bigbench" (default) or "bbh". Raises DataError.
+
+    A data row has the fields `input` and `target`; the hub's BIG-bench has `inputs` and a list `targets` of one text.
+    """
     if variant == "bbh":
         rows = source.rows("causal_judgment/bbh.jsonl", BBH)
     else:
@@ -53,7 +57,7 @@ def _example(where: str, row: Mapping[str, Any]) -> Example:
 
 
 def story(text: str) -> str:
-    """The story with its question, without the benchmark's instruction and options."""
+    """The story with its question, without the benchmark's instruction and its options."""
     text = text.strip().removeprefix(INSTRUCTION).strip().removeprefix("Q:").lstrip(" ")
     return _OPTIONS.sub("", text).strip()
 

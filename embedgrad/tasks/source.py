@@ -1,4 +1,4 @@
-"""Where a task's rows come from: a local folder, or data sets of the Hugging Face hub by name; never this package."""
+"""Where a task's data come from: a local folder or a data set of the Hugging Face hub. The package holds no data."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from embedgrad.data import read_rows
-from embedgrad.errors import DataError
+from embedgrad.data.readers import read_rows
+from embedgrad.util.errors import DataError
 
 VARIABLE = "EMBEDGRAD_DATA"
 
 
 @dataclass(frozen=True)
 class HubSet:
-    """A data set on the hub: repository, configuration, splits that are joined in this order."""
+    """A data set on the hub: repository, configuration, and the splits that are joined in this order."""
 
     repository: str
     splits: tuple[str, ...]
@@ -25,13 +25,16 @@ class HubSet:
 
 @dataclass(frozen=True)
 class Source:
-    """`folder`: where the files are; None: the hub."""
+    """A source of data. folder: the folder that holds the files; None: the hub."""
 
     folder: Path | None
 
     @classmethod
     def of(cls, folder: str | os.PathLike[str] | None) -> Source:
-        """The folder that was named, else that of the environment variable EMBEDGRAD_DATA, else the hub."""
+        """`folder` if it is given, else the folder in the environment variable EMBEDGRAD_DATA, else the hub.
+
+        Raises DataError where the folder does not exist.
+        """
         named = folder if folder is not None else os.environ.get(VARIABLE) or None
         if named is None:
             return cls(None)
@@ -41,7 +44,10 @@ class Source:
         return cls(path)
 
     def rows(self, file: str, hub: HubSet) -> list[tuple[str, Mapping[str, Any]]]:
-        """(where a row stands, the row) for each row of `file` in the folder, or of `hub`. Raises DataError."""
+        """(place, data row) for each row of `file` in the folder, or of `hub`; messages name the place.
+
+        Raises DataError.
+        """
         if self.folder is not None:
             return list(read_rows(self.folder / file))
         return _from_hub(file, hub)
@@ -60,7 +66,7 @@ def _from_hub(file: str, hub: HubSet) -> list[tuple[str, Mapping[str, Any]]]:
         where = f"{hub.repository}, {part}"
         try:
             loaded = load_dataset(hub.repository, hub.configuration, split=part)
-        except Exception as error:  # of any of the package's many layers
+        except Exception as error:  # the package raises errors of many classes
             reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
             raise DataError(f"{where} could not be had from the Hugging Face hub: {reason}.") from error
         rows += [(f"{where}, row {number}", dict(row)) for number, row in enumerate(loaded)]

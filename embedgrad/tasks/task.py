@@ -1,4 +1,4 @@
-"""What a task is: one interface over data sets."""
+"""The common interface of all tasks."""
 
 from __future__ import annotations
 
@@ -6,19 +6,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from embedgrad.example import Example
-from embedgrad.splitting import Group
+from embedgrad.data.example import Example
+from embedgrad.data.splitting import Group
+from embedgrad.prompt.template import Template
 from embedgrad.tasks.source import Source
-from embedgrad.template import Template
 
 
 @dataclass(frozen=True)
 class Pools:
-    """What a task's files hold, before any division.
+    """The examples in a task's files, before they are split.
 
-    train: what the parts are drawn from. validation, test: sets of their own, where the task has them; then nothing of
-    `train` comes to these parts, and of `train` whatever has the same text as one of them is left out. dropped: rows
-    that cannot be used.
+    train: examples that the parts are drawn from. validation, test: separate sets, or None where the task has none.
+    With a separate test set no test example is drawn from `train`, and training examples with the text of a test
+    example are removed. dropped: number of data rows that cannot be used.
     """
 
     train: list[Example]
@@ -29,16 +29,21 @@ class Pools:
 
 @dataclass(frozen=True)
 class Task:
-    """A task.
+    """A data set and everything that is needed to optimise and test a prompt on it.
 
-    load: the pools, from a source and a variant's name; variants: those names, the default first. grouping: gives
-    for all examples what says which of them must come to the same side of a split, where equal texts are not enough
-    (`embedgrad.splitting`). paraphrases: other ways to say the prompt, written by hand. template: None is the
-    model's default (`embedgrad.prompt.default_template`). labels: all answers there are. grader: as
-    `embedgrad.grading.grader.make_grader` takes it. sizes: examples of train, validation and test; None for pools
-    that are parts already. query_tokens: queries are cut after so many tokens. target_tokens: examples with longer
-    targets are not trained on. max_new_tokens: of an answer; None: what the longest target needs. optimize:
-    settings of `OptimizeConfig` that differ from its defaults.
+    load: reads the pools, given a source and the name of a variant or None.
+    variants: names of the variants of the data; the first is the default.
+    grouping: makes, from all examples, the function that says which of them must stay in the same part of a split
+        (`embedgrad.data.splitting.Group`); None: only examples with equal texts stay together.
+    prompt: the starting prompt. paraphrases: other wordings of it, written by hand.
+    template: where the prompt stands; None: the model's default (`embedgrad.prompt.prompt.default_template`).
+    labels: all possible answers, or None.
+    grader: a value for `embedgrad.evaluation.grading.registry.make_grader`.
+    sizes: numbers of examples in train, validation and test; None: the pools are already the parts.
+    query_tokens: queries are truncated to this many tokens; None: not at all.
+    target_tokens: training examples with longer targets are dropped; None: none.
+    max_new_tokens: longest answer; None: as long as the longest target needs.
+    optimize: settings of `OptimizeConfig` that differ from its defaults.
     """
 
     name: str

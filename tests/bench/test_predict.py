@@ -5,19 +5,20 @@ from __future__ import annotations
 import argparse
 
 from bench import predict
-from bench.memory import MODELS
+from bench.harness.floor import operations
+from bench.harness.models import QWEN_1_5B, config_of
 from embedgrad.model.config import ModelConfig
 
 
 def test_a_step_is_two_passes_over_the_weights() -> None:
-    config = ModelConfig.from_hf(MODELS[predict.MODEL], predict.MODEL)
+    config = config_of(QWEN_1_5B)
     tree = predict._tree(4)
     own = predict.QUERY + predict.TAIL + predict.TARGET
-    assert tree.num_tokens == predict.PROMPT + 4 * (own - 1)  # the header is kept, the last token predicts nothing
+    assert tree.num_tokens == predict.PROMPT + 4 * (own - 1)  # the header is prefix, the last token predicts nothing
     layers = sum(a * b for name, (a, b) in matrices(config).items() if "layers" in name)
     head = config.vocab_size * config.hidden_size
     expected = 4 * (layers * tree.num_tokens + head * len(tree.target_ids))
-    assert 0.9 * expected < predict._operations(config, tree) < 1.1 * expected
+    assert 0.9 * expected < sum(operations(config, tree)) < 1.1 * expected
 
 
 def test_the_run_is_the_configurations() -> None:

@@ -1,4 +1,4 @@
-"""The arms: what each puts in front of the model."""
+"""The arms: the tokens that the model gets in each of them."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from embedgrad.compare.arms import absent, in_front
 from embedgrad.compare.demonstrations import few_shot
 from embedgrad.compare.peft_tuning import tune
 from embedgrad.compare.runner import shuffled
-from embedgrad.errors import ConfigError
-from embedgrad.example import Example
-from embedgrad.prompt import PLAIN_TEXT, SYSTEM_TURN, USER_TURN
-from embedgrad.rendering import render, render_query
-from embedgrad.settings import OptimizeConfig
-from embedgrad.template import Template
-from embedgrad.train import optimize
-from embedgrad.trust_region import NoRegion
-from tests.training import tiny_model
+from embedgrad.data.example import Example
+from embedgrad.maths.trust_region import NoRegion
+from embedgrad.prompt.prompt import PLAIN_TEXT, SYSTEM_TURN, USER_TURN
+from embedgrad.prompt.rendering import render, render_query
+from embedgrad.prompt.template import Template
+from embedgrad.train.optimize import optimize
+from embedgrad.train.settings import OptimizeConfig
+from embedgrad.util.errors import ConfigError
+from tests.train.training import tiny_model
 
 TEXT = "Say what it is."
 TRAIN = [Example(f"A film of joy, number {i}", ["positive", "negative"][i % 3 == 0]) for i in range(12)]
 
 
 def told(prompt: object, query: str = "A movie") -> str:
-    """What the model reads."""
+    """The text that the model gets."""
     model = tiny_model()
     return model.tokenizer.decode(render_query(model, prompt, query).ids, skip_special=False)  # type: ignore[arg-type]
 
@@ -91,7 +91,7 @@ def test_shuffled_labels_are_the_same_labels_elsewhere() -> None:
 
 
 def test_peft_takes_our_unconstrained_steps() -> None:
-    """Where all targets are equally long, PEFT's loss is ours, and so are AdamW's steps."""
+    """If all targets have the same length, PEFT's loss and AdamW's steps are equal to ours."""
     model = tiny_model()
     prompt = in_front(model, TEXT, SYSTEM_TURN)
     train = [Example(f"A film, number {i}", "positive") for i in range(6)]

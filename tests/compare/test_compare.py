@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import yaml
 
-from embedgrad.commands.compare import run
+from embedgrad.cli.commands.compare import run
 from embedgrad.compare import runner as runner_module
 from embedgrad.compare.outcome import Outcome
 from embedgrad.compare.table import lines
-from embedgrad.errors import ConfigError
-from embedgrad.statistics import mcnemar_p, wilson
-from tests.training import model_folder
+from embedgrad.evaluation.statistics import mcnemar_p, wilson
+from embedgrad.util.errors import ConfigError
+from tests.train.training import model_folder
 
 WORDS = ["joy", "pain", "wit", "noise"]
 
@@ -43,7 +43,7 @@ def configure(folder: Path, **changes: Any) -> Path:
 
 
 def compare(config: Path) -> dict[str, Any]:
-    """Run it; what compare.json says."""
+    """Runs the command. Returns the contents of compare.json."""
     assert run(config, [], None, True, False) == 0
     folder = config.parent / "runs" / f"{config.stem}-compare"
     found = json.loads((folder / "compare.json").read_text())

@@ -1,4 +1,4 @@
-"""`embedgrad study`: every study runs, shares its runs, and its words say what its figures say."""
+"""`embedgrad study`: every study runs, studies share their runs, and the paragraphs agree with the data."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from typing import Any
 
 import pytest
 
-from embedgrad.commands.study import run
+from embedgrad.cli.commands.study import run
 from embedgrad.compare import runner as runner_module
-from embedgrad.errors import ConfigError
-from embedgrad.studies import NAMES, curves, drift, find_study, similarity
+from embedgrad.compare.studies import NAMES, curves, drift, find_study, similarity
+from embedgrad.util.errors import ConfigError
 from tests.compare.test_compare import configure
 
 
 @pytest.fixture(scope="module")
 def studied(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """All studies on a tiny model: what each wrote as data, and its words."""
+    """All studies on a tiny model: the data and the paragraph of each."""
     folder = tmp_path_factory.mktemp("studies")
     config = configure(folder, compare__seeds=[3], optimize__validate_every=1)
     assert run("all", config, [], None, None) == 0

@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from tests.csrc.core import CPU, CSRC, KERNELS, Core, build, compiler
+from tests.csrc.core import Core, build, compiler
 
 
 @pytest.fixture(scope="session")
@@ -17,8 +17,7 @@ def has_compiler() -> None:
 
 @pytest.fixture(scope="session")
 def core(has_compiler: None, tmp_path_factory: pytest.TempPathFactory) -> Core:
-    folder, cpu, kernels = tmp_path_factory.mktemp("core"), [CSRC / f for f in CPU], [CSRC / f for f in KERNELS]
     try:
-        return Core(build(folder, cpu, kernels, ["-Wall", "-Wextra", "-Werror"]))
+        return Core(build(tmp_path_factory.mktemp("core"), ["-Wall", "-Wextra", "-Werror"]))
     except subprocess.CalledProcessError as error:
         pytest.fail(f"the core does not build:\n{error.stderr}")

@@ -17,14 +17,12 @@ from pathlib import Path
 import numpy as np
 
 from embedgrad.backends.native_core import AdvanceBatch, SamplingBatch, SamplingParams
-from embedgrad.forced_choice import ForcedChoice
-from embedgrad.sampler import Penalties
-from embedgrad.sampling import Sampling
+from embedgrad.generation.constrained import ForcedChoice
+from embedgrad.generation.sampler import Penalties
+from embedgrad.generation.sampling import Sampling
 
 CSRC = Path(__file__).parents[2] / "csrc"
-CPU = ("cpu/sampler.cpp", "cpu/entropy.cpp")
-EMULATION = "cuda/emulation/emulation.cpp"
-KERNELS = ("cuda/sampler.cu", "cuda/entropy.cu", "cuda/advance.cu", "cuda/problem.cu")
+KERNELS = ("cuda/sampler.cu", "cuda/token_entropy.cu", "cuda/advance.cu", "cuda/device_check.cu")
 STATUS = ("sampled", "NaN", "+inf", "all -inf", "no candidate")
 P = ctypes.c_void_p
 
@@ -35,11 +33,16 @@ def compiler() -> str | None:
     return wanted or next((name for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
 
 
-def build(folder: Path, sources: Sequence[Path], kernels: Sequence[Path], flags: Sequence[str] = ()) -> Path:
-    """A shared library in `folder`, the kernels emulated; raises CalledProcessError with the compiler's words."""
+def build(folder: Path, flags: Sequence[str] = (), csrc: Path = CSRC, kernels: Sequence[Path] = ()) -> Path:
+    """A shared library in `folder` of the sampler, its twins and the kernels (by default those of `csrc`), emulated.
+
+    Raises CalledProcessError with the compiler's words.
+    """
     library = folder / "libcore.so"
-    files = [*map(str, sources), str(CSRC / EMULATION), "-x", "c++", *map(str, kernels)]
-    command = [*str(compiler()).split(), "-std=c++17", "-O1", "-fPIC", "-shared", *flags, "-o", str(library), *files]
+    sources = [csrc / "cpu/sampler.cpp", Path(__file__).with_name("twins.cpp"), csrc / "cuda/emulation/emulation.cpp"]
+    files = [*map(str, sources), "-x", "c++", *map(str, kernels or [csrc / name for name in KERNELS])]
+    flags = [f"-I{csrc}", "-std=c++17", "-O1", "-fPIC", "-shared", *flags]
+    command = [*str(compiler()).split(), *flags, "-o", str(library), *files]
     subprocess.run(command, check=True, capture_output=True, text=True)
     return library
 
@@ -63,7 +66,7 @@ class Call:
         return replace(self, **changes)  # type: ignore[arg-type]
 
     def row_options(self, row: int) -> dict:
-        """The arguments of `embedgrad.sampler.choose_token` for one row."""
+        """The arguments of `embedgrad.generation.sampler.choose_token` for one row."""
         node = -1 if self.nodes is None else self.nodes[row]
         return {
             "stream": row if self.streams is None else int(self.streams[row]),
@@ -88,7 +91,6 @@ class Core:
         self.lib.embedgrad_random_bits.argtypes = [ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint32]
         self.lib.embedgrad_weight.restype = ctypes.c_uint64
         self.lib.embedgrad_weight.argtypes = [ctypes.c_float]
-        self.lib.embedgrad_trajectory_entropy_cpu.restype = ctypes.c_double
         self.lib.embedgrad_emulation_seed.argtypes = [ctypes.c_uint64]
 
     def emulation_error(self) -> str:
@@ -162,28 +164,3 @@ class Core:
         else:
             assert self.lib.embedgrad_token_entropy_cuda(*arguments, None) == 0, self.emulation_error()
         return entropy, log_p
-
-    def trajectories(
-        self, device: str, rows: Sequence[Sequence[int]], n: int, window: int, repeats: int
-    ) -> list[tuple[float, float, int]]:
-        """Whole entropy, windowed entropy and loop period of each row."""
-        if device == "cpu":
-            results = []
-            for row in rows:
-                ids = np.array(row, np.int32)
-                at = P(ids.ctypes.data)
-                whole = self.lib.embedgrad_trajectory_entropy_cpu(at, len(row), n, 0)
-                least = self.lib.embedgrad_trajectory_entropy_cpu(at, len(row), n, window)
-                results.append((whole, least, self.lib.embedgrad_loop_period_cpu(at, len(row), repeats)))
-            return results
-        capacity = max(map(len, rows), default=0)
-        padded = np.array([[*row, *[-1] * (capacity - len(row))] for row in rows], np.int32)
-        lengths = np.array([len(row) for row in rows], np.int32)
-        whole, least = np.zeros((2, len(rows)), np.float32)
-        period = np.zeros(len(rows), np.int32)
-        error = self.lib.embedgrad_trajectory_cuda(
-            P(padded.ctypes.data), capacity, P(lengths.ctypes.data), len(rows), n, window, repeats,
-            P(whole.ctypes.data), P(least.ctypes.data), P(period.ctypes.data), None,
-        )  # fmt: skip
-        assert error == 0, self.emulation_error()
-        return list(zip(whole.tolist(), least.tolist(), period.tolist(), strict=True))

@@ -14,8 +14,8 @@ using namespace embedgrad;
 
 namespace {
 
-constexpr int32_t kLayers = 2, kWidth = 256, kInner = 256, kHeads = 4, kGroups = 2, kHeadDim = 32, kVocabulary = 70;
-constexpr int32_t kSlots = 3, kTrunk = 5, kCapacity = 40, kMost = 12;
+constexpr int32_t kLayers = 2, kWidth = 256, kInner = 256, kHeads = 4, kKvHeads = 2, kHeadDim = 32, kVocabulary = 70;
+constexpr int32_t kSlots = 3, kPrefix = 5, kCapacity = 40, kMost = 12;
 
 uint64_t state = 1;
 uint32_t draw() {
@@ -24,8 +24,8 @@ uint32_t draw() {
 }
 float number() { return static_cast<float>(draw() % 2001) / 1000.0f - 1.0f; }
 
-std::deque<std::vector<uint8_t>> kept;
-uint8_t* room(size_t bytes) { return kept.emplace_back(bytes).data(); }
+std::deque<std::vector<uint8_t>> memory;
+uint8_t* room(size_t bytes) { return memory.emplace_back(bytes).data(); }
 
 float* numbers(size_t count, float size, float centre = 0) {
     auto* x = reinterpret_cast<float*>(room(count * sizeof(float)));
@@ -41,13 +41,13 @@ Matrix matrix(Stored stored, int64_t rows, int64_t columns) {
         part.row_bytes = columns * 4;
         part.data = numbers(rows * columns, 0.15f);
     } else if (stored == Stored::int8 || stored == Stored::int4) {
-        part.groups = columns / 32;
+        part.quant_groups = columns / 32;
         part.row_bytes = stored == Stored::int8 ? columns : columns / 2;
         uint8_t* bytes = room(rows * part.row_bytes);
         for (int64_t i = 0; i < rows * part.row_bytes; ++i) bytes[i] = static_cast<uint8_t>(draw());
         part.data = bytes;
-        part.scales = numbers(rows * part.groups, 0.0002f, stored == Stored::int8 ? 0.001f : 0.02f);
-        if (draw() % 2) part.offsets = numbers(rows * part.groups, 0.02f, stored == Stored::int8 ? 0.0f : -0.15f);
+        part.scales = numbers(rows * part.quant_groups, 0.0002f, stored == Stored::int8 ? 0.001f : 0.02f);
+        if (draw() % 2) part.offsets = numbers(rows * part.quant_groups, 0.02f, stored == Stored::int8 ? 0.0f : -0.15f);
         if (stored == Stored::int8) part.offsets = nullptr;
     } else {  // Q6_K, with a scale of 0.0002
         part.row_bytes = columns / 256 * 210;
@@ -61,7 +61,7 @@ Matrix matrix(Stored stored, int64_t rows, int64_t columns) {
 }
 
 DecoderSpec model(Stored stored, LayerSpec* layers) {
-    const int64_t queries = kHeads * kHeadDim, pairs = 2 * kGroups * kHeadDim;
+    const int64_t queries = kHeads * kHeadDim, pairs = 2 * kKvHeads * kHeadDim;
     for (int l = 0; l < kLayers; ++l)
         layers[l] = {
             numbers(kWidth, 0.1f, 1), numbers(kWidth, 0.1f, 1), l ? numbers(kHeadDim, 0.1f, 1) : nullptr, nullptr,
@@ -70,7 +70,7 @@ DecoderSpec model(Stored stored, LayerSpec* layers) {
     // The attention's output has 128 columns, which blocks of 256 do not divide.
     if (stored == Stored::q6_k)
         for (int l = 0; l < kLayers; ++l) layers[l].out = matrix(Stored::int8, kWidth, queries);
-    return {kLayers, kWidth, kInner, kHeads, kGroups, kHeadDim, kVocabulary, 1e-6f, 0.18f, layers,
+    return {kLayers, kWidth, kInner, kHeads, kKvHeads, kHeadDim, kVocabulary, 1e-6f, 0.18f, layers,
             numbers(kWidth, 0.1f, 1), matrix(Stored::f32, kVocabulary, kWidth), matrix(stored, kVocabulary, kWidth)};
 }
 
@@ -78,20 +78,20 @@ int32_t go_on(void*) { return 0; }
 
 void write_answers(void* decoder, float temperature, int32_t threads, std::vector<int32_t>& ids) {
     state = 77;
-    const size_t pair = kGroups * kHeadDim;
-    float* trunk = numbers(kLayers * 2 * kTrunk * pair, 1);
+    const size_t pair = kKvHeads * kHeadDim;
+    float* prefix = numbers(kLayers * 2 * kPrefix * pair, 1);
     float* own = numbers(kLayers * 2 * kSlots * kCapacity * pair, 1);
-    float* cos = numbers((kTrunk + kCapacity) * kHeadDim / 2, 1);
-    float* sin = numbers((kTrunk + kCapacity) * kHeadDim / 2, 1);
+    float* cos = numbers((kPrefix + kCapacity) * kHeadDim / 2, 1);
+    float* sin = numbers((kPrefix + kCapacity) * kHeadDim / 2, 1);
     std::vector<float> logits(kSlots * kVocabulary), entropy(kSlots * kMost), log_p(kSlots * kMost);
     std::vector<int32_t> tokens(kSlots), status(kSlots), lengths(kSlots), nodes(kSlots, -1), reasons(kSlots);
-    std::vector<int32_t> inputs = {1, 2, 3}, positions = {kTrunk, kTrunk + 3, kTrunk + 1}, fresh(kSlots);
+    std::vector<int32_t> inputs = {1, 2, 3}, positions = {kPrefix, kPrefix + 3, kPrefix + 1}, fresh(kSlots);
     std::vector<uint64_t> streams = {5, 6, 7};
     std::vector<uint32_t> steps(kSlots);
     int32_t running = kSlots, stop = 11;
     ids.assign(kSlots * kMost, -1);
     Loop loop{};
-    loop.cache = {trunk, own, kTrunk, kSlots, kCapacity, cos, sin};
+    loop.cache = {prefix, own, kPrefix, kSlots, kCapacity, cos, sin};
     loop.params.temperature = temperature;
     loop.params.seed = 3;
     loop.sampling = {logits.data(), kVocabulary, kSlots, kVocabulary, streams.data(), steps.data(), nullptr, nullptr,

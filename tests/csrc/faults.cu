@@ -1,5 +1,5 @@
 // Kernels with a planted fault each, and the same kernel without it: what the emulation must and must not report.
-#include "block.cuh"
+#include "cuda/block_collectives.cuh"
 
 namespace embedgrad {
 namespace {

@@ -15,6 +15,7 @@
 #include "cpu/isa.h"
 #include "cpu/prompt_step.h"
 #include "cpu/rowwise.h"
+#include "cpu/softmax_loss.h"
 #include "cpu/tree_attention.h"
 
 using namespace embedgrad;
@@ -83,19 +84,19 @@ struct Numbers {
     }
 };
 
-// A trunk and branches of these lengths behind it, in depth-first order.
+// A prefix, and branches of these lengths behind it, in depth-first order.
 struct Tree {
     std::vector<int32_t> begin, end, index, position, starts{0};
     TreeMask mask{};
 
-    Tree(int32_t trunk, const std::vector<int32_t>& branches, int32_t block, int64_t window) {
-        int32_t total = trunk;
+    Tree(int32_t prefix, const std::vector<int32_t>& branches, int32_t block, int64_t window) {
+        int32_t total = prefix;
         for (int32_t n : branches) total += n;
-        for (int32_t i = 0; i < trunk; ++i) begin.push_back(i), end.push_back(total), position.push_back(i);
+        for (int32_t i = 0; i < prefix; ++i) begin.push_back(i), end.push_back(total), position.push_back(i);
         for (int32_t n : branches) {
             const int32_t stop = static_cast<int32_t>(begin.size()) + n;
             for (int32_t i = 0; i < n; ++i)
-                begin.push_back(stop - n + i), end.push_back(stop), position.push_back(trunk + i);
+                begin.push_back(stop - n + i), end.push_back(stop), position.push_back(prefix + i);
         }
         for (int32_t i = 0; i < total; ++i) index.push_back(i);
         while (starts.back() < total) starts.push_back(std::min(total, starts.back() + block));
@@ -117,7 +118,7 @@ void attention(const Pool& pool, std::vector<double>& results) {
                 if (!fits(tree.mask, schedule.data(), static_cast<int64_t>(schedule.size()))) std::abort();
                 Numbers<T> q(n, shape.heads * size), k(n, 2 * size), v(n, 2 * size), out(n, shape.heads * size);
                 Numbers<T> d_out(n, shape.heads * size), dq(n, shape.heads * size);
-                Numbers<T> dk(n - shape.kept, 2 * size), dv(n - shape.kept, 2 * size);
+                Numbers<T> dk(n - shape.prefix, 2 * size), dv(n - shape.prefix, 2 * size);
                 Numbers<float> lse(n, shape.heads);
                 auto memory = room<float>(tree_attention_floats(n, 2, size, rows, pool.threads()));
                 tree_attention<T>(pool, tree.mask, schedule.data(), shape, q.heads(), k.heads(), v.heads(), out.heads(),
@@ -134,7 +135,7 @@ void attention(const Pool& pool, std::vector<double>& results) {
 template <typename T>
 void row_wise(const Pool& pool, int64_t rows, int64_t d, std::vector<double>& results) {
     Numbers<T> x(rows, d), more(rows, d), w(1, d), out(rows, d), dx(rows, d), gate_up(rows, 2 * d), d_gate_up(rows, 2 * d);
-    rms_norm<T>(pool, x.all(), more.all(), w.data.get(), 1e-6f, out.all(), rows, d);
+    rms_norm<T>(pool, x.all(), w.data.get(), 1e-6f, out.all(), rows, d);
     rms_norm_backward<T>(pool, more.all(), x.all(), w.data.get(), 1e-6f, dx.all(), rows, d);
     x.into(results), out.into(results), dx.into(results);
     swiglu<T>(pool, gate_up.all(), out.all(), rows, d);
@@ -163,8 +164,9 @@ void the_rest(const Pool& pool, int64_t rows, int64_t d, std::vector<double>& re
     for (auto kind : {TrustRegion::cosine, TrustRegion::l2_ball, TrustRegion::mean_cosine}) {
         std::vector<double> similarity(rows), ratio(rows);
         auto projected = room<bool>(rows);
-        prompt_step(pool, {0.1f, 0.999f, 0.001f, 1.0f, 0.01f, 0.1f, 1e-8f}, {kind, 0.9, 0.5, 2, 0.3, true}, e.all(), e0.all(),
-                    m.all(), v.all(), g.all(), similarity.data(), ratio.data(), projected.get(), rows, d);
+        const TrustRegion region{kind, 0.9, 0.9, 0.9, std::sqrt(0.19), 0, 0.5, 2, 0.3, true, 0x1p-22};
+        prompt_step(pool, {0.1f, 0.999f, 0.001f, 1.0f, 0.01f, 0.1f, 1e-8f}, region, e.all(), e0.all(), m.all(), v.all(),
+                    g.all(), similarity.data(), ratio.data(), projected.get(), rows, d);
         e.into(results), results.insert(results.end(), similarity.begin(), similarity.end());
     }
 }

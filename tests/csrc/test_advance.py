@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedgrad.backends.native_core import AdvanceBatch, SamplingBatch, SamplingParams
-from embedgrad.forced_choice import ForcedChoice
-from embedgrad.sampler import Penalties, choose_token
-from embedgrad.sampling import Sampling
+from embedgrad.generation.constrained import ForcedChoice
+from embedgrad.generation.sampler import Penalties, choose_token
+from embedgrad.generation.sampling import Sampling
 from tests.csrc.core import STATUS, Core, P, pointer
 
 V, CAPACITY = 12, 10
@@ -91,7 +91,7 @@ def on_device(core: Core, device: str, setup: Setup) -> list[tuple[list[int], st
     params = SamplingParams(s.temperature, s.top_k, s.top_p, s.min_p, p.repetition, p.presence, p.frequency, s.seed)
     at = {name: pointer(array) for name, array in state.items()}
     shared = {
-        "rows": rows, "vocabulary": V, "nodes": pointer(nodes),
+        "sequences": rows, "vocabulary": V, "nodes": pointer(nodes),
         "children": None if tree is None else pointer(tree.children),
         "child_tokens": None if tree is None else pointer(tree.child_tokens),
         **{name: at[name] for name in ("tokens", "status", "counts", "steps", "reasons")},
@@ -106,7 +106,7 @@ def on_device(core: Core, device: str, setup: Setup) -> list[tuple[list[int], st
         if state["running"][0] == 0:
             break
         logits = model(state["inputs"], state["positions"])
-        batch = SamplingBatch(**shared, logits=pointer(logits), stride=V, streams=pointer(streams))
+        batch = SamplingBatch(**shared, logits=pointer(logits), logits_stride=V, streams=pointer(streams))
         assert core.raw_sample(device, params, batch) == 0
         core.advance(device, advance)
         assert core.emulation_error() == ""
@@ -161,7 +161,7 @@ def test_a_row_that_cannot_be_sampled_ends_alone(core: Core, device: str) -> Non
     core.advance(
         device,
         AdvanceBatch(
-            rows=2, vocabulary=V, capacity=1, max_new_tokens=1, max_position=9, stop_size=0,
+            sequences=2, vocabulary=V, capacity=1, max_new_tokens=1, max_position=9, stop_size=0,
             tokens=pointer(tokens), status=pointer(status), running=pointer(running),
             **{name: pointer(array) for name, array in state.items()},
         ),

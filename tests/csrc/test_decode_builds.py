@@ -30,9 +30,9 @@ def test_same_answers_from_every_build_and_number_of_threads(tmp_path: Path) -> 
 
 
 def test_a_missing_wait_is_found(tmp_path: Path) -> None:
-    """Members that do not wait for each other's rows of q, k and v are a race, and ThreadSanitizer says so."""
-    sound = "qkv.begin, qkv.end);\n        crew.wait();\n"
-    csrc = planted(tmp_path, "decode/decoder.cpp", sound, sound.replace("        crew.wait();\n", ""))
+    """Threads that do not wait for each other's rows of q, k and v are a race, and ThreadSanitizer says so."""
+    sound = "qkv.begin, qkv.end);\n        team.wait();\n"
+    csrc = planted(tmp_path, "decode/decoder.cpp", sound, sound.replace("        team.wait();\n", ""))
     done = run_program(PROGRAM.built(tmp_path, SANITIZERS["threads"], csrc))
     assert done.returncode == 66, done.stderr[-1000:]
     assert "data race" in done.stderr

@@ -14,18 +14,19 @@ import pytest
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from embedgrad import device_loop, generation
 from embedgrad.backends.cuda_core import declared
-from embedgrad.device_loop import DeviceLoop
-from embedgrad.errors import BackendError, ConfigError
-from embedgrad.generation import Generation, generate
-from embedgrad.model.decoding import GROWTH
-from embedgrad.model.model import Model, load_model
-from embedgrad.plain_loop import PlainLoop
-from embedgrad.prompt import SoftPrompt
-from embedgrad.sampling import Sampling
-from embedgrad.slots import Limits, Slots
-from embedgrad.template import Template
+from embedgrad.engine.model import Model, load_model
+from embedgrad.generation import generate as generation
+from embedgrad.generation.generate import Generation, generate
+from embedgrad.generation.kv_cache import GROWTH
+from embedgrad.generation.loops import device as device_loop
+from embedgrad.generation.loops.device import DeviceLoop
+from embedgrad.generation.loops.plain import PlainLoop
+from embedgrad.generation.sampling import Sampling
+from embedgrad.generation.slots import Limits, Slots
+from embedgrad.prompt.prompt import SoftPrompt
+from embedgrad.prompt.template import Template
+from embedgrad.util.errors import BackendError, ConfigError
 from tests.csrc.core import Core
 from tests.model.tiny import write_folder
 

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from embedgrad.sampler import Penalties
-from embedgrad.sampling import Sampling
+from embedgrad.generation.sampler import Penalties
+from embedgrad.generation.sampling import Sampling
 from tests.csrc.core import Call, Core
 
 DRAWS = {"cpu": 40_000, "cuda": 200}  # the emulation is slow; that it chooses the same tokens has a test of its own

@@ -9,11 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from embedgrad.sampling import Sampling
-from tests.csrc.core import CPU, CSRC, KERNELS, Call, Core, P, build
+from embedgrad.generation.sampling import Sampling
+from tests.csrc.core import CSRC, KERNELS, Call, Core, P, build
 
 T = np.arange(64)
-KERNEL_FILES = (*KERNELS, "cuda/block.cuh")
+KERNEL_FILES = (*KERNELS, "cuda/block_collectives.cuh")
 # What a missing barrier looks like depends on who comes first.
 MISSING = "race: .* no barrier between|is read that this block has not written|an atomic .* that was not written"
 PLANTED = {  # kernel: what it computes, what is said about the fault
@@ -29,8 +29,7 @@ PLANTED = {  # kernel: what it computes, what is said about the fault
 
 @pytest.fixture(scope="module")
 def faults(has_compiler: None, tmp_path_factory: pytest.TempPathFactory) -> Core:
-    folder = tmp_path_factory.mktemp("faults")
-    return Core(build(folder, [CSRC / f for f in CPU], [Path(__file__).with_name("faults.cu")], [f"-I{CSRC / 'cuda'}"]))
+    return Core(build(tmp_path_factory.mktemp("faults"), kernels=[Path(__file__).with_name("faults.cu")]))
 
 
 @pytest.mark.parametrize("name", PLANTED)
@@ -64,7 +63,7 @@ def without_barrier(folder: Path, name: str, line: int) -> Core:
     lines = (csrc / name).read_text().splitlines()
     lines[line] = lines[line].replace("__syncthreads();", "")
     (csrc / name).write_text("\n".join(lines))
-    return Core(build(folder, [csrc / f for f in CPU], [csrc / f for f in KERNELS]))
+    return Core(build(folder, csrc=csrc))
 
 
 def run_every_kernel(core: Core) -> str:
@@ -76,7 +75,6 @@ def run_every_kernel(core: Core) -> str:
         for sampling in (Sampling(), Sampling(temperature=1), Sampling(temperature=1, top_k=50, top_p=0.9, min_p=0.01)):
             core.sample("cuda", Call(logits, sampling))
         core.token_entropy("cuda", logits)
-        core.trajectories("cuda", [[1, 2, 1, 2, 1, 2, 1, 2], [5] * 30], 2, 6, 3)
     except AssertionError as fault:
         found.append(str(fault))
     return "".join(found) or core.emulation_error()

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.csrc.core import CPU, CSRC, KERNELS, Core, build
+from tests.csrc.core import CSRC, Core, build
 from tests.csrc.test_builds import answers
 
 MATHS, CPU_SAMPLER, CUDA_SAMPLER = "common/sampling.h", "cpu/sampler.cpp", "cuda/sampler.cu"
@@ -23,20 +23,20 @@ FAULTS = [  # file, what stands there, what is put in its place
     (MATHS, "k == key && place <= last", "k == key"),
     (MATHS, "k == key && place <= last", "false"),
     (MATHS, "(missing + unit - 1) / unit", "missing / unit + 1"),
-    (MATHS, "params.seed, batch.streams[row]", "params.seed, 0"),
+    (MATHS, "params.seed, batch.streams[s]", "params.seed, 0"),
     (MATHS, "least ? least : 1", "least + (uint64_t{1} << 36)"),
     (MATHS, "(total >> 32) * part", "(total >> 32) * part / 2"),
     (MATHS, "batch.child_tokens + batch.children[node]", "batch.child_tokens"),
-    (CPU_SAMPLER, "key[i] > key[highest]", "key[i] >= key[highest]"),
-    (CPU_SAMPLER, "missing -= row.weight[i++]", "missing -= row.weight[++i]"),
-    (CPU_SAMPLER, "missing -= row.histogram[bin--]", "--bin"),
+    (CPU_SAMPLER, "if (key > highest)", "if (key >= highest)"),
+    (CPU_SAMPLER, "missing -= scored.weight[i++]", "missing -= scored.weight[++i]"),
+    (CPU_SAMPLER, "missing -= scored.histogram[bin--]", "--bin"),
     (CUDA_SAMPLER, "params.top_k < n", "params.top_k < n - 1000"),
     (CUDA_SAMPLER, "missing - before;", "missing;"),
     (CUDA_SAMPLER, "lane() == __ffs(reached) - 1", "lane() == __ffs(reached) % 32"),
     (CUDA_SAMPLER, "(0xffffffffu - static_cast<uint32_t>(i))", "static_cast<uint32_t>(i)"),
     (CUDA_SAMPLER, "before = __shfl_sync(kAllLanes, running, 31)", "before = running"),
-    ("cuda/block.cuh", "if (lane() >= step)", "if (lane() > step)"),
-    ("cuda/block.cuh", "for (int w = 0; w < warp(); ++w)", "for (int w = 1; w < warp(); ++w)"),
+    ("cuda/block_collectives.cuh", "if (lane() >= step)", "if (lane() > step)"),
+    ("cuda/block_collectives.cuh", "for (int w = 0; w < warp(); ++w)", "for (int w = 1; w < warp(); ++w)"),
 ]
 
 
@@ -53,7 +53,7 @@ def test_fault_changes_an_answer(expected: str, tmp_path: Path, name: str, right
     text = (csrc / name).read_text()
     assert text.count(right) == 1, f"{right!r} is no longer in {name}, or not once"
     (csrc / name).write_text(text.replace(right, wrong))
-    library = build(tmp_path, [csrc / f for f in CPU], [csrc / f for f in KERNELS])
+    library = build(tmp_path, csrc=csrc)
     script = "import sys; from tests.csrc.test_builds import *; print(answers(Core(sys.argv[1])))"
     try:
         done = subprocess.run(

@@ -10,7 +10,8 @@ from tests.csrc.core import compiler
 from tests.csrc.programs import BUILDS, SANITIZERS, Program, planted, run_program
 
 PROGRAM = Program(
-    "kernels_main.cpp", ("cpu/embedding.cpp", "cpu/prompt_step.cpp", "cpu/rowwise.cpp", "cpu/tree_attention.cpp")
+    "kernels_main.cpp",
+    tuple(f"cpu/{x}.cpp" for x in ("embedding", "prompt_step", "rowwise", "softmax_loss", "tree_attention")),
 )
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")]

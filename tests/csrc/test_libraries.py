@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from embedgrad import backends, doctor
+from embedgrad import backends
 from embedgrad.backends import BackendWarning, cuda_core, native_core
-from embedgrad.errors import BackendError
-from embedgrad.loops import loop_for
-from embedgrad.plain_loop import PlainLoop
-from embedgrad.sampling import Sampling
-from embedgrad.slots import Limits, Slots
+from embedgrad.cli import doctor
+from embedgrad.generation.loops import loop_for
+from embedgrad.generation.loops.plain import PlainLoop
+from embedgrad.generation.sampling import Sampling
+from embedgrad.generation.slots import Limits, Slots
+from embedgrad.util.errors import BackendError
 from tests.engine.drawn import pair
 
 
@@ -42,7 +43,7 @@ def test_the_reference_serves_and_says_so(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.undo()
     monkeypatch.setattr(backends, "_native", lambda *_: (_ for _ in ()).throw(BackendError("Not built.")))
     with pytest.warns(BackendWarning, match=r"Not built\. The reference backend serves, more slowly"):
-        assert backends.choose("auto", torch.device("cpu")).NAME == "reference"
+        assert backends.choose("auto", torch.device("cpu")).name == "reference"
 
 
 @pytest.mark.parametrize(("version", "minor"), [("2.13.0+cpu", "2.13"), ("2.6.0", "2.6"), ("3.0a1.dev5", "3.0")])

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from embedgrad.philox import philox4x32_10, random_bits
+from embedgrad.maths.philox import philox4x32_10, random_bits
 from tests.csrc.core import Core
 
 KNOWN = [

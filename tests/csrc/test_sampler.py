@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedgrad.backends.native_core import SamplingBatch, SamplingParams
-from embedgrad.errors import ConfigError
-from embedgrad.forced_choice import ForcedChoice
-from embedgrad.sampler import MAX_VOCABULARY, Penalties, choose_token, weights
-from embedgrad.sampling import Sampling
+from embedgrad.generation.constrained import ForcedChoice
+from embedgrad.generation.sampler import MAX_VOCABULARY, Penalties, choose_token, weights
+from embedgrad.generation.sampling import Sampling
+from embedgrad.util.errors import ConfigError
 from tests.csrc.core import Call, Core
 
 DEVICES = ("cpu", "cuda")
@@ -203,11 +203,12 @@ def test_ended_rows_are_left_alone(core: Core, device: str) -> None:
         ({"presence": np.nan}, 5),
         ({"vocabulary": 0}, 6),
         ({"vocabulary": (1 << 18) + 1}, 6),
-        ({"stride": 3}, 6),
+        ({"logits_stride": 3}, 6),
     ],
 )
 def test_unusable_calls_are_refused_by_number(core: Core, device: str, wrong: dict, number: int) -> None:
-    params, batch = SamplingParams(1, 0, 1, 0, 1, 0, 0, 0), SamplingBatch(stride=1 << 20, rows=1, vocabulary=4)
+    params = SamplingParams(1, 0, 1, 0, 1, 0, 0, 0)
+    batch = SamplingBatch(logits_stride=1 << 20, sequences=1, vocabulary=4)
     for name, value in wrong.items():
         setattr(params if name in dict(SamplingParams._fields_) else batch, name, value)
     assert core.raw_sample(device, params, batch) == number

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from hypothesis import strategies as st
 
-from embedgrad.example import Example
-from embedgrad.model.model import Model, load_model
-from embedgrad.prompt import SoftPrompt
-from embedgrad.template import Template
+from embedgrad.data.example import Example
+from embedgrad.engine.model import Model, load_model
+from embedgrad.prompt.prompt import SoftPrompt
+from embedgrad.prompt.template import Template
 from tests.model.tiny import FAMILIES, write_folder
 
 TEMPLATES = {

@@ -12,12 +12,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from embedgrad.backends import reference
-from embedgrad.errors import ConfigError, DataError
-from embedgrad.example import Example
-from embedgrad.gradient import _Omit, loss_and_grad, score
-from embedgrad.model.model import load_model
-from embedgrad.prompt import SoftPrompt
-from embedgrad.rendering import render
+from embedgrad.data.example import Example
+from embedgrad.engine.gradient import _Omit, loss_and_grad
+from embedgrad.engine.model import load_model
+from embedgrad.engine.scorer import score
+from embedgrad.prompt.prompt import SoftPrompt
+from embedgrad.prompt.rendering import render
+from embedgrad.util.errors import ConfigError, DataError
 from tests.engine.drawn import batches, configs, make_prompt, pair, prompts
 from tests.model.tiny import FAMILIES, write_folder
 from tests.truth import dense_loss, relative_error, transformers_loss_and_grad, transformers_twin

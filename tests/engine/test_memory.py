@@ -15,13 +15,13 @@ from hypothesis import HealthCheck, given, settings
 from torch.profiler import ProfilerActivity, profile
 
 from bench import memory as bench
-from embedgrad.example import Example
-from embedgrad.gradient import _Omit, _size, _step, loss_and_grad
-from embedgrad.memory import POLICIES, _workspace, activation_bytes, device_bytes, weight_bytes
-from embedgrad.model.model import load_model
-from embedgrad.prompt import SoftPrompt
-from embedgrad.rendering import render
-from embedgrad.tree import build_tree
+from embedgrad.data.example import Example
+from embedgrad.engine.gradient import loss_and_grad, pass_over
+from embedgrad.engine.memory import POLICIES, _workspace, activation_bytes, device_bytes, weight_bytes
+from embedgrad.engine.model import load_model
+from embedgrad.engine.tree import build_tree
+from embedgrad.prompt.prompt import SoftPrompt
+from embedgrad.prompt.rendering import render
 from tests.engine.drawn import TEMPLATES, batches, configs, make_prompt, pair, prompts
 from tests.model.tiny import write_folder
 
@@ -40,20 +40,20 @@ def test_activations_and_kept_keys_take_what_is_predicted(config: Any, prompt: A
     model = pair(*config).model
     p = make_prompt(model, prompt)
     tree = build_tree([render(model, p, example) for example in batch])
-    size = _size(tree, _step(model, tree, _Omit()))
+    size = pass_over(model, tree).size
     for policy in POLICIES:
         model.prefix_cache.clear()
         loss_and_grad(model, p, batch, policy=policy)
         predicted = device_bytes(model.config, size, model.dtype, policy)
         assert model.arena.peak == activation_bytes(model.config, size, model.dtype, policy, model.ops)
         assert model.arena.overflow == 0
-        assert model.prefix_cache.nbytes == predicted.kept
+        assert model.prefix_cache.nbytes == predicted.prefix
     masks = [tree.mask(window) for window in set(model.config.windows)]
     heads, groups, dim = model.decoder.heads
     options = launch.options("tree_attention_backward_dkv", "sm_90", dtype=model.dtype, head_dim=dim)
     bound = _workspace(model.config, size, model.dtype, "sm_90")
     for mask in masks:
-        schedule = TreeSchedule(mask.key_begin, mask.key_end, mask.query_index, mask.kept)
+        schedule = TreeSchedule(mask.key_begin, mask.key_end, mask.query_index, mask.prefix)
         assert 4 * workspace_size(schedule, heads, groups, dim, options) <= bound
 
 
@@ -92,4 +92,4 @@ def test_the_benchs_rows_and_table() -> None:
     assert big["weights"] == 2 * 7_615_616_512  # parameters of the published checkpoint
     assert by["Qwen2.5-Math-1.5B", "bf16", "all"]["weights"] == 2 * 1_543_714_304
     assert by["Qwen2.5-Math-7B", "int4", "layer"]["total"] < 8 << 30 < big["total"]
-    assert all(r["total"] == r["weights"] + r["activations"] + r["kept"] + r["workspace"] for r in rows)
+    assert all(r["total"] == r["weights"] + r["activations"] + r["prefix"] + r["workspace"] for r in rows)

@@ -11,23 +11,22 @@ from typing import Any
 import pytest
 import torch
 
-from embedgrad import generation
 from embedgrad.backends import cuda_core
-from embedgrad.device_loop import DeviceLoop
-from embedgrad.example import Example
-from embedgrad.generation import generate
-from embedgrad.gradient import _launch, _Omit, _size, _step, loss_and_grad
-from embedgrad.memory import activation_bytes
-from embedgrad.model.decoding import KeyValueCache
-from embedgrad.model.model import Model, load_model
+from embedgrad.data.example import Example
+from embedgrad.engine.gradient import launch_gradient, loss_and_grad, pass_over
+from embedgrad.engine.model import Model, load_model
+from embedgrad.engine.prefix_cache import keys_and_values
+from embedgrad.engine.tree import build_tree
+from embedgrad.generation import generate as generation
+from embedgrad.generation.generate import generate
+from embedgrad.generation.kv_cache import KeyValueCache
+from embedgrad.generation.loops.device import DeviceLoop
+from embedgrad.generation.loops.plain import PlainLoop
+from embedgrad.generation.sampling import Sampling
 from embedgrad.model.streaming import StreamedLayers, _packed_size
-from embedgrad.plain_loop import PlainLoop
-from embedgrad.prefix_cache import keys_and_values
-from embedgrad.prompt import SoftPrompt
-from embedgrad.rendering import render
-from embedgrad.sampling import Sampling
-from embedgrad.template import Template
-from embedgrad.tree import build_tree
+from embedgrad.prompt.prompt import SoftPrompt
+from embedgrad.prompt.rendering import render
+from embedgrad.prompt.template import Template
 from tests.model.tiny import write_folder
 from tests.truth import relative_error, transformers_loss_and_grad
 
@@ -83,12 +82,19 @@ def test_a_step_never_waits(tmp_path: Path, weights: str, streamed: bool) -> Non
         model = load_model(tmp_path, device="cuda", weights=weights, max_device_memory=_room(model))
     p = moved(model)
     tree = build_tree([render(model, p, example) for example in BATCH])
-    size = _size(tree, _step(model, tree, _Omit()))
-    expected, _, expected_grad = _launch(model, p, tree, _step(model, tree, _Omit()), size, "mlp")  # compiles
-    model.arena.begin(activation_bytes(model.config, size, model.dtype, "mlp"))
+    e = p.embeddings.to("cuda")
+
+    def step() -> tuple[torch.Tensor, torch.Tensor]:
+        packed = pass_over(model, tree)
+        policy, nbytes = model.plan_memory([packed.size], "mlp", 1 << 40)
+        model.arena.begin(nbytes)
+        nll, _, grad = launch_gradient(model, e, packed, policy)
+        return nll, grad
+
+    expected, expected_grad = step()  # compiles
     torch.cuda.synchronize()
     with no_waiting():
-        nll, _, grad = _launch(model, p, tree, _step(model, tree, _Omit()), size, "mlp")
+        nll, grad = step()
     assert torch.equal(nll, expected)
     assert torch.equal(grad, expected_grad)
 
@@ -96,13 +102,13 @@ def test_a_step_never_waits(tmp_path: Path, weights: str, streamed: bool) -> Non
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_a_decode_step_fits_a_cuda_graph(tmp_path: Path, family: str) -> None:
     model, _ = on_gpu(tmp_path, family, sizes={"sliding_window": 5} if family == "mistral" else {})
-    trunk = keys_and_values(model, [9, 30, 200, 7], (), ())
+    prefix = keys_and_values(model.decoder, [9, 30, 200, 7], (), ())
     length = torch.zeros(2, dtype=torch.int64)
     tokens = torch.tensor([[50, 51], [60, 61], [70, 71], [80, 81]], device="cuda")
 
-    plain = KeyValueCache(model, trunk, length)
+    plain = KeyValueCache(model, prefix, length)
     expected = [plain.logits(plain.advance(ids)).clone() for ids in tokens]
-    cache, ids = KeyValueCache(model, trunk, length), tokens[0].clone()
+    cache, ids = KeyValueCache(model, prefix, length), tokens[0].clone()
     start = cache.mark()
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())

@@ -40,9 +40,8 @@ class Fault(NamedTuple):
 
 FAULTS = {
     "rms_norm: no ε": Fault("rms_norm", " / d + eps)", " / d)"),
-    "rms_norm: x̂ not rounded before the weight": Fault("rms_norm", "b_hat.to(dtype).to(tl.float32)", "b_hat"),
-    "rms_norm: the sum x + residual not stored": Fault(
-        "rms_norm", "tl.store(p_x + o_d * x_col, b_x, mask=m_d)", "pass"
+    "rms_norm: x̂ not rounded before the weight": Fault(
+        "rms_norm", "(b_wide * r).to(b_x.dtype).to(tl.float32)", "b_wide * r"
     ),
     "rms_norm_backward: no mean term": Fault("rms_norm", "b_wdy - b_x * r * mean", "b_wdy"),
     "rms_norm_backward: overwrites instead of adding": Fault("rms_norm", "b_dx + r * (", "r * ("),
@@ -65,12 +64,23 @@ FAULTS = {
     "embed_backward: last position of a row left out": Fault(
         "embed", "tl.load(begin_ptr + i_r + 1))", "tl.load(begin_ptr + i_r + 1) - 1)"
     ),
-    "prompt_step: no bias correction of v": Fault("prompt_step", "tl.sqrt_rn(b_v) * correction", "tl.sqrt_rn(b_v)"),
-    "prompt_step: gradient not clipped": Fault("prompt_step", ") * clip", ")"),
-    "prompt_step: cone's wrong nearest point": Fault("prompt_step", "kappa = a * tau + b * s", "kappa = a * tau"),
+    "prompt_step: no bias correction of v": Fault("prompt_step", "tl.sqrt_rn(b_v) / correction", "tl.sqrt_rn(b_v)"),
+    "prompt_step: gradient not clipped": Fault("prompt_step", "limit / norm, _one()", "_one(), _one()"),
+    "prompt_step: cone's wrong nearest point": Fault(
+        "prompt_step", "kappa = a * cosine + b * sine", "kappa = a * cosine"
+    ),
     "prompt_step: norm floor ignored": Fault(
         "prompt_step", "low = length < floor * (1 - _TOLERANCE)", "low = length < 0 * floor"
     ),
+    "prompt_step: the norm of the last block of rows only": Fault("prompt_step", "total += tl.sum", "total = tl.sum"),
+    "prompt_step: moments stay after a step that is taken back": Fault(
+        "prompt_step",
+        "tl.store(v_ptr + i_k * v_row + o_d, tl.load(p_before + 2 * plane, mask=m_d), mask=m_d)",
+        "pass",
+    ),
+    "prompt_step: a penalty's share lost": Fault("prompt_step", "tl.store(p_g, b_g, mask=m_d)", "pass"),
+    "prompt_step: SGD without its momentum": Fault("prompt_step", "a1 * b_m + (b_g + a2 * b_e)", "b_g + a2 * b_e"),
+    "prompt_step: inside from tau on": Fault("prompt_step", "a >= inside_from * length", "a >= 0.99 * tau * length"),
     "prompt_step: mean cosine after one round": Fault(
         "prompt_step", "while turn & (level < before):", "if turn & (level < before):"
     ),

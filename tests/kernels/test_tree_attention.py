@@ -1,7 +1,7 @@
 """Tree attention against the dense fp64 definition: drawn trees, layouts and types; same bits; canaries; extremes.
 
 Faults: FAULTS lists what is planted into a copy of the kernels at every run (a dropped mask or window, a branch missing
-from the trunk's sum, a slot missing from the sum of its pieces, a wrong scale, the pivot −∞, a store beyond the last
+from the prefix's sum, a slot missing from the sum of its pieces, a wrong scale, the pivot −∞, a store beyond the last
 row); each must make `compare`, which all drawn trees go through, or its canaries, fail.
 """
 
@@ -64,7 +64,7 @@ def backward(
     do: Tensor, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor, schedule: TreeSchedule,
     scale: float, softcap: float | None, wanted: str = "qkv",
 ) -> list[Tensor]:  # fmt: skip
-    own = (len(k) - schedule.kept, *k.shape[1:])
+    own = (len(k) - schedule.prefix, *k.shape[1:])
     found = [
         guarded(shape, q.dtype, name=f"d{n}") for n, shape in (("q", q.shape), ("k", own), ("v", own)) if n in wanted
     ]
@@ -107,7 +107,7 @@ def compare(
     precision = max(TOLERANCE[dtype], TOLERANCE[torch.float32] * max(1.0, largest / 8))
     sizes = magnitudes(do.double(), q.double(), k.double(), v.double(), visible, scale, softcap)
     for what, a, b, c, e in zip(("dq", "dk", "dv"), gradients, plains, truths, sizes, strict=True):
-        rows = slice(None) if what == "dq" else slice(schedule.kept, None)
+        rows = slice(None) if what == "dq" else slice(schedule.prefix, None)
         noise = precision * e[rows].norm()
         if float(c[rows].norm()) > 10 * noise:
             three_way(a, b[rows], c[rows], factor=2.0, tolerance=float(noise / c[rows].norm()), what=what)
@@ -116,7 +116,7 @@ def compare(
     check_canaries()
 
 
-GIANT_TRUNK = Tree("trunk", ((-1, 33), (0, 3), (0, 0), (0, 5)), (), 1, None)
+GIANT_PREFIX = Tree("prefix", ((-1, 33), (0, 3), (0, 0), (0, 5)), (), 1, None)
 MANY_LEAVES = Tree("leaves", ((-1, 5), *((0, 2),) * 14), ((0, 40), (7, 9), (3, 3)), 1, None)
 DEEP = Tree("deep", tuple((i - 1, 3) for i in range(13)), ((0, 39),), 3, 7)
 
@@ -126,7 +126,7 @@ DEEP = Tree("deep", tuple((i - 1, 3) for i in range(13)), ((0, 39),), 3, 7)
     trees(), st.sampled_from(HEADS), st.sampled_from(FLOAT_TYPES), layouts(), st.sampled_from((None, None, 3.0)),
     st.integers(0, 2**31),
 )  # fmt: skip
-@example(GIANT_TRUNK, (2, 1, 20), torch.float32, "contiguous", None, 0)
+@example(GIANT_PREFIX, (2, 1, 20), torch.float32, "contiguous", None, 0)
 @example(MANY_LEAVES, (4, 2, 32), torch.float16, "wide_rows", None, 1)
 @example(DEEP, (1, 1, 16), torch.float32, "transposed", 3.0, 2)
 @example(Tree("one token", ((-1, 1),), (), 1, None), (1, 1, 16), torch.float32, "stepped", None, 3)
@@ -150,17 +150,17 @@ def test_many_drawn_trees(
         compare(tree, heads, dtype, layout, softcap, seed, bits=True)
 
 
-@pytest.mark.parametrize("tree", [GIANT_TRUNK, DEEP], ids=lambda tree: tree.name)
+@pytest.mark.parametrize("tree", [GIANT_PREFIX, DEEP], ids=lambda tree: tree.name)
 def test_same_bits_in_every_order(tree: Tree) -> None:
     with small_blocks():
         compare(tree, (2, 1, 20), torch.float32, "contiguous", None, 7, bits=True)
 
 
 @pytest.mark.parametrize("programs", [1, 3, 64])
-def test_trunk_pieces(programs: int) -> None:
-    """However finely the rows behind a trunk are cut into pieces, the gradient is the same, and nothing is lost."""
+def test_prefix_pieces(programs: int) -> None:
+    """However finely the rows behind a prefix are cut into pieces, the gradient is the same, and nothing is lost."""
     with small_blocks(programs=programs):
-        compare(GIANT_TRUNK, (2, 1, 16), torch.float32, "contiguous", None, 11)
+        compare(GIANT_PREFIX, (2, 1, 16), torch.float32, "contiguous", None, 11)
 
 
 @pytest.mark.parametrize("dim", [80, 256])
@@ -178,7 +178,7 @@ def test_extreme_logits(size: float) -> None:
 
 
 def test_rows_without_a_key() -> None:
-    """Queries before every kept key's interval that have no key of their own: o = 0, lse = −∞, gradients 0."""
+    """Queries before every prefix key's interval that have no key of their own: o = 0, lse = −∞, gradients 0."""
     n, h, d = 20, 2, 16
     schedule = TreeSchedule(*(torch.tensor(x, dtype=torch.int32, device=DEVICE) for x in ([5, 9], [7, 9], range(n))), 0)
     q, do = normal(1, (n, h, d)), normal(4, (n, h, d))
@@ -218,8 +218,8 @@ def test_no_queries_and_no_keys() -> None:
 
 @pytest.mark.parametrize("wanted", ["q", "kv"])
 def test_only_what_is_wanted(wanted: str) -> None:
-    schedule = GIANT_TRUNK.schedule()
-    n = GIANT_TRUNK.tokens
+    schedule = GIANT_PREFIX.schedule()
+    n = GIANT_PREFIX.tokens
     q, k, v, do = (normal(i, (n, 1, 16)) for i in range(4))
     with small_blocks():
         out, lse = forward(q, k, v, schedule, 0.25, None)
@@ -257,17 +257,17 @@ def test_views_of_one_buffer() -> None:
 def test_parts_add_up() -> None:
     """Gradients of some keys, or of some queries, are those of a launch that has only these (the docstring says so)."""
     schedule, n = MANY_LEAVES.schedule(), MANY_LEAVES.tokens
-    kept = schedule.kept
+    prefix = schedule.prefix
     q, do = normal(1, (n, 2, 16)), normal(2, (n, 2, 16))
-    k, v = normal(3, (kept + n, 1, 16)), normal(4, (kept + n, 1, 16))
-    few = slice(kept + 3, kept + 8)
+    k, v = normal(3, (prefix + n, 1, 16)), normal(4, (prefix + n, 1, 16))
+    few = slice(prefix + 3, prefix + 8)
     rows = torch.tensor([1, 5, 30], device=DEVICE)
     with small_blocks():
         out, lse = forward(q, k, v, schedule, 0.25, None)
         dq, dk, dv = backward(do, q, k, v, out, lse, schedule, 0.25, None)
         keys = TreeSchedule(schedule.key_begin[few], schedule.key_end[few], schedule.query_index, 0)
         some_dk, some_dv = backward(do, q, k[few], v[few], out, lse, keys, 0.25, None, "kv")
-        queries = TreeSchedule(schedule.key_begin, schedule.key_end, schedule.query_index[rows], kept)
+        queries = TreeSchedule(schedule.key_begin, schedule.key_end, schedule.query_index[rows], prefix)
         (some_dq,) = backward(do[rows], q[rows], k, v, out[rows], lse[rows], queries, 0.25, None, "q")
     torch.testing.assert_close(some_dk, dk[3:8])
     torch.testing.assert_close(some_dv, dv[3:8])
@@ -276,7 +276,7 @@ def test_parts_add_up() -> None:
 
 def test_skips_what_nobody_sees() -> None:
     """Every visited block of keys has a key that a query of the program can see, and pieces are of fair length."""
-    for tree in (GIANT_TRUNK, MANY_LEAVES, DEEP):
+    for tree in (GIANT_PREFIX, MANY_LEAVES, DEEP):
         schedule = Tree(tree.name, tree.segments, (), 1, None).schedule()
         visible = seen(schedule).repeat_interleave(2, 0)
         lists = schedule.key_lists(2, 16, 16)
@@ -296,7 +296,7 @@ def test_skips_what_nobody_sees() -> None:
 
 
 def test_refusals() -> None:
-    schedule, n = GIANT_TRUNK.schedule(), GIANT_TRUNK.tokens
+    schedule, n = GIANT_PREFIX.schedule(), GIANT_PREFIX.tokens
     q = normal(1, (n, 2, 16))
     good = {"out": torch.empty_like(q), "lse": torch.empty(n, 2, device=DEVICE)}
     with pytest.raises(ValueError, match="fit together"):
@@ -336,7 +336,7 @@ FAULTS = {
     "backward: mask dropped": (BACKWARD, r"tl\.where\(m_seen, b_p, 0\.0\)", "b_p"),
     "backward: scale of dq": (BACKWARD, r"\(b_dq \* scale\)", "b_dq"),
     "backward: scale of dk": (BACKWARD, r"\(b_dk \* scale\)", "b_dk"),
-    "backward: last branch missing from the trunk": (
+    "backward: last branch missing from the prefix": (
         BACKWARD,
         r"\(row_end - whole_end,",
         "(row_end - whole_end - BLOCK_Q,",
@@ -353,8 +353,8 @@ def test_planted_faults(fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module, pattern, replacement = FAULTS[fault]
     source, count = re.subn(pattern, replacement, inspect.getsource(module))
     assert count, f"the fault {fault!r} no longer applies: {pattern} is not in the source"
-    kept = ((3, 30),) * 16 if "pivot" in fault else ((0, 30),)
-    tree = Tree("trunk", ((-1, 20), (0, 6), (0, 9)), kept, 1, 4 if "window" in fault else None)
+    prefix = ((3, 30),) * 16 if "pivot" in fault else ((0, 30),)
+    tree = Tree("prefix", ((-1, 20), (0, 6), (0, 9)), prefix, 1, 4 if "window" in fault else None)
     launcher = module.__name__.rsplit(".", 1)[-1]
     with small_blocks():
         compare(tree, (2, 1, 16), torch.float32, "contiguous", None, 3)

@@ -52,11 +52,11 @@ def quick_device_functions() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Tree:
-    """One drawn mask. parent and length per segment, depth first; kept: (begin, end) of each kept key's interval."""
+    """One drawn mask. Parent and length per segment, depth first; prefix: (begin, end) of each of its keys."""
 
     name: str
     segments: tuple[tuple[int, int], ...]
-    kept: tuple[tuple[int, int], ...]
+    prefix: tuple[tuple[int, int], ...]
     every: int  # one of how many tokens is a query
     window: int | None
 
@@ -66,17 +66,17 @@ class Tree:
 
     def schedule(self) -> TreeSchedule:
         begin, end, position = _packed(self.segments)
-        kept_begin = [min(b, self.tokens) for b, _ in self.kept]
-        kept_end = [min(e, self.tokens) for _, e in self.kept]
+        prefix_begin = [min(b, self.tokens) for b, _ in self.prefix]
+        prefix_end = [min(e, self.tokens) for _, e in self.prefix]
         query = list(range(self.every - 1, self.tokens, self.every))
-        behind = [p + len(self.kept) for p in position]
+        behind = [p + len(self.prefix) for p in position]
         return TreeSchedule(
-            _ints(kept_begin + begin),
-            _ints(kept_end + end),
+            _ints(prefix_begin + begin),
+            _ints(prefix_end + end),
             _ints(query),
-            len(self.kept),
+            len(self.prefix),
             _ints([behind[i] for i in query]),
-            _ints([*range(len(self.kept)), *behind]),
+            _ints([*range(len(self.prefix)), *behind]),
             self.window,
         )
 
@@ -118,7 +118,7 @@ def _packed(segments: Sequence[tuple[int, int]]) -> tuple[list[int], list[int], 
 def _shape(kind: str, sizes: list[int], parents: list[int]) -> tuple[tuple[int, int], ...]:
     if kind == "one token":
         return ((-1, 1),)
-    if kind == "trunk":
+    if kind == "prefix":
         return ((-1, 20 + sizes[0]), *((0, n) for n in sizes[1:3]))
     if kind == "leaves":
         return ((-1, sizes[0]), *((0, 1 + n % 3) for n in sizes * 2))
@@ -132,15 +132,15 @@ def _shape(kind: str, sizes: list[int], parents: list[int]) -> tuple[tuple[int, 
 @st.composite
 def trees(draw: st.DrawFn, *, windows: bool = True) -> Tree:
     """Trees of 1 to about 50 tokens: random ones, and the kinds that go wrong; some segments are empty."""
-    kind = draw(st.sampled_from(("random", "trunk", "leaves", "deep", "forest", "one token")))
+    kind = draw(st.sampled_from(("random", "prefix", "leaves", "deep", "forest", "one token")))
     sizes = draw(st.lists(st.integers(0, 9), min_size=4, max_size=6))
     sizes[0] = max(sizes[0], 1)
     parents = draw(st.lists(st.integers(0, 5), min_size=6, max_size=6))
     bounds = st.tuples(st.integers(0, 40), st.integers(0, 40))
-    kept = draw(st.lists(bounds, max_size=5))
+    prefix = draw(st.lists(bounds, max_size=5))
     every = draw(st.sampled_from((1, 1, 3)))
     window = draw(st.sampled_from((None, None, 1, 7))) if windows else None
-    return Tree(kind, _shape(kind, sizes, parents), tuple(kept), every, window)
+    return Tree(kind, _shape(kind, sizes, parents), tuple(prefix), every, window)
 
 
 def seen(schedule: TreeSchedule) -> Tensor:

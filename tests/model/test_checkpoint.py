@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from embedgrad.errors import ModelError
 from embedgrad.model.checkpoint import read_checkpoint
+from embedgrad.util.errors import ModelError
 from tests.model import tiny
 
 

@@ -12,8 +12,8 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedgrad.errors import ModelError
 from embedgrad.model.config import ModelConfig, inverse_frequencies
+from embedgrad.util.errors import ModelError
 from tests.model.tiny import FAMILIES, SMALL
 
 ARCHITECTURE = {

@@ -13,9 +13,9 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedgrad.errors import DataError, ModelError
 from embedgrad.model.checkpoint import read_checkpoint
 from embedgrad.model.tokenizer import Tokenizer
+from embedgrad.util.errors import DataError, ModelError
 from tests.model import tiny
 
 TEXTS = [

@@ -10,13 +10,13 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from embedgrad.cli import app
-from tests.training import model_folder
+from embedgrad.cli.app import app
+from tests.train.training import model_folder
 
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a finished run; look, do not touch."""
+    """The folder of a finished run. Tests must not change it."""
     place = tmp_path_factory.mktemp("report")
     words = ["joy", "pain", "wit", "noise"]
     lines = [{"text": f"A film of {words[i % 4]}, number {i}", "label": ["good", "bad"][i % 2]} for i in range(24)]
@@ -40,6 +40,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copied(finished: Path, tmp_path: Path) -> Path:
-    """The same in a folder of the test's own."""
+    """A copy of the finished run that a test may change."""
     shutil.copytree(finished, tmp_path / "first")
     return tmp_path / "first"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from embedgrad.commands import report
+from embedgrad.cli.commands import report
 
 pytest.importorskip("plotly")
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")

@@ -1,4 +1,4 @@
-"""Reports: they say what the run's files say, say what is missing, load nothing, and take no text for markup."""
+"""Reports agree with the run's files, name what is missing, load nothing, and escape all texts."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from embedgrad.cli import app
-from embedgrad.commands import report as command
-from embedgrad.errors import ConfigError, EmbedGradError
-from embedgrad.prompt import SoftPrompt
+from embedgrad.cli.app import app
+from embedgrad.cli.commands import report as command
+from embedgrad.prompt.prompt import SoftPrompt
 from embedgrad.report import content, markdown
 from embedgrad.report.curves import COLUMNS, heat_map
 from embedgrad.report.read import read_run, shown
-from tests.training import tiny_model
+from embedgrad.util.errors import ConfigError, EmbedGradError
+from tests.train.training import tiny_model
 
 pytest.importorskip("plotly")
 EVIL = "</script><script>alert('x')</script> | `tick` **bold** ![p](http://x) {{ 7*7 }} & \u2028 <!-- \n# heading"
@@ -112,7 +112,7 @@ def test_the_page_loads_nothing(copied: Path) -> None:
 
 
 def test_no_text_is_markup(copied: Path) -> None:
-    """In a page, in its scripts, in plotly's labels and in Markdown."""
+    """Texts are escaped in the page, its scripts, plotly's labels and Markdown."""
     test = json.loads((copied / "test.json").read_text())
     for when, right in (("before", False), ("after", True)):
         test[when]["records"][0] |= {"query": EVIL, "generated": EVIL, "target": EVIL, "generated_correct": right}
@@ -224,7 +224,7 @@ def test_records_with_holes_and_nan(copied: Path) -> None:
 
 
 def test_a_summary_that_contradicts_the_answers_is_caught(copied: Path) -> None:
-    """A sceptic's case: better figures than the answers give."""
+    """A summary with better figures than the answers have."""
     summary = json.loads((copied / "summary.json").read_text())
     true = summary["generated_accuracy"]["after"]
     summary["generated_accuracy"]["after"] = 0.99
@@ -235,7 +235,7 @@ def test_a_summary_that_contradicts_the_answers_is_caught(copied: Path) -> None:
 
 
 def places(values: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """The path of every value inside, of lists only the first."""
+    """The path of every inner value; of a list only its first item."""
     inside = values.items() if isinstance(values, dict) else enumerate(values[:1]) if isinstance(values, list) else ()
     for key, value in inside:
         yield (*path, key)

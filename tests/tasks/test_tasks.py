@@ -13,17 +13,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedgrad.errors import ConfigError, DataError
-from embedgrad.example import Example
-from embedgrad.grading.grader import make_grader
-from embedgrad.settings import OptimizeConfig
-from embedgrad.splitting import text_key
+from embedgrad.data.example import Example
+from embedgrad.data.splitting import text_key
+from embedgrad.evaluation.grading.registry import make_grader
 from embedgrad.tasks import NAMES, find_task
 from embedgrad.tasks.causal_judgement import story
 from embedgrad.tasks.parts import Division, cut, divide
 from embedgrad.tasks.source import Source
 from embedgrad.tasks.task import Pools, Task
-from tests.fake_model import tokenizer_of
+from embedgrad.train.settings import OptimizeConfig
+from embedgrad.util.errors import ConfigError, DataError
+from tests.prompt.fake_model import tokenizer_of
 from tests.tasks.shared import data_folder
 
 CAUSAL = [
@@ -91,7 +91,7 @@ def test_tasks_from_a_folder(folder: Path, name: str, variant: str | None) -> No
 
 
 def test_what_the_test_data_has_is_not_trained_on(folder: Path) -> None:
-    """One review of the stand-in stands in both files, but for case and a full stop."""
+    """One review of the stand-in is in both files and differs in case and a full stop only."""
     task = find_task("imdb")
     parts = divide(task, task.load(Source.of(folder), None), Division({"train": 35, "validation": 4, "test": 21}))
     assert parts.leakage.left_out == 1
@@ -252,7 +252,7 @@ def test_reviews_that_begin_alike_are_one_once_cut() -> None:
 
 @pytest.mark.parametrize("variant", ["bigbench", "bbh"])
 def test_real_causal_judgement(variant: str) -> None:
-    """The stories that stand there twice with opposite labels are on one side, and so are all variations of a story."""
+    """Stories that occur twice with opposite labels are in one part, and so are all variations of a story."""
     task = find_task("causal_judgement")
     pools = task.load(Source.of(data_folder()), variant)
     count = {"bigbench": 190, "bbh": 187}[variant]

@@ -1,27 +1,29 @@
-// Runs a kernel on the CPU: one block after another, the threads of a block as fibres of one host thread.
+// Runs a CUDA kernel on the CPU: one block after another, the threads of a block as fibres of one host thread.
 //
-// A fibre runs until it waits at a barrier or a warp collective; then another is picked at random, so that a kernel
-// that relies on an order of threads changes its results from seed to seed. Two things do not depend on luck:
+// A fibre runs until it waits at a barrier or a warp collective. The next fibre is picked at random, so a kernel that
+// relies on the order of threads gives different results for different seeds. Two checks do not depend on the seed:
 //
-//   SharedArray  remembers for each element who accessed it since which barrier. Two threads of a block that access an
-//                element between the same two barriers, one of them writing, not both atomically, are a race: between
-//                them a __syncthreads (or, in one warp, a __syncwarp) is missing. A read of what this block never wrote
-//                is reported as well.
-//   barriers     all threads of a block must arrive at one __syncthreads, and all lanes of a warp at one collective.
+//   SharedArray  records the last accesses to each element and the barriers before them. It reports a race where two
+//                threads of a block access an element between the same two barriers, at least one writes, and not both
+//                accesses are atomic: a __syncthreads (or, within a warp, a __syncwarp) is missing. It also reports a
+//                read of an element that this block has not written.
+//   barriers     All threads of a block must reach the same __syncthreads, and all lanes of a warp the same collective.
 //
-// Emulated: one-dimensional grids and blocks, full-mask warp collectives, shared memory in SharedArrays, atomics,
-// the intrinsics below. Not emulated: streams (a launch returns when it is done), memory models, global-memory races.
+// Emulated: one-dimensional grids and blocks, warp collectives with the full mask, shared memory in SharedArrays,
+// atomics, and the intrinsics below. Not emulated: streams (a launch returns when the kernel has ended), memory models,
+// races in global memory.
 #pragma once
 
 #include <ucontext.h>
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <functional>
 #include <memory>
 #include <string>
+#include <type_traits>
+#include <utility>
 #include <vector>
 
 #define __global__
@@ -46,8 +48,8 @@ struct Fibre {
 
 struct Warp {
     int waiting, line;
-    uint32_t collectives;  // its parity says which slots are written: a fast lane may be one ahead of a slow one
-    uint32_t epoch;        // __syncwarps passed
+    uint32_t collectives;  // its parity selects the slots to write: a fast lane may be one collective ahead of a slow one
+    uint32_t epoch;        // __syncwarp calls passed
     uint64_t slots[2][kWarp];
 };
 
@@ -56,21 +58,21 @@ struct Machine {
     std::vector<std::unique_ptr<Fibre>> fibres;
     std::vector<Warp> warps;
     const std::function<void()>* kernel = nullptr;
-    int block = 0, blocks = 0, threads = 0, thread = 0;
+    int block = 0, threads = 0, thread = 0;
     int waiting = 0, line = 0;  // at the block's barrier
     uint32_t epoch = 0;         // barriers passed by this block
-    uint64_t run = 0;           // one number per block ever run
+    uint64_t run = 0;           // how many blocks have run so far, over all launches
     uint64_t random = 1;
-    std::string error;          // of the first fault since it was last asked for
+    std::string error;          // the first fault since embedgrad_emulation_error
     bool failed = false;        // in this launch
 
     bool in_fibre = false;
 
-    // Ends the launch: a kernel that goes on with what a fault left behind may never come to an end.
+    // Ends the launch, because a kernel that runs on after a fault may never end.
     void fault(const std::string& what) {
         failed = true;
         if (error.empty()) error = "block " + std::to_string(block) + ": " + what;
-        if (in_fibre) swapcontext(&fibres[thread]->context, &scheduler);  // and is not resumed
+        if (in_fibre) swapcontext(&fibres[thread]->context, &scheduler);  // this fibre is not resumed
     }
 };
 
@@ -105,7 +107,7 @@ inline void wait_for_block(int line) {
     yield();
 }
 
-// Waits for all lanes of the warp; returns what each of them gave.
+// Waits for all lanes of the warp; returns the value of each lane.
 inline const uint64_t* exchange(uint64_t mine, int line) {
     Machine& m = machine();
     const int first = m.thread / kWarp * kWarp;
@@ -177,9 +179,8 @@ inline void launch(int blocks, int threads, const std::function<void()>& kernel)
     Machine& m = machine();
     m.failed = false;
     m.kernel = &kernel;
-    m.blocks = blocks;
     m.threads = threads;
-    if (threads % kWarp) m.fault("a block of " + std::to_string(threads) + " threads is no whole number of warps");
+    if (threads % kWarp) m.fault("a block of " + std::to_string(threads) + " threads is not a whole number of warps");
     for (m.block = 0; m.block < blocks && !m.failed; ++m.block) run_block();
 }
 
@@ -190,7 +191,6 @@ struct Index {
 inline Index thread_index() { return {static_cast<unsigned>(machine().thread)}; }
 inline Index block_index() { return {static_cast<unsigned>(machine().block)}; }
 inline Index block_size() { return {static_cast<unsigned>(machine().threads)}; }
-inline Index grid_size() { return {static_cast<unsigned>(machine().blocks)}; }
 
 // ---- warp collectives
 
@@ -203,7 +203,7 @@ uint64_t to_slot(T value) {
 }
 
 template <class T>
-T shuffle(T value, int from, int line) {  // `from`: a lane, or the own one where there is none
+T shuffle(T value, int from, int line) {  // a lane without a source lane gets its own value
     const int lane = machine().thread % kWarp;
     const uint64_t* slots = exchange(to_slot(value), line);
     T result;
@@ -222,7 +222,7 @@ inline void wait_for_warp(int line) {
     Warp& warp = machine().warps[machine().thread / kWarp];
     const uint32_t before = warp.epoch;
     exchange(0, line);
-    warp.epoch = before + 1;  // the same from every lane
+    warp.epoch = before + 1;  // every lane writes the same number
 }
 
 // ---- shared memory
@@ -237,7 +237,7 @@ struct Access {
         return {m.run, m.thread, m.epoch, m.warps[m.thread / kWarp].epoch};
     }
 
-    // Could it have happened after or during `now`, of another thread?
+    // Whether this access, by another thread, may run at the same time as `now`.
     bool races(const Access& now) const {
         if (run != now.run || epoch != now.epoch || thread == now.thread) return false;
         return thread / kWarp != now.thread / kWarp || warp_epoch == now.warp_epoch;
@@ -319,7 +319,6 @@ T atomic(SharedPointer<T> p, F next) {
 #define threadIdx (::emulation::thread_index())
 #define blockIdx (::emulation::block_index())
 #define blockDim (::emulation::block_size())
-#define gridDim (::emulation::grid_size())
 
 #define __syncthreads() ::emulation::wait_for_block(__LINE__)
 #define __syncwarp() ::emulation::wait_for_warp(__LINE__)
@@ -330,7 +329,7 @@ T atomic(SharedPointer<T> p, F next) {
 
 inline int __ffs(unsigned x) { return __builtin_ffs(static_cast<int>(x)); }
 
-// A pointer of either kind; the operand may be of another integer type, as in CUDA's overloads.
+// On global or shared memory. The operand may have another integer type, as with CUDA's overloads.
 template <class T>
 T atomicAdd(T* p, std::common_type_t<T> v) {
     return emulation::atomic(p, [&](T old) { return static_cast<T>(old + v); });
@@ -338,10 +337,6 @@ T atomicAdd(T* p, std::common_type_t<T> v) {
 template <class T>
 T atomicAdd(emulation::SharedPointer<T> p, std::common_type_t<T> v) {
     return emulation::atomic(p, [&](T old) { return static_cast<T>(old + v); });
-}
-template <class T>
-T atomicMin(emulation::SharedPointer<T> p, std::common_type_t<T> v) {
-    return emulation::atomic(p, [&](T old) { return std::min<T>(old, v); });
 }
 
 namespace embedgrad {

@@ -1,0 +1,1 @@
+"""What the questions share. Nothing here imports a question or `bench.machine_code`."""

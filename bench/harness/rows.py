@@ -1,0 +1,193 @@
+"""The rows that every question records: what was asked, of whom, what came out, and where.
+
+One row is one figure of one contender in one case. Rows are appended to `bench/results/QUESTION.jsonl`, one JSON object
+a line. Tables and pictures are made from them alone (`bench.harness.report`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import statistics
+import subprocess
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "bench" / "results"
+LOW, HIGH = 0.2, 0.8  # quantiles beside the median
+
+
+class Machine(BaseModel):
+    """Where a run took place."""
+
+    model_config = ConfigDict(frozen=True)
+
+    cpu: str
+    instruction_set: str  # what the native backend uses
+    cores: int
+    memory_bytes: int
+    gpu: str | None
+    system: str
+
+    def __str__(self) -> str:
+        parts = [f"{self.cores} cores of {self.cpu} ({self.instruction_set})", f"{self.memory_bytes / 2**30:.0f} GiB"]
+        return ", ".join(parts if self.gpu is None else [self.gpu, *parts])
+
+
+class Run(BaseModel):
+    """One call of `python -m bench`."""
+
+    model_config = ConfigDict(frozen=True)
+
+    started: str  # UTC
+    command: str
+    commit: str  # with a "+" where the working tree differed from it
+    quick: bool
+    versions: dict[str, str]
+    machine: Machine
+
+
+class Row(BaseModel):
+    """One figure.
+
+    median, low, high: of the `repeats` values measured, in `unit`; low and high are the 20 and 80 % quantiles.
+    repeats 0: counted or computed, not measured. peak_bytes: memory, where that was asked. more: other figures.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    question: str
+    contender: str
+    version: str
+    case: dict[str, int | float | str]
+    unit: str
+    median: float
+    low: float
+    high: float
+    repeats: int
+    peak_bytes: int | None = None
+    more: dict[str, Any] = Field(default_factory=dict)
+    run: Run | None = None
+
+
+def row(
+    question: str,
+    contender: str,
+    version: str,
+    values: Sequence[float],
+    *,
+    case: Mapping[str, int | float | str],
+    unit: str = "s",
+    peak_bytes: int | None = None,
+    counted: bool = False,
+    **more: Any,
+) -> Row:
+    """A row of the `values` measured; with `counted`, of one value that was counted."""
+    return Row(
+        question=question, contender=contender, version=version, case=dict(case), unit=unit,
+        median=statistics.median(values), low=quantile(values, LOW), high=quantile(values, HIGH),
+        repeats=0 if counted else len(values), peak_bytes=peak_bytes, more=more,
+    )  # fmt: skip
+
+
+def of_part(rows: Iterable[Row], part: str) -> list[Row]:
+    """The rows of one part of a question."""
+    return [one for one in rows if one.case["part"] == part]
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The value below which `share` of the values lie; between two neighbours, linear interpolation."""
+    found = sorted(values)
+    place = share * (len(found) - 1)
+    below = int(place)
+    above = min(below + 1, len(found) - 1)
+    return found[below] + (place - below) * (found[above] - found[below])
+
+
+def this_run(arguments: Sequence[str], quick: bool) -> Run:
+    """The run that these command-line arguments have started."""
+    import torch
+    import triton
+
+    import embedgrad
+
+    versions = {
+        "embedgrad": embedgrad.__version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+    }
+    return Run(
+        started=datetime.now(timezone.utc).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        command=" ".join(["python -m bench", *arguments]), commit=_commit(), quick=quick, versions=versions,
+        machine=_machine(),
+    )  # fmt: skip
+
+
+def append(rows: Iterable[Row]) -> list[Path]:
+    """Append rows to their questions' files; returns the files."""
+    RESULTS.mkdir(exist_ok=True)
+    lines: dict[Path, str] = {}
+    for one in rows:
+        path = RESULTS / f"{one.question}.jsonl"
+        lines[path] = lines.get(path, "") + one.model_dump_json() + "\n"
+    for path, text in lines.items():
+        with path.open("a") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+    return list(lines)
+
+
+def newest(question: str, folder: Path = RESULTS) -> list[Row]:
+    """The rows of a question's last run that was not `--quick`; of the last quick one where all were quick."""
+    path = folder / f"{question}.jsonl"
+    if not path.exists():
+        return []
+    rows = [Row.model_validate(json.loads(line)) for line in path.read_text().splitlines() if line]
+    whole = [one for one in rows if one.run is not None and not one.run.quick] or rows
+    last = whole[-1].run if whole else None
+    return [one for one in whole if one.run == last]
+
+
+def _commit() -> str:
+    def git(*arguments: str) -> str:
+        found = subprocess.run(["git", *arguments], cwd=ROOT / "bench", capture_output=True, text=True, check=False)
+        return found.stdout.strip()
+
+    # Results, pictures and documents do not change what is measured.
+    changed = git("status", "--porcelain", "--untracked-files=no", "--", ":/", ":!results", ":!pictures", ":/!*.md")
+    return (git("rev-parse", "--short=10", "HEAD") or "unknown") + ("+" if changed else "")
+
+
+def _machine() -> Machine:
+    import torch
+
+    try:
+        from embedgrad.backends import native
+
+        instruction_set = native.instruction_set()
+    except ImportError:
+        instruction_set = "csrc/ not built"
+    return Machine(
+        cpu=_cpu(), instruction_set=instruction_set, cores=len(os.sched_getaffinity(0)),
+        memory_bytes=os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"),
+        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        system=f"{platform.system()} {platform.machine()}",
+    )  # fmt: skip
+
+
+def _cpu() -> str:
+    try:
+        found = dict(re.findall(r"^(model name|cpu family|model)\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.M))
+    except OSError:
+        return platform.processor() or "unknown"
+    name = re.sub(r"\s+", " ", found.get("model name", "unknown"))
+    return f"{name} family {found.get('cpu family', '?')} model {found.get('model', '?')}"

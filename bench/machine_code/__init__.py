@@ -1,0 +1,1 @@
+"""What the kernels compile to, and what their machine code executes. Nothing here imports a question."""

@@ -1,0 +1,239 @@
+"""The command line: `embedgrad optimize | evaluate | compare | study | report | generate | show | doctor`.
+
+This module only declares the options. A command's modules are imported when it runs, so `--help` is fast. Exit codes: 0
+success, 2 an error of the package (one sentence on stderr), 130 stopped by Ctrl-C, 143 stopped by SIGTERM.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import embedgrad.util.openmp  # noqa: F401
+from embedgrad.util.errors import EmbedGradError
+
+app = typer.Typer(
+    name="embedgrad",
+    help="Tune a prompt's embeddings against a frozen language model.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+PromptFile = Annotated[Path, typer.Argument(help="A prompt file, such as runs/NAME/prompt.safetensors.")]
+ModelPath = Annotated[str, typer.Option("--model", "-m", help="Model folder, .gguf file or hub id.")]
+DType = Annotated[str | None, typer.Option(help="Compute type: float32, float64, bfloat16.")]
+Weights = Annotated[str, typer.Option(help="Form of the matrices: auto, compute, stored, fp32, bf16, int8, int4.")]
+Backend = Annotated[str, typer.Option(help="The kernels: auto, or a backend that `doctor` lists.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
+QueryField = Annotated[str, typer.Option(help="Field of the JSON lines that holds the query.")]
+ConfigFile = Annotated[Path, typer.Argument(help="Configuration file (YAML).")]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", help="Override one setting: section.key=value; may be repeated.")
+]
+TaskFolder = Annotated[
+    Path | None, typer.Option("--data", "-d", help="Folder with the task's data; default: EMBEDGRAD_DATA.")
+]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
+Json = Annotated[bool, typer.Option("--json", help="JSON on stdout instead of text for people.")]
+MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")]
+
+
+@app.command()
+def optimize(
+    config: ConfigFile,
+    set_: Sets = None,
+    data: TaskFolder = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the run in the run folder.")] = False,
+    quiet: Quiet = False,
+    json: Annotated[bool, typer.Option("--json", help="JSON lines on stdout instead of a progress bar.")] = False,
+) -> None:
+    """Optimise a prompt; the result is in runs/NAME/prompt.safetensors."""
+    from embedgrad.cli.commands.optimize import run
+
+    raise typer.Exit(run(config, set_ or [], data, resume, quiet, json))
+
+
+@app.command()
+def evaluate(
+    prompt: PromptFile,
+    data: Annotated[
+        Path | None, typer.Option("--data", "-d", help="Examples, one JSON object per line; or the task's folder.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Model folder, .gguf file or hub id; default: --config's.")
+    ] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="Take test data, labels and grader from a configuration.")
+    ] = None,
+    task: Annotated[str | None, typer.Option(help="Take the test data of a task, such as imdb.")] = None,
+    grader: Annotated[str | None, typer.Option(help="What makes an answer right: exact, label, math, boxed.")] = None,
+    label: Annotated[list[str] | None, typer.Option(help="A possible answer; repeat for each.")] = None,
+    before: Annotated[bool, typer.Option("--before", help="Also evaluate the prompt as it was at the start.")] = False,
+    limit: Annotated[int | None, typer.Option(min=1, help="Use only the first LIMIT examples.")] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Write the figures to this JSON file.")] = None,
+    query_field: QueryField = "query",
+    target_field: Annotated[str, typer.Option(help="Field that holds the expected answer.")] = "target",
+    max_new_tokens: MaxNewTokens = None,
+    dtype: DType = None,
+    backend: Backend = "auto",
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Measure how often a prompt's answers to examples are right."""
+    from embedgrad.cli.commands.evaluate import Options, run
+
+    options = Options(
+        data, config, task, label or (), grader, before, limit, output, query_field, target_field, max_new_tokens, json
+    )
+    run(prompt, model, (dtype, backend, device), options)
+
+
+@app.command()
+def compare(
+    config: ConfigFile,
+    set_: Sets = None,
+    data: TaskFolder = None,
+    quiet: Quiet = False,
+    json: Annotated[bool, typer.Option("--json", help="JSON lines on stdout instead of a table.")] = False,
+) -> None:
+    """Compare the optimised prompt with its controls on the same test items. Run it again to continue."""
+    from embedgrad.cli.commands.compare import run
+
+    raise typer.Exit(run(config, set_ or [], data, quiet, json))
+
+
+@app.command()
+def study(
+    name: Annotated[str, typer.Argument(help="similarity, curves, entropy, drift, tau, prompt-quality, or all.")],
+    config: ConfigFile,
+    set_: Sets = None,
+    data: TaskFolder = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for data, pictures and texts.")] = None,
+) -> None:
+    """Answer a question of the paper by runs, with data, a picture and a paragraph. Shares its runs with `compare`."""
+    from embedgrad.cli.commands.study import run
+
+    raise typer.Exit(run(name, config, set_ or [], data, output))
+
+
+@app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(help="Folders of runs, such as runs/NAME.")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="The page; default: RUN/report.html. A .md twin goes beside it."),
+    ] = None,
+    examples: Annotated[int, typer.Option(min=0, help="Test examples of each kind that are shown.")] = 5,
+) -> None:
+    """Write a report on runs: one HTML file that needs no network, and the same as Markdown."""
+    from embedgrad.cli.commands.report import run
+
+    run(runs, output, examples)
+
+
+@app.command()
+def generate(
+    prompt: PromptFile,
+    model: ModelPath,
+    query: Annotated[list[str] | None, typer.Option("--query", help="A query; may be repeated.")] = None,
+    input: Annotated[
+        Path | None, typer.Option("--input", "-i", help="Queries: JSON lines (.jsonl), or one per line.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the answers to this file as JSON lines.")
+    ] = None,
+    query_field: QueryField = "query",
+    max_new_tokens: MaxNewTokens = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Sample from the TOP_K likeliest tokens; 0: all.")] = 0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Total probability of the likeliest tokens.")] = 1.0,
+    min_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Least probability, relative to the largest.")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+    stop: Annotated[
+        list[str] | None, typer.Option("--stop", help="A text at which an answer ends; may be repeated.")
+    ] = None,
+    choice: Annotated[
+        list[str] | None, typer.Option("--choice", help="A text that the answer may be; may be repeated.")
+    ] = None,
+    repetition_penalty: Annotated[float, typer.Option(help="Above 1: tokens already seen become less likely.")] = 1.0,
+    presence_penalty: Annotated[float, typer.Option(help="Subtracted from the logits of tokens already seen.")] = 0.0,
+    frequency_penalty: Annotated[float, typer.Option(help="Subtracted once for each occurrence of a token.")] = 0.0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Queries that are answered together.")] = 32,
+    dtype: DType = None,
+    weights: Weights = "auto",
+    backend: Backend = "auto",
+    device: Device = "auto",
+    json: Json = False,
+) -> None:
+    """Answer queries with a prompt. They come from --query, a file, stdin or a conversation at the terminal."""
+    from embedgrad.cli.commands.generate import Options, run
+
+    sampling = {
+        "temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed,
+        "stop": tuple(stop or ()), "choices": tuple(choice or ()), "repetition_penalty": repetition_penalty,
+        "presence_penalty": presence_penalty, "frequency_penalty": frequency_penalty,
+        **({} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}),
+    }  # fmt: skip
+    options = Options(query or [], input, output, query_field, batch_size, json, sampling)
+    run(lambda: _model(model, dtype, backend, device, weights), prompt, options)
+
+
+@app.command()
+def show(
+    prompt: PromptFile,
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Its model, for tokens and nearest vocabulary tokens.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Show a prompt file: text, template, similarity of each token, nearest token of the vocabulary."""
+    from embedgrad.cli.commands.show import run
+
+    run(prompt, _model(model, None, "auto", "cpu") if model is not None else None, json)
+
+
+@app.command()
+def doctor(json: Json = False) -> None:
+    """Show machine, versions and backends, and check the gradient on a tiny model."""
+    from embedgrad.cli.doctor import run
+
+    raise typer.Exit(run(json))
+
+
+def _model(  # type: ignore[no-untyped-def]
+    path: str, dtype: str | None, backend: str, device: str, weights: str = "auto"
+):
+    from embedgrad.cli.commands.shared import open_model
+
+    return open_model(path, dtype, backend, device, weights)
+
+
+def main() -> None:
+    """Entry point of the `embedgrad` command."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # else answers that the terminal's encoding lacks would be errors
+        sys.stdout.reconfigure(errors="backslashreplace")
+    try:
+        try:
+            app()
+        finally:
+            if sys.stdout is not None:
+                sys.stdout.flush()  # Python's own flush at exit comes too late to report a full disk
+    except EmbedGradError as refusal:
+        print(f"embedgrad: {refusal}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:  # from stdout; errors of all other files are EmbedGradErrors
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # lets Python's flush at exit succeed
+        print(f"embedgrad: the output cannot be written: {error.strerror or error}.", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""`embedgrad compare`: a table of the optimised prompt and its controls on the same test items."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from embedgrad.cli.commands.shared import STOPPED, open_configured, with_folder, with_interval, write_text
+from embedgrad.compare.arms import arms
+from embedgrad.compare.outcome import Outcome
+from embedgrad.compare.runner import Runner, Stopped
+from embedgrad.compare.table import columns, explanation, lines, markdown, to_json
+from embedgrad.evaluation.statistics import Accuracy
+from embedgrad.train.plan import plan
+from embedgrad.train.settings import expand_path, load_run_config
+
+SHOWN = ("generated_accuracy", "choice_accuracy")  # measures on the terminal; the files have all measures
+
+
+def run(config_path: Path, overrides: Sequence[str], data: Path | None, quiet: bool, as_json: bool) -> int:
+    """Runs the command. Returns its exit code. Raises EmbedGradError."""
+    overrides = with_folder(overrides, data)
+    planned = plan(load_run_config(config_path, overrides))
+    section = planned.config.run
+    folder = expand_path(section.folder) / f"{section.name}-compare"
+    model = open_configured(planned.config)
+    runner = Runner(planned, model, folder)
+    chosen, notes = arms(planned, model)
+    notes.insert(0, runner.parts(runner.folds[0]).leakage.sentence() + ".")
+
+    def tell(text: str) -> None:
+        if not (quiet or as_json):
+            print(text, file=sys.stderr, flush=True)
+
+    for note in notes:
+        tell(note)
+    outcomes: list[Outcome] = []
+    try:
+        for arm in chosen:
+            for seed in runner.seeds(arm):
+                for fold in runner.folds:
+                    outcome = runner.run(arm, seed, fold, runner.budget(outcomes, fold))
+                    outcomes.append(outcome)
+                    if as_json:
+                        print(json.dumps({"kind": "outcome", **vars(outcome)}), flush=True)
+                    tell(_told(outcome, len(runner.folds)))
+            _write(folder, outcomes, notes)
+    except (KeyboardInterrupt, Stopped) as stopped:
+        reason = stopped.reason if isinstance(stopped, Stopped) else "interrupted"
+        print("Stopped; the same command goes on from here.", file=sys.stderr)
+        return STOPPED[reason]
+    if not (quiet or as_json):
+        _show(outcomes)
+        print(f"Written to {folder}/: compare.json, compare.md, and a folder for each arm")
+    return 0
+
+
+def _write(folder: Path, outcomes: Sequence[Outcome], notes: Sequence[str]) -> None:
+    write_text(folder / "compare.json", json.dumps(to_json(outcomes), indent=1) + "\n")
+    write_text(folder / "compare.md", markdown(outcomes, notes))
+
+
+def _told(outcome: Outcome, folds: int) -> str:
+    where = f", fold {outcome.fold}" if folds > 1 else ""
+    generated = Accuracy.of(outcome.correct["generated_accuracy"])
+    told = f"{outcome.title}, seed {outcome.seed}{where}: generated {with_interval(generated)}"
+    if "choice_accuracy" in outcome.correct:
+        told += f", likeliest label {with_interval(Accuracy.of(outcome.correct['choice_accuracy']))}"
+    return told + f" after {outcome.seconds:.0f} s"
+
+
+def _show(outcomes: Sequence[Outcome]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = columns(lines(outcomes), SHOWN)
+    shown = Table(*(heading for heading, _ in table))
+    for row in zip(*(cells for _, cells in table), strict=True):
+        shown.add_row(*row)
+    console = Console(highlight=False)
+    console.print(shown)
+    console.print(explanation(outcomes), markup=False, soft_wrap=True)

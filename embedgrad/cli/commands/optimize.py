@@ -1,0 +1,131 @@
+"""`embedgrad optimize`: runs the optimisation of a configuration file, and tests the prompt before and after."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from embedgrad.cli.commands.shared import (
+    STOPPED,
+    answers_told,
+    figures,
+    open_configured,
+    with_folder,
+    with_interval,
+    write_text,
+)
+from embedgrad.cli.progress import Bar, JsonLines
+from embedgrad.data.example import Example
+from embedgrad.engine.model import Model
+from embedgrad.evaluation.evaluate import MEASURES, Evaluation, check_evaluation, evaluate, paired_tests
+from embedgrad.evaluation.evaluate import shares as evaluation_shares
+from embedgrad.prompt.prompt import SoftPrompt
+from embedgrad.train.loggers import open_loggers
+from embedgrad.train.optimize import OptimizeResult, optimize
+from embedgrad.train.plan import Plan, plan
+from embedgrad.train.progress import Progress, Quiet, Several
+from embedgrad.train.run_folder import read_summary, write_summary
+from embedgrad.train.settings import expand_path, load_run_config
+from embedgrad.util.host import peak_memory
+
+_SHOWN = 3  # test examples in the report
+
+
+def run(
+    config_path: Path, overrides: Sequence[str], data: Path | None, resume: bool, quiet: bool, as_json: bool
+) -> int:
+    """Runs the command. Returns its exit code. data: folder with the task's files. Raises EmbedGradError."""
+    overrides = with_folder(overrides, data)
+    planned = plan(load_run_config(config_path, overrides))
+    config = planned.config
+    folder = expand_path(config.run.folder) / str(config.run.name)
+    progress: Progress = JsonLines() if as_json else Quiet() if quiet else Bar()
+    description = config.model_dump(mode="json")
+    loggers = open_loggers(config.run.loggers, folder, description, progress.note)  # errors come before slow work
+    progress = Several(progress, *loggers) if loggers else progress
+    model = open_configured(config)
+    parts = planned.parts(model.tokenizer)
+    prompt = SoftPrompt.from_text(model, planned.prompt, config.template)
+    if parts.test:  # errors come now and not after the training
+        check_evaluation(model, prompt, parts.test, planned.labels)
+    progress.note(parts.leakage.sentence() + ".")
+    result = optimize(
+        model, prompt, parts.train, parts.validation, config.optimize,
+        run_dir=folder, resume=resume, progress=progress, description=description,
+        terminate_cleanly=True, judge=planned.judge,
+    )  # fmt: skip
+    if result.stop_reason in STOPPED:
+        sets = "".join(f" --set {_quoted(one)}" for one in overrides)
+        again = f"embedgrad optimize {shlex.quote(str(config_path))}{sets} --resume"
+        print(f"Stopped after step {result.steps}, all of it saved; to go on: {again}", file=sys.stderr)
+        return STOPPED[result.stop_reason]
+    tested = _test(model, prompt, result, parts.test, planned)
+    if tested:
+        content = {when: evaluation.to_dict() for when, evaluation in tested.items()}
+        write_text(folder / "test.json", json.dumps(content, ensure_ascii=False) + "\n")
+    about = {"task": planned.task.name, "leakage": parts.leakage.to_dict(), "peak_memory_bytes": peak_memory()}
+    summary = {**read_summary(folder), **figures(tested), **about}
+    write_summary(folder, summary)
+    if as_json:
+        print(json.dumps({"kind": "summary", **summary}))
+    elif not quiet:
+        _report(result, tested, folder)
+    return 0
+
+
+def _quoted(text: str) -> str:
+    """`text` quoted as one word for a shell, which expands nothing in it."""
+    return "'" + text.replace("'", "'\"'\"'") + "'"
+
+
+def _test(
+    model: Model, prompt: SoftPrompt, result: OptimizeResult, test: Sequence[Example], planned: Plan
+) -> dict[str, Evaluation]:
+    """The evaluations on the test data, "before" and "after"; empty without test data."""
+    if not test:
+        return {}
+    return {
+        when: evaluate(model, one, test, labels=planned.labels, sampling=planned.sampling, grader=planned.grader)
+        for when, one in (("before", prompt), ("after", result.prompt))
+    }
+
+
+def _report(result: OptimizeResult, tested: Mapping[str, Evaluation], folder: Path) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    table = Table("", "before", "after", "gained, lost", "p (McNemar)")
+    if tested:
+        tests = paired_tests(tested["before"], tested["after"])
+        for name, shares in evaluation_shares(tested).items():
+            paired = tests[name]
+            told = f"test: {MEASURES[name]}"
+            cells = [*map(with_interval, shares.values()), f"{paired.gained}, {paired.lost}", f"{paired.p:.2g}"]
+            table.add_row(told, *cells)
+        table.add_row("test: answers", *map(answers_told, tested.values()))
+    if result.before is not None and result.after is not None:
+        for name in ("accuracy", "loss"):
+            table.add_row(f"validation: {name}", f"{result.before[name]:.4f}", f"{result.after[name]:.4f}")
+    if table.row_count:
+        console.print(table)
+    if tested:
+        pairs = list(zip(tested["before"].records, tested["after"].records, strict=True))
+        for before, after in pairs[:_SHOWN]:
+            told = f"{_short(before.query)}\n  expected {_short(after.target)}; before: {_short(before.generated)}; "
+            console.print(told + f"after: {_short(after.generated)}", markup=False, soft_wrap=True)
+    console.print(
+        f"{result.steps} steps in {result.train_seconds:.1f} s ({result.stop_reason}); best prompt from step "
+        f"{result.best_step}, lowest similarity {result.min_similarity:.4f}; weights unchanged.\n"
+        f"The prompt is in {folder / 'prompt.safetensors'}",
+        markup=False,
+        soft_wrap=True,
+    )
+
+
+def _short(text: object) -> str:
+    told = repr(text)
+    return told if len(told) <= 100 else told[:97] + "..."

@@ -1,0 +1,59 @@
+"""`embedgrad study`: answers a question of the paper by runs on the user's model and data."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from embedgrad.cli.commands.shared import STOPPED, open_configured, with_folder, write_text
+from embedgrad.compare.runner import Runner, Stopped
+from embedgrad.compare.studies import NAMES, find_study
+from embedgrad.compare.studies.pictures import save, style
+from embedgrad.engine.model import Model
+from embedgrad.train.plan import Plan, plan
+from embedgrad.train.settings import expand_path, load_run_config
+
+
+def run(name: str, config_path: Path, overrides: Sequence[str], data: Path | None, output: Path | None) -> int:
+    """Runs the command. Returns its exit code. name: name of a study, or "all". Raises EmbedGradError."""
+    studies = {one: find_study(one) for one in (NAMES if name == "all" else (name,))}
+    overrides = with_folder(overrides, data)
+    planned = plan(load_run_config(config_path, overrides))
+    section = planned.config.run
+    runs = expand_path(section.folder)
+    folder = output or runs / f"{section.name}-studies"
+    with style():
+        model = open_configured(planned.config)
+        runner = Runner(planned, model, runs / f"{section.name}-compare")
+        pages = []
+        try:
+            for one, study in studies.items():
+                found = study.run(runner)
+                folder.mkdir(parents=True, exist_ok=True)
+                content = {"study": one, "model": model.name, "test_items": len(runner.parts(0).test), **found.data}
+                write_text(folder / f"{one}.json", json.dumps(content, indent=1) + "\n")
+                save(found.figure, folder / f"{one}.svg")
+                pages.append(f"## {one}: {study.question}\n\n{found.paragraph}\n\n![{one}]({one}.svg)\n")
+                write_text(folder / f"{one}.md", pages[-1])
+                print(f"{one}: {found.paragraph}\n", flush=True)
+        except (KeyboardInterrupt, Stopped) as stopped:
+            reason = stopped.reason if isinstance(stopped, Stopped) else "interrupted"
+            print("Stopped; the same command goes on from here.", file=sys.stderr)
+            return STOPPED[reason]
+    if name == "all":
+        write_text(folder / "studies.md", _together(planned, model, len(runner.parts(0).test), pages))
+    print(f"Written to {folder}/: for each study its data (.json), a picture (.svg) and a paragraph (.md)")
+    return 0
+
+
+def _together(planned: Plan, model: Model, items: int, pages: Sequence[str]) -> str:
+    """A page with all studies, which begins with their task, model and settings."""
+    config = planned.config.optimize
+    told = (
+        f"Task {planned.task.name}, model {model.name}, {items} test items, prompt: {planned.prompt!r}. One seed each; "
+        f"batches of {config.batch_size}, learning rate {config.learning_rate:g} unless it says otherwise. "
+        "Intervals are 95 % Wilson intervals."
+    )
+    return "\n".join(["# Studies", "", told, "", *pages])

@@ -1,0 +1,210 @@
+"""Attention of one frozen block, forward and backward: x → x₁ and dx₁ → dx (docs/design.md, section 4).
+
+Shapes: T packed tokens, Nq query rows (T, or the R predicting tokens in the last layer), S keys (the prefix's in front
+of the tree's own T), P tokens that show a prompt row, d width, H query heads over G key/value heads of size D.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from embedgrad.backends.base import Backend, Heads
+from embedgrad.engine.arena import Arena
+from embedgrad.model.config import ModelConfig
+from embedgrad.model.frozen import FrozenMatrix
+from embedgrad.model.weights import LayerWeights
+
+Take = Callable[..., Tensor]
+"""`Arena.keep` or `Arena.scratch`."""
+
+
+class Pass(Protocol):
+    """What attention needs of a pass: rotations, and which keys its queries meet."""
+
+    @property
+    def cos(self) -> Tensor: ...
+    @property
+    def sin(self) -> Tensor: ...
+    def took_keys(self, index: int, k: Tensor, v: Tensor) -> None:
+        """Layer `index` has made the keys and values [T, G, D] of the pass's own tokens."""
+
+    def attend(self, attention: Attention, index: int, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor) -> None:
+        """o [Nq, H, D] and lse [Nq, H] of q [Nq, H, D] over what it sees of k, v [T, G, D] and of earlier keys."""
+
+    def attend_backward(
+        self, attention: Attention, index: int, do: Tensor, saved: Projections, o: Tensor, lse: Tensor,
+        wanted: Tensor | None, dq: Tensor, dk: Tensor, dv: Tensor,
+    ) -> None:  # fmt: skip
+        """dq at the query rows, dk and dv at the own keys; at the tokens `wanted` only where that is given."""
+
+
+@dataclass(frozen=True)
+class Projection:
+    """One product with h₁: its output [n, (H + 2G)·D] after norm and rotation, what q and k were before (with qk-norm
+    only), and the tokens that its n rows belong to (None: all)."""
+
+    matrix: FrozenMatrix
+    heads: Heads
+    rows: Tensor | None
+    out: Tensor
+    raw: Tensor | None
+
+    @property
+    def queries(self) -> Tensor:
+        """[n, H, D]."""
+        h, _, size = self.heads
+        return self.out[:, : h * size].unflatten(1, (h, size))
+
+    @property
+    def keys_and_values(self) -> tuple[Tensor, Tensor]:
+        """[n, G, D] each."""
+        return split_keys(self.out, self.heads)
+
+
+Projections = list[Projection]
+"""One that holds q, k and v; or, where fewer queries are wanted than keys, k and v in the first and q in the second."""
+
+
+@dataclass(frozen=True)
+class SavedAttention:
+    """What the backward pass reads. `x1_mark`: where x₁ begins in the arena, behind the rest."""
+
+    projections: Projections
+    o: Tensor  # [Nq, H·D]
+    lse: Tensor  # [Nq, H]
+    x1: Tensor  # [Nq, d]
+    x1_mark: int
+
+
+class Attention:
+    """The attention of every block of a model on one backend."""
+
+    def __init__(self, config: ModelConfig, ops: Backend, dtype: torch.dtype, arena: Arena) -> None:
+        self.config, self.ops, self.dtype, self.arena = config, ops, dtype, arena
+        self.sum_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        self.heads: Heads = (config.num_heads, config.num_kv_heads, config.head_dim)
+        self.scale = config.head_dim**-0.5
+
+    def forward(
+        self, index: int, w: LayerWeights, x: Tensor, p: Pass, rows: Tensor | None, *, keep: frozenset[str]
+    ) -> SavedAttention:
+        """x₁ = x + o W_oᵀ at the tokens `rows` (None: all). What `keep` names is taken from the arena's bottom."""
+        arena, (h, _, size) = self.arena, self.heads
+        projections = self.project(index, w, x, p, self._plan(w, rows), arena.keep if "qkv" in keep else arena.scratch)
+        q, (k, v) = projections[-1].queries, projections[0].keys_and_values
+        take = arena.keep if "o" in keep else arena.scratch
+        o = take(len(q), h * size, dtype=self.dtype)
+        lse = take(len(q), h, dtype=self.sum_dtype)
+        x1_mark = arena.mark()
+        x1 = (arena.keep if "x1" in keep else arena.scratch)(len(q), x.shape[1], dtype=self.dtype)
+        with arena.frame():
+            p.attend(self, index, q, k, v, o.view(-1, h, size), lse)  # (3)
+            w.out.forward(o, out=x1, add=self.at(rows, x))  # (4)
+        return SavedAttention(projections, o, lse, x1, x1_mark)
+
+    def keys_only(self, index: int, w: LayerWeights, x: Tensor, p: Pass) -> None:
+        """Only `p.took_keys`: for a last layer whose output nobody reads."""
+        _, g, size = self.heads
+        self.project(index, w, x, p, [(w.kv, (0, g, size), None)], self.arena.scratch)
+
+    def backward(
+        self, index: int, w: LayerWeights, x: Tensor, saved: SavedAttention, dx1: Tensor, p: Pass,
+        *, wanted: Tensor | None, dx: Tensor,
+    ) -> Tensor:  # fmt: skip
+        """dx += the gradient of x₁ with respect to x through attention, from dx₁ [Nq, d].
+
+        wanted: the tokens whose dx is asked for (None: all). dx [T or P, d] holds dx₁ at these tokens already.
+        """
+        ops, arena, (h, _, size) = self.ops, self.arena, self.heads
+        with arena.frame():
+            grads = [self._like(projection, wanted) for projection in saved.projections]
+            with arena.frame():
+                do = arena.scratch(len(dx1), h * size, dtype=self.dtype)
+                w.out.backward(dx1, out=do)  # (10)
+                dq = grads[-1][:, : h * size].unflatten(1, (h, size))
+                dk, dv = split_keys(grads[0], saved.projections[0].heads)
+                p.attend_backward(  # (11)
+                    self, index, do.view(-1, h, size), saved.projections, saved.o.view(-1, h, size), saved.lse,
+                    wanted, dq, dk, dv,
+                )  # fmt: skip
+            for projection, grad in zip(saved.projections, grads, strict=True):
+                self._rotate_back(w, projection, grad, p, wanted)
+            dh1 = arena.scratch(len(dx), dx.shape[1], dtype=self.dtype)
+            first, *others = zip(saved.projections, grads, strict=True)
+            first[0].matrix.backward(first[1], out=dh1)  # (12)
+            for projection, grad in others:
+                assert projection.rows is not None
+                at_rows = arena.scratch(len(grad), dx.shape[1], dtype=self.dtype)
+                projection.matrix.backward(grad, out=at_rows)
+                ops.add_rows(dh1, projection.rows, at_rows)
+            ops.rms_norm_backward(dh1, self.at(wanted, x), w.attention_norm, self.config.rms_eps, dx=dx)
+        return dx
+
+    def _plan(self, w: LayerWeights, rows: Tensor | None) -> list[tuple[FrozenMatrix, Heads, Tensor | None]]:
+        h, g, size = self.heads
+        return [(w.qkv, self.heads, None)] if rows is None else [(w.kv, (0, g, size), None), (w.q, (h, 0, size), rows)]
+
+    def project(
+        self, index: int, w: LayerWeights, x: Tensor, p: Pass,
+        plan: list[tuple[FrozenMatrix, Heads, Tensor | None]], take: Take,
+    ) -> Projections:  # fmt: skip
+        """h₁, and q, k, v after norm and rotation."""
+        ops, arena, eps, projections = self.ops, self.arena, self.config.rms_eps, []
+        for matrix, (h, g, size), rows in plan:
+            n = len(x) if rows is None else len(rows)
+            out = take(n, (h + 2 * g) * size, dtype=self.dtype)
+            raw = take(n, (h + g) * size, dtype=self.dtype) if self.config.qk_norm else None
+            projections.append(Projection(matrix, (h, g, size), rows, out, raw))
+        with arena.frame():
+            h1 = arena.scratch(*x.shape, dtype=self.dtype)
+            ops.rms_norm(x, w.attention_norm, eps, out=h1)  # (1)
+            for projection in projections:
+                projection.matrix.forward(self.at(projection.rows, h1), out=projection.out)  # (2)
+        for projection in projections:
+            if projection.raw is not None:
+                projection.raw.copy_(projection.out[:, : projection.raw.shape[1]])
+            with arena.frame():
+                cos, sin = self.at(projection.rows, p.cos), self.at(projection.rows, p.sin)
+                ops.rope(projection.out, cos, sin, projection.heads, q_norm=w.q_norm, k_norm=w.k_norm, eps=eps)
+        p.took_keys(index, *projections[0].keys_and_values)
+        return projections
+
+    def _like(self, projection: Projection, wanted: Tensor | None) -> Tensor:
+        rows = wanted if projection.rows is None else projection.rows
+        n = len(projection.out) if rows is None else len(rows)
+        return self.arena.scratch(n, projection.out.shape[1], dtype=self.dtype)
+
+    def _rotate_back(
+        self, w: LayerWeights, projection: Projection, grad: Tensor, p: Pass, wanted: Tensor | None
+    ) -> None:
+        rows = wanted if projection.rows is None else projection.rows
+        raw = projection.raw
+        with self.arena.frame():
+            if raw is not None and projection.rows is None:
+                raw = self.at(wanted, raw)
+            self.ops.rope_backward(
+                grad, raw, self.at(rows, p.cos), self.at(rows, p.sin), projection.heads,
+                q_norm=w.q_norm, k_norm=w.k_norm, eps=self.config.rms_eps,
+            )  # fmt: skip
+
+    def at(self, rows: Tensor | None, x: Tensor) -> Tensor:
+        """x itself, or its rows `rows` [n] as scratch."""
+        if rows is None:
+            return x
+        return self.ops.take_rows(x, rows, out=self.arena.scratch(len(rows), *x.shape[1:], dtype=x.dtype))
+
+    def workspace(self, nbytes: int) -> Tensor | None:
+        """Scratch for an operation; None where it needs none."""
+        return self.arena.scratch(nbytes, dtype=torch.uint8) if nbytes else None
+
+
+def split_keys(kv: Tensor, heads: Heads) -> tuple[Tensor, Tensor]:
+    """Keys and values [n, G, D] in a buffer [n, (H + 2G)·D]."""
+    h, g, size = heads
+    own = kv[:, h * size :]
+    return own[:, : g * size].unflatten(1, (g, size)), own[:, g * size :].unflatten(1, (g, size))

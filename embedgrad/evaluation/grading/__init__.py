@@ -1,0 +1,1 @@
+"""Graders read the answer from a generated text and decide whether it is right."""

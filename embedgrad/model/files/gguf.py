@@ -1,0 +1,295 @@
+"""Reads a GGUF file: its metadata, and its tensors from a memory mapping, dequantised one at a time.
+
+The format is defined in https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. This module parses the header itself
+because every size in it is untrusted. The `gguf` package dequantises the blocks.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
+from gguf.quants import dequantize
+
+from embedgrad.util.errors import ModelError
+
+_SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
+_STRING, _ARRAY = 8, 9
+_DEEPEST_ARRAY = 4
+_PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F64": torch.float64}
+# Blocks in a row of the array that dequantize() gets. It works on 16 rows at a time, and 16 * 64 blocks of 32 elements
+# stay in the second-level cache.
+_BLOCKS_PER_ROW = 64
+
+_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+_LAYER_NAMES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+_ROPE_DIVISORS = "rope_freqs.weight"
+_MOST_DIVISORS = 65536
+
+
+@dataclass(frozen=True)
+class _Entry:
+    kind: GGMLQuantizationType
+    shape: tuple[int, ...]  # in torch's order: the number of matrix rows first
+    start: int  # bytes from the beginning of the file
+    size: int  # bytes
+
+
+class GgufFile:
+    """The TensorSource of a GGUF file. metadata: the file's key-value pairs."""
+
+    def __init__(self, path: Path) -> None:
+        """Parses and checks the header. Raises ModelError."""
+        self.path = path
+        try:
+            size = path.stat().st_size
+            # A private mapping of the whole file. A page is read when it is first used.
+            data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8) if size else torch.empty(0)
+        except (OSError, RuntimeError) as error:
+            raise ModelError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
+        self._data = data
+        try:
+            self.metadata, entries = _parse(data.numpy().data if size else memoryview(b""))
+        except (_Malformed, struct.error, UnicodeDecodeError, OverflowError) as error:
+            raise ModelError(f"{path} is not a complete GGUF file ({error}); fetch it again.") from error
+        if str(self.metadata.get("split.count", 0)) not in ("0", "1"):
+            raise ModelError(f"{path} is one part of a split model; join the parts with llama-gguf-split --merge.")
+        self._check_kinds(entries)
+        self._rope = entries.pop(_ROPE_DIVISORS, None)
+        self._entries = {_canonical(name): entry for name, entry in entries.items()}
+        if len(self._entries) != len(entries):
+            raise ModelError(f"{path} holds two tensors of the same name.")
+        self._heads: dict[str, int] = {}
+
+    def set_heads(self, heads: int, kv_heads: int) -> None:
+        """Sets the numbers of query and key heads, by which q and k are permuted in files of the llama architecture."""
+        if self.metadata.get("general.architecture") == "llama":
+            self._heads = {"self_attn.q_proj": heads, "self_attn.k_proj": kv_heads}
+
+    def names(self) -> list[str]:
+        return list(self._entries)
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: entry.shape for name, entry in self._entries.items()}
+
+    def rope_divisors(self) -> tuple[float, ...]:
+        """The values of rope_freqs.weight; empty where the file has none. Raises ModelError for a wrong shape."""
+        if self._rope is None:
+            return ()
+        if len(self._rope.shape) > 1 or self._rope.shape[0] > _MOST_DIVISORS:
+            shape = list(self._rope.shape)
+            raise ModelError(f"{self.path}: {_ROPE_DIVISORS} has shape {shape}; it should be a vector of half a head.")
+        return tuple(self._values(self._rope, self._blocks(self._rope)).flatten().tolist())
+
+    def get(self, name: str) -> torch.Tensor:
+        """The tensor. F32, F16, BF16 and F64 are views into the mapping, or copies if permuted; others are float32."""
+        entry = self._entries[name]
+        return self._values(entry, self._unpermuted(name, self._blocks(entry)))
+
+    def raw(self, name: str) -> tuple[str, torch.Tensor]:
+        """(name of the type, stored bytes as uint8 [matrix rows, bytes per matrix row]), in the model's row order."""
+        entry = self._entries[name]
+        return entry.kind.name, self._unpermuted(name, self._blocks(entry))
+
+    def _blocks(self, entry: _Entry) -> torch.Tensor:
+        rows = _product(entry.shape[:-1])
+        return self._data[entry.start : entry.start + entry.size].view(rows, entry.size // rows)
+
+    def _unpermuted(self, name: str, rows: torch.Tensor) -> torch.Tensor:
+        """Undoes the permutation of q and k: matrix row (head, pair, half) in the file is (head, half, pair) here.
+
+        `rows` holds values or blocks.
+        """
+        part = name.removesuffix(".weight").removesuffix(".bias")
+        heads = next((count for end, count in self._heads.items() if part.endswith(end)), None)
+        if heads is None:
+            return rows
+        shape = rows.shape
+        if name.endswith(".bias"):  # the file stores a vector as one row
+            rows = rows.view(self._entries[name].shape[0], -1)
+        count, width = rows.shape
+        return rows.view(heads, count // heads // 2, 2, width).transpose(1, 2).reshape(shape)
+
+    def _values(self, entry: _Entry, blocks: torch.Tensor) -> torch.Tensor:
+        plain = _PLAIN.get(entry.kind.name)
+        if plain is not None:
+            return blocks.view(plain).view(entry.shape)
+        block_bytes = GGML_QUANT_SIZES[entry.kind][1]
+        flat = blocks.reshape(-1)
+        wide = _BLOCKS_PER_ROW * block_bytes
+        split = flat.numel() // wide * wide
+        parts = [flat[:split].view(-1, wide), flat[split:].view(-1, block_bytes)]
+        with np.errstate(all="ignore"):
+            values = [torch.from_numpy(dequantize(part.numpy(), entry.kind)) for part in parts if part.numel()]
+        return (values[0] if len(values) == 1 else torch.cat([v.flatten() for v in values])).view(entry.shape)
+
+    def _check_kinds(self, entries: dict[str, _Entry]) -> None:
+        for kind in {entry.kind for entry in entries.values()}:
+            if kind.name in _PLAIN:
+                continue
+            try:
+                dequantize(np.zeros((1, GGML_QUANT_SIZES[kind][1]), dtype=np.uint8), kind)
+            except NotImplementedError:
+                name = next(name for name, entry in entries.items() if entry.kind == kind)
+                raise ModelError(
+                    f"{self.path}: {name} has type {kind.name}, which the gguf package cannot dequantise."
+                ) from None
+
+
+class _Malformed(Exception):
+    """The header is malformed; the message says how in a few words."""
+
+
+class _Reader:
+    """Reads little-endian values with bounds checks. at: offset of the next byte."""
+
+    def __init__(self, data: memoryview) -> None:
+        self.data, self.at = data, 0
+
+    def left(self) -> int:
+        return len(self.data) - self.at
+
+    def scalar(self, layout: str) -> Any:
+        (value,) = struct.unpack_from(layout, self.data, self.at)
+        self.at += struct.calcsize(layout)
+        return value
+
+    def bytes(self, count: int) -> memoryview:
+        if count > self.left():
+            raise _Malformed(f"{count} bytes announced at byte {self.at}, {self.left()} left")
+        self.at += count
+        return self.data[self.at - count : self.at]
+
+    def string(self) -> str:
+        return str(self.bytes(self.scalar("<Q")), "utf-8")
+
+    def value(self, kind: int, depth: int = 0) -> Any:
+        if kind == _STRING:
+            return self.string()
+        if kind == _ARRAY:
+            return self._array(depth + 1)
+        layout = _SCALARS.get(kind)
+        if layout is None:
+            raise _Malformed(f"value type {kind} at byte {self.at} is unknown")
+        return self.scalar(layout)
+
+    def _array(self, depth: int) -> Any:
+        """An array. Numbers are a view of the file, so that a wrong count takes no memory; other items are a list."""
+        kind, count = self.scalar("<I"), self.scalar("<Q")
+        layout = _SCALARS.get(kind)
+        if layout is not None:
+            stride = struct.calcsize(layout)
+            return np.frombuffer(self.bytes(count * stride), dtype=layout)
+        if depth > _DEEPEST_ARRAY:
+            raise _Malformed(f"arrays nested deeper than {_DEEPEST_ARRAY}")
+        if count * 8 > self.left():  # a string or an array has at least its length field of 8 bytes
+            raise _Malformed(f"{count} items announced at byte {self.at}, {self.left()} bytes left")
+        if kind == _STRING:
+            return self._strings(count)
+        return [self.value(kind, depth) for _ in range(count)]
+
+    def _strings(self, count: int) -> list[str]:
+        """`count` strings. A vocabulary has 100,000; this loop takes a quarter of the time that `string` would take."""
+        data, at, end, length = self.data, self.at, len(self.data), struct.Struct("<Q").unpack_from
+        found = []
+        for _ in range(count):
+            (size,) = length(data, at)
+            at += 8
+            if size > end - at:
+                raise _Malformed(f"{size} bytes announced at byte {at}, {end - at} left")
+            found.append(str(data[at : at + size], "utf-8"))
+            at += size
+        self.at = at
+        return found
+
+
+def _parse(data: memoryview) -> tuple[dict[str, Any], dict[str, _Entry]]:
+    reader = _Reader(data)
+    if bytes(data[:4]) != b"GGUF":
+        raise _Malformed("it does not begin with GGUF")
+    reader.at = 4
+    version = reader.scalar("<I")
+    if version not in (2, 3):
+        swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
+        raise _Malformed("big-endian" if swapped in (2, 3) else f"version {version}, supported are 2 and 3")
+    tensors, pairs = reader.scalar("<Q"), reader.scalar("<Q")
+    metadata: dict[str, Any] = {}
+    for _ in _counted(pairs, 12, reader):
+        key = reader.string()
+        if key in metadata:
+            raise _Malformed(f"key {key!r} twice")
+        metadata[key] = reader.value(reader.scalar("<I"))
+    alignment = metadata.get("general.alignment", 32)
+    if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
+        raise _Malformed(f"general.alignment is {alignment!r}")
+    infos: list[tuple[str, tuple[int, ...], int, int]] = []
+    for _ in _counted(tensors, 32, reader):
+        name, dimensions = reader.string(), reader.scalar("<I")
+        if not 1 <= dimensions <= 4:
+            raise _Malformed(f"{name!r} has {dimensions} dimensions")
+        shape = tuple(reader.scalar("<Q") for _ in range(dimensions))[::-1]
+        infos.append((name, shape, reader.scalar("<I"), reader.scalar("<Q")))
+    begin = -(-reader.at // alignment) * alignment
+    entries: dict[str, _Entry] = {}
+    for name, shape, kind, offset in infos:
+        if name in entries:
+            raise _Malformed(f"tensor {name!r} twice")
+        entries[name] = _entry(name, shape, kind, offset, alignment, begin, len(data))
+    return metadata, entries
+
+
+def _counted(count: int, least: int, reader: _Reader) -> range:
+    """range(count). Raises _Malformed where the file cannot hold `count` items of at least `least` bytes."""
+    if count * least > reader.left():
+        raise _Malformed(f"{count} entries announced, {reader.left()} bytes left")
+    return range(count)
+
+
+def _entry(name: str, shape: tuple[int, ...], kind: int, offset: int, alignment: int, begin: int, end: int) -> _Entry:
+    try:
+        known = GGMLQuantizationType(kind)
+    except ValueError:
+        raise _Malformed(f"{name!r} has the unknown type {kind}") from None
+    values, size = GGML_QUANT_SIZES[known]
+    if min(shape) < 1 or shape[-1] % values:
+        raise _Malformed(f"{name!r} has shape {list(shape)}, impossible for {known.name}")
+    length = _product(shape) // values * size
+    if offset % alignment or begin + offset + length > end:
+        raise _Malformed(f"{name!r} lies outside the file")
+    return _Entry(known, shape, begin + offset, length)
+
+
+def _product(shape: tuple[int, ...]) -> int:
+    result = 1
+    for size in shape:
+        result *= size
+    return result
+
+
+def _canonical(name: str) -> str:
+    """The Hugging Face name of a tensor. A name without counterpart stays unchanged; `read_checkpoint` refuses it."""
+    stem, dot, suffix = name.rpartition(".")
+    if stem in _NAMES:
+        return f"{_NAMES[stem]}{dot}{suffix}"
+    block, _, rest = stem.partition(".")
+    layer, _, part = rest.partition(".")
+    if block == "blk" and layer.isdecimal() and part in _LAYER_NAMES:
+        return f"model.layers.{int(layer)}.{_LAYER_NAMES[part]}{dot}{suffix}"
+    return name

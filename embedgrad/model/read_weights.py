@@ -1,0 +1,156 @@
+"""Reads a checkpoint's tensors as frozen matrices and vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from embedgrad.backends.base import Backend
+from embedgrad.kernels.packing import PackedWeight, stacked
+from embedgrad.model.checkpoint import TensorSource
+from embedgrad.model.config import ModelConfig
+from embedgrad.model.frozen import FrozenMatrix, Widening, product_type, tensors_of
+from embedgrad.model.gguf_blocks import GGUF_BLOCKS, BlockWeight
+from embedgrad.model.packed import QUANTISERS, PackedMatrix, PackedTable, as_tensor, is_packed, quantised
+from embedgrad.model.repacking import REPACKED, repacked
+from embedgrad.model.streaming import placed
+from embedgrad.model.weights import LayerWeights, Weights
+
+
+def read_weights(
+    config: ModelConfig,
+    tensors: TensorSource,
+    dtype: torch.dtype,
+    device: torch.device,
+    *,
+    form: str,
+    products: Backend | None = None,
+    max_device_memory: int | None = None,
+) -> Weights:
+    """Reads the frozen parameters.
+
+    form: how matrices are stored.
+    - "compute" converts every matrix to the compute type `dtype`, "fp32" and "bf16" to these types.
+    - "stored" keeps the form of the file. GGUF's Q8_0, Q4_0 and Q4_1, and on the CPU Q5_0, Q4_K and Q6_K, stay in
+      blocks; its other quantised types are dequantised. No matrix is stored in a wider type than the compute type.
+    - "int8" and "int4" quantise the layers' matrices and an untied head. The embedding table keeps the form of the
+      file, because a step reads few of its rows and prompts start from them. So does a head that is tied to the table.
+      Norms and biases are never quantised, because they are small.
+    products: a backend whose products read packed weights, or None.
+    max_device_memory: bytes that the weights may take on `device`. Layers that do not fit are streamed from the host.
+        None: no limit.
+
+    Raises ModelError where a matrix cannot be quantised, and ConfigError where max_device_memory is too small for the
+    embedding, the head and two layers.
+    """
+    return _Reader(config, tensors, dtype, device, form, products).read(max_device_memory)
+
+
+class _Reader:
+    """Reads one checkpoint once; the arguments are those of `read_weights`."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tensors: TensorSource,
+        dtype: torch.dtype,
+        device: torch.device,
+        form: str,
+        products: Backend | None,
+    ) -> None:
+        self.config, self.tensors, self.dtype, self.device = config, tensors, dtype, device
+        self.form, self.products = form, products
+        self.place = device
+        self.widening = Widening(product_type(dtype, device), device)
+        self.errors: dict[str, float] = {}
+        self.wide = {"compute": dtype, "fp32": torch.float32, "bf16": torch.bfloat16}
+
+    def read(self, max_device_memory: int | None) -> Weights:
+        """All weights. With a memory limit the layers are read into host memory first."""
+        table = self._table()
+        final_norm = self._vector("model.norm.weight")
+        tied = self.config.tied or "lm_head.weight" not in set(self.tensors.names())
+        head = self._of([as_tensor(table)], None) if tied else self._matrix("lm_head")
+        if max_device_memory is not None:
+            self.place = torch.device("cpu")
+        layers: Sequence[LayerWeights] = [self._layer(index) for index in range(self.config.num_layers)]
+        if max_device_memory is not None:
+            always = [*tensors_of(as_tensor(table)), final_norm, *([] if tied else head.tensors())]
+            layers = placed(layers, always, self.device, max_device_memory)
+        return Weights(table, layers, final_norm, head, self.errors)
+
+    def _table(self) -> Any:
+        name = "model.embed_tokens.weight"
+        if self.form in self.wide:
+            return self.tensors.get(name).to(self.device, self.wide[self.form])
+        table = self._stored(name)
+        return PackedTable(table) if is_packed(table) else table
+
+    def _vector(self, name: str) -> Tensor:
+        # A view would keep the whole file mapped, with every page that was read.
+        return self.tensors.get(name).to(self.place, self.dtype, copy=True)
+
+    def _stored(self, name: str) -> Any:
+        """The matrix in the form of the file."""
+        raw = self.tensors.raw(name)
+        if raw is not None and raw[0] in REPACKED:
+            return repacked(*raw).to(self.place)
+        if raw is not None and raw[0] in GGUF_BLOCKS and self.device.type == "cpu":
+            rows, columns = self.tensors.shapes()[name]
+            return BlockWeight(*raw, (rows, columns))
+        tensor = self.tensors.get(name)
+        return tensor.to(self.place, self.dtype if tensor.dtype.itemsize > self.dtype.itemsize else tensor.dtype)
+
+    def _part(self, name: str) -> Any:
+        """The matrix in the requested form."""
+        if self.form == "stored":
+            return self._stored(name)
+        tensor = self.tensors.get(name)
+        if self.form in QUANTISERS:
+            weight, self.errors[name] = quantised(name, tensor.to(self.device), self.form)
+            return weight.to(self.place)
+        return tensor.to(self.place, self.wide[self.form])
+
+    def _matrix(self, *names: str, bias: bool = False) -> FrozenMatrix:
+        parts = [self._part(f"{name}.weight") for name in names]
+        added = torch.cat([self._vector(f"{name}.bias") for name in names]) if bias else None
+        if len(parts) > 1 and all(isinstance(part, PackedWeight) for part in parts):
+            parts = _together(parts)
+        elif len(parts) > 1 and not any(is_packed(part) for part in parts):
+            kept = self.wide.get(self.form, self.dtype)
+            parts = [torch.cat(parts)] if all(part.dtype == kept for part in parts) else parts
+        return self._of(parts, added)
+
+    def _of(self, parts: list[Any], bias: Tensor | None) -> FrozenMatrix:
+        if self.products is not None and len(parts) == 1 and isinstance(parts[0], PackedWeight):
+            return PackedMatrix(parts, bias, self.widening, self.products)
+        return FrozenMatrix(parts, bias, self.widening)
+
+    def _layer(self, index: int) -> LayerWeights:
+        config, at = self.config, f"model.layers.{index}."
+        attention, mlp = at + "self_attn.", at + "mlp."
+        qkv = self._matrix(attention + "q_proj", attention + "k_proj", attention + "v_proj", bias=config.qkv_bias)
+        queries = config.num_heads * config.head_dim
+        return LayerWeights(
+            attention_norm=self._vector(at + "input_layernorm.weight"),
+            qkv=qkv,
+            q=qkv.rows(0, queries),
+            kv=qkv.rows(queries, qkv.shape[0]),
+            q_norm=self._vector(attention + "q_norm.weight") if config.qk_norm else None,
+            k_norm=self._vector(attention + "k_norm.weight") if config.qk_norm else None,
+            out=self._matrix(attention + "o_proj", bias=config.output_bias),
+            mlp_norm=self._vector(at + "post_attention_layernorm.weight"),
+            gate_up=self._matrix(mlp + "gate_proj", mlp + "up_proj", bias=config.mlp_bias),
+            down=self._matrix(mlp + "down_proj", bias=config.mlp_bias),
+        )
+
+
+def _together(parts: list[Any]) -> list[Any]:
+    """`parts` stacked as one packed weight; `parts` unchanged where their layouts differ (a file that mixes types)."""
+    try:
+        return [stacked(parts)]
+    except ValueError:
+        return parts

@@ -1,0 +1,179 @@
+"""`optimize`: the whole optimisation of one prompt."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from embedgrad.data.example import Example, check_examples
+from embedgrad.engine.model import Model
+from embedgrad.prompt.prompt import SoftPrompt
+from embedgrad.train.checkpoints import tensor_hash
+from embedgrad.train.monitors import Judge
+from embedgrad.train.progress import Progress, Quiet
+from embedgrad.train.run_folder import Resume, RunFolder
+from embedgrad.train.session import Session
+from embedgrad.train.settings import OptimizeConfig
+from embedgrad.util import environment
+from embedgrad.util.errors import ConfigError, DataError, TrainingError
+from embedgrad.util.interrupts import stop_on_signals
+
+
+@dataclass(frozen=True)
+class OptimizeResult:
+    """What an optimisation came to.
+
+    prompt: the best by validation (with the trust region and its figures in `metadata`); last_prompt: after the last
+    step. history, validations, alarms: the records of metrics.jsonl. before, after: accuracy and loss on the validation
+    data of the prompt as it started and of the best one; None without validation data. stop_reason: "completed",
+    "early stopping", "alarm", or, where a signal ended it and it can be resumed, "interrupted" (SIGINT) or "terminated"
+    (SIGTERM).
+    train_seconds: time in steps, validations and checkpoints, over all sessions of the run. min_similarity: the lowest
+    cosine of a row of `prompt` with its anchor.
+    """
+
+    prompt: SoftPrompt
+    last_prompt: SoftPrompt
+    history: list[dict[str, Any]]
+    validations: list[dict[str, Any]]
+    alarms: list[dict[str, Any]]
+    before: dict[str, float] | None
+    after: dict[str, float] | None
+    best_step: int
+    steps: int
+    stop_reason: str
+    train_seconds: float
+    weights_unchanged: bool
+    min_similarity: float
+
+
+def optimize(
+    model: Model,
+    prompt: SoftPrompt,
+    train: Sequence[Example],
+    validation: Sequence[Example] | None,
+    config: OptimizeConfig | None = None,
+    *,
+    run_dir: str | os.PathLike[str] | None = None,
+    resume: Resume = False,
+    progress: Progress | None = None,
+    description: Mapping[str, Any] | None = None,
+    terminate_cleanly: bool = False,
+    judge: Judge | None = None,
+) -> OptimizeResult:
+    """Optimise `prompt` (which is not changed) on `train`; the best prompt is chosen on `validation`.
+
+    Each epoch shuffles the examples by the seed and its number, and uses every one once; its last batch is shorter
+    where batch_size does not divide them. The prompt is validated before the first step, so that "best" can be the
+    prompt as it was, then at intervals and at the end. Without validation data the last prompt is the best. A prompt
+    that starts outside the trust region is projected onto it first. Examples of weight 0 are left out.
+
+    run_dir: folder for config, metrics, checkpoints, best prompt and summary; without it nothing is written. resume:
+    True goes on with the run that is there, "auto" does so if there is one. A resumed run ends with the same bits as
+    one that was never interrupted. description: what config.yaml says, if more than the optimiser's settings. judge:
+    how validations make and grade answers; default: exact answers, teacher-forced unless `accuracy_by` says otherwise.
+
+    Ctrl-C ends the run after the step at hand, saves it and returns (a second one raises KeyboardInterrupt at once);
+    with `terminate_cleanly` SIGTERM does the same. Signals are left alone outside the main thread.
+
+    Raises ConfigError (settings that do not fit, a folder with another run, a resumed run whose settings, data, prompt
+    or model changed), DataError, PromptError, ContextError (before the first step), SaveError (disk full, folder not
+    writable; what was saved before is intact), TrainingError (loss or gradient not finite: the state before that step
+    is saved; weights changed).
+    """
+    config = OptimizeConfig() if config is None else config
+    if not isinstance(config, OptimizeConfig):
+        raise ConfigError(f"the settings must be an OptimizeConfig, not {type(config).__name__}.")
+    check_examples(train, "the training data")
+    check_examples(() if validation is None else validation, "the validation data")
+    if resume and run_dir is None:
+        raise ConfigError("resume needs run_dir, the folder of the run to go on with.")
+    train = [example for example in train if example.weight > 0]
+    validation = [example for example in validation or () if example.weight > 0]
+    _check(config, train, validation)
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(RunFolder.open(run_dir, resume)) if run_dir is not None else None
+        if folder is not None:
+            folder.probe(4 * prompt.embeddings.numel() * prompt.embeddings.element_size())
+        stop = stack.enter_context(stop_on_signals(terminate_cleanly))
+        progress = progress or Quiet()
+        stack.callback(progress.stop)
+        judge = _judge(judge or Judge(), config)
+        session = Session(model, prompt, train, validation, config, folder, progress, stop, judge)
+        session.begin(description)
+        session.go()
+        return _result(session)
+
+
+def _judge(judge: Judge, config: OptimizeConfig) -> Judge:
+    """The judge that the settings ask for."""
+    if config.accuracy_by == "auto":
+        return judge
+    return replace(judge, generated=config.accuracy_by == "generated")
+
+
+def _check(config: OptimizeConfig, train: Sequence[Example], validation: Sequence[Example]) -> None:
+    if not train:
+        raise DataError("there are no training examples (of weight above 0).")
+    if config.patience is not None and not validation:
+        raise ConfigError("patience counts validations, but there is no validation data: leave it out or give some.")
+    total = config.total_steps(len(train))
+    if config.warmup_steps > total:
+        raise ConfigError(f"warmup_steps is {config.warmup_steps}, but the run has only {total} steps.")
+
+
+def _result(session: Session) -> OptimizeResult:
+    """The result, once the weights are seen to be what they were; also writes last.safetensors and the summary."""
+    state = session.state
+    if session.model.weights_hash() != session.weights_hash:
+        raise TrainingError("the model's weights changed during the optimisation; its result cannot be trusted.")
+    best = session.prompt_at(state.best, state.best_step, state.after)
+    result = OptimizeResult(
+        prompt=best,
+        last_prompt=session.prompt_at(state.e, state.step, None),
+        history=[record for record in session.records if record["kind"] == "step"],
+        validations=[record for record in session.records if record["kind"] == "validation"],
+        alarms=[record for record in session.records if record["kind"] == "alarm"],
+        before=state.before,
+        after=state.after,
+        best_step=state.best_step,
+        steps=state.step,
+        stop_reason=state.stop_reason or session.stop.reason or "interrupted",
+        train_seconds=state.seconds,
+        weights_unchanged=True,
+        min_similarity=float(best.similarity().min()),
+    )
+    if session.folder is not None:
+        if session.config.save_last:
+            result.last_prompt.save(session.folder.path / "last.safetensors")
+        session.folder.write_summary(_summary(session, result))
+    return result
+
+
+def _summary(session: Session, result: OptimizeResult) -> dict[str, Any]:
+    return {
+        "model": session.model.name,
+        "stop_reason": result.stop_reason,
+        "steps": result.steps,
+        "best_step": result.best_step,
+        "validation": {"before": result.before, "after": result.after},
+        "alarms": result.alarms,
+        "min_similarity": result.min_similarity,
+        "prompt_tokens": len(session.prompt.token_ids),
+        "token_texts": session.model.tokenizer.texts(session.prompt.token_ids),
+        "train_examples": len(session.train),
+        "validation_examples": len(session.validation),
+        "embeddings_sha256": tensor_hash(result.prompt.embeddings),
+        "weights_unchanged": result.weights_unchanged,
+        "train_seconds": result.train_seconds,
+        "computing": {
+            "backend": session.model.backend,
+            "device": str(session.model.device),
+            "dtype": str(session.model.dtype).removeprefix("torch."),
+        },
+        "versions": environment.versions(),
+        "machine": environment.machine(),
+    }

@@ -1,0 +1,89 @@
+"""Listeners that `optimize` informs about the progress of a run."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+
+class Progress(Protocol):
+    """The interface of a listener. Records are those of metrics.jsonl."""
+
+    def start(self, total: int, done: int) -> None:
+        """The run begins or is resumed. It has `total` steps; earlier sessions have taken `done` of them."""
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """A step has been taken."""
+
+    def validation(self, record: Mapping[str, Any]) -> None:
+        """A validation has been made."""
+
+    def alarm(self, record: Mapping[str, Any], sentence: str) -> None:
+        """An alarm has gone off. `sentence` describes it for people."""
+
+    def note(self, text: str) -> None:
+        """A sentence for people."""
+
+    def stop(self) -> None:
+        """The run has ended, for whatever reason."""
+
+
+class Quiet:
+    """A listener that does nothing."""
+
+    def start(self, total: int, done: int) -> None:
+        """Does nothing."""
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """Does nothing."""
+
+    def validation(self, record: Mapping[str, Any]) -> None:
+        """Does nothing."""
+
+    def alarm(self, record: Mapping[str, Any], sentence: str) -> None:
+        """Does nothing."""
+
+    def note(self, text: str) -> None:
+        """Does nothing."""
+
+    def stop(self) -> None:
+        """Does nothing."""
+
+
+class Several:
+    """A listener that forwards each call to several listeners, in their order."""
+
+    def __init__(self, *listeners: Progress) -> None:
+        self._listeners = listeners
+
+    def start(self, total: int, done: int) -> None:
+        """Forwards the call."""
+        for listener in self._listeners:
+            listener.start(total, done)
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """Forwards the call."""
+        for listener in self._listeners:
+            listener.step(record)
+
+    def validation(self, record: Mapping[str, Any]) -> None:
+        """Forwards the call."""
+        for listener in self._listeners:
+            listener.validation(record)
+
+    def alarm(self, record: Mapping[str, Any], sentence: str) -> None:
+        """Forwards the call."""
+        for listener in self._listeners:
+            listener.alarm(record, sentence)
+
+    def note(self, text: str) -> None:
+        """Forwards the call."""
+        for listener in self._listeners:
+            listener.note(text)
+
+    def stop(self) -> None:
+        """Forwards the call. If one listener raises an error, the others are still called."""
+        with contextlib.ExitStack() as stack:
+            for listener in reversed(self._listeners):
+                stack.callback(listener.stop)

@@ -1,0 +1,360 @@
+"""One session of a run: from its start, or from the newest checkpoint, to its end or to a request to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import random
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from embedgrad.data.example import Example
+from embedgrad.engine.model import Model
+from embedgrad.engine.prompt_trainer import Batch, PromptTrainer, StepResult
+from embedgrad.engine.scorer import Scorer
+from embedgrad.engine.tree import prepare
+from embedgrad.maths.optimizer import SGD, AdamW, Rule, learning_rate
+from embedgrad.prompt.prompt import SoftPrompt
+from embedgrad.prompt.rendering import Rendered, render
+from embedgrad.train.alarms import Alarms
+from embedgrad.train.checkpoints import RunState, differences, identity, tensor_hash
+from embedgrad.train.monitors import Answered, Judge, Monitors, Stopped, step_figures, weighted_share
+from embedgrad.train.pipeline import Pipeline
+from embedgrad.train.progress import Progress
+from embedgrad.train.run_folder import RunFolder
+from embedgrad.train.settings import OptimizeConfig
+from embedgrad.util.errors import ConfigError, SaveError, TrainingError
+from embedgrad.util.interrupts import StopRequest
+
+# A resumed run may change these: they decide what is written and what is kept in memory, not what comes out.
+FREE_TO_CHANGE = {"checkpoint_every", "memory_policy", "memory_budget", "save_last"}
+_SIZED = 2000  # steps whose sizes are known before the first
+_VALIDATION_CHUNK = 64  # examples between two looks at whether to stop
+
+
+class Session:
+    """One session of one run. `state` is whole between any two lines of `go`, so it can be saved there."""
+
+    def __init__(
+        self,
+        model: Model,
+        prompt: SoftPrompt,
+        train: list[Example],
+        validation: list[Example],
+        config: OptimizeConfig,
+        folder: RunFolder | None,
+        progress: Progress,
+        stop: StopRequest,
+        judge: Judge,
+    ) -> None:
+        self.model, self.prompt, self.train, self.validation = model, prompt, train, validation
+        self.config, self.folder, self.progress, self.stop = config, folder, progress, stop
+        self.total = config.total_steps(len(train))
+        self.interval = config.validation_interval(len(train))
+        self.anchor = prompt.anchor.to(prompt.embeddings.dtype)
+        self.records: list[dict[str, Any]] = []
+        self.judge = judge
+        self.alarms = Alarms(config.monitors)
+        self.sequences = prepare(_rendered(model, prompt, train, "training example"))
+        held_out = prepare(_rendered(model, prompt, validation, "validation example"))
+        chunks = [held_out[i : i + _VALIDATION_CHUNK] for i in range(0, len(held_out), _VALIDATION_CHUNK)]
+        self.scorer = Scorer(model, chunks, repeated=True)
+        self.monitors = Monitors(
+            model, train, validation, config.monitors, config.seed, judge, lambda: self.stop.requested
+        )
+        self.weights_hash = model.weights_hash()
+        self.state = self._fresh()
+        self.clock = self.settled = time.monotonic()
+
+    def _fresh(self) -> RunState:
+        start = self.config.trust_region.project(self.prompt.embeddings.detach().clone(), self.anchor)
+        settings = self.config.model_dump(mode="json", exclude=FREE_TO_CHANGE) | self.judge.describe()
+        told = {
+            "text": self.prompt.text,
+            "template": self.prompt.template.to_json(),
+            "embeddings": tensor_hash(self.prompt.embeddings, self.prompt.anchor, torch.tensor(self.prompt.token_ids)),
+        }
+        weights = {"weights": self.weights_hash, "dtype": str(self.model.dtype)}
+        return RunState(
+            start, torch.zeros_like(start), torch.zeros_like(start), start.clone(),
+            identity(settings, self.train, self.validation, told, weights),
+        )  # fmt: skip
+
+    def begin(self, description: Mapping[str, Any] | None) -> None:
+        """Go back to the newest checkpoint, if there is one, and bring the folder in line with it."""
+        if self.folder is None:
+            self.progress.start(self.total, 0)
+            return
+        saved, problems = self.folder.load_state()
+        if saved is not None:
+            changed = differences(saved.identity, self.state.identity)
+            if changed:
+                raise ConfigError(
+                    f"the run in {self.folder.path} cannot be resumed, because this changed: {', '.join(changed)}."
+                )
+            self.state = saved
+            self.records = self.folder.records(saved.lines)
+            self.alarms = Alarms(self.config.monitors, self.records)
+        self.progress.start(self.total, self.state.step)
+        for problem in problems:
+            self.progress.note(f"{problem} Going on from step {self.state.step}.")
+        default = {
+            "model": self.model.name,
+            "prompt": self.prompt.text,
+            "optimize": self.config.model_dump(mode="json"),
+        }
+        self.folder.cut_back_to(self.state)
+        self.folder.write_config(default if description is None else description)
+        self._save_best()
+        self._save()
+
+    def go(self) -> None:
+        """Steps, validations and checkpoints until the run is over or asked to stop."""
+        self.clock = self.settled = time.monotonic()
+        state = self.state
+        self._validate_if_due()
+        while state.stop_reason is None and not self.stop.requested:
+            if state.step >= self.total:
+                state.stop_reason = "completed"
+                break
+            self._step()
+            self._validate_if_due()
+            if state.step % self.config.checkpoint_every == 0:
+                self._save()
+        while self.pipeline.pending:  # where somebody asked to stop
+            self._settle()
+        self._fetch()
+        if not self.validation:
+            state.best, state.best_step = state.e.clone(), state.step
+            self._save_best()
+        self._save()
+
+    @cached_property
+    def pipeline(self) -> Pipeline:
+        """The steps of this session, from the state as it is when they are first asked for."""
+        state, config = self.state, self.config
+        known = range(state.step, min(self.total, state.step + _SIZED))
+        trainer = PromptTrainer(
+            self.model, (state.e, state.m, state.v), self.anchor, (self._batch(step) for step in known),
+            region=config.trust_region, rule=rule_of(config), clip_norm=config.clip_norm, policy=config.memory_policy,
+            memory_budget=config.memory_budget,
+        )  # fmt: skip
+        return Pipeline(trainer, self._batch, self._rate, self.total)
+
+    def _batch(self, step: int) -> Batch:
+        """Sequences and weights of step `step` (from 0)."""
+        chosen = batch_indices(len(self.train), self.config.batch_size, step, self.config.seed)
+        return [self.sequences[i] for i in chosen], [self.train[i].weight for i in chosen]
+
+    def _rate(self, step: int) -> float:
+        config = self.config
+        return learning_rate(config.schedule, config.learning_rate, step, self.total, config.warmup_steps)
+
+    def _step(self) -> None:
+        """Take one more step; where the trainer goes ahead, the next one is launched before this one is read."""
+        with self._saved_on_failure():
+            self.pipeline.fill(self.state.step, self._pauses_after)
+        self._settle()
+        if self.state.stop_reason is not None:  # an alarm: the step that was launched is one too many
+            self.pipeline.take_back()
+
+    def _pauses_after(self, step: int) -> bool:
+        """Whether the state after `step` steps is looked at before the next one may begin."""
+        checked = bool(self.validation) and step % self.interval == 0
+        return checked or step >= self.total or step % self.config.checkpoint_every == 0 or self.stop.requested
+
+    def _settle(self) -> None:
+        """Read the oldest step that was launched, and record it."""
+        state, config = self.state, self.config
+        with self._saved_on_failure():
+            result = self.pipeline.read()
+            self._check(result)
+        state.step += 1
+        now = time.monotonic()
+        seconds, self.settled = now - self.settled, now
+        tokens = sum(sequence.length for sequence in self._batch(state.step - 1)[0])
+        record = {
+            "kind": "step",
+            "step": state.step,
+            "epoch": (state.step - 1) // config.steps_per_epoch(len(self.train)) + 1,
+            "loss": result.loss,
+            "accuracy": float(result.exact.double().mean()),
+            "gradient_norm": float(result.report.gradient_norm),
+            "learning_rate": self._rate(state.step - 1),
+            **step_figures(result.report),
+            "tokens": tokens,
+            "tokens_per_second": tokens / max(seconds, 1e-9),
+            "seconds": seconds,
+        }
+        self._record(record)
+        self.progress.step(record)
+        self._look_at(record)
+
+    def _fetch(self) -> None:
+        """Bring e, m and v to what they are after `state.step` steps."""
+        self.state.e, self.state.m, self.state.v = self.pipeline.state()
+
+    def _check(self, result: StepResult) -> None:
+        """Raises TrainingError where the step was refused: the state is still that before it."""
+        if bool(result.report.alive):
+            return
+        norm = float(result.report.gradient_norm)
+        what = "the prompt or the optimiser's moments overflow"
+        if not math.isfinite(result.loss):
+            what = f"the loss is {result.loss}"
+        elif not math.isfinite(norm):
+            what = f"the gradient's norm is {norm}"
+        raise TrainingError(f"{what} in step {self.state.step + 1}{self._advice()}")
+
+    def _advice(self) -> str:
+        kept = f"; the state after step {self.state.step} is in {self.folder.path}" if self.folder is not None else ""
+        return f"{kept}. Try a lower learning_rate or clip_norm, or look at the examples of that batch."
+
+    def _validate_if_due(self) -> None:
+        state = self.state
+        due = state.step % self.interval == 0 or state.step == self.total
+        if not self.validation or not due or state.validated == state.step:
+            return
+        self._fetch()
+        try:
+            measured, watched = self._validate()
+        except Stopped:
+            return
+        state.validated = state.step
+        state.before = state.before or measured
+        better = state.after is None or _rank(measured, self.config) > _rank(state.after, self.config)
+        if better:
+            state.best, state.best_step, state.after, state.stale = state.e.clone(), state.step, measured, 0
+        else:
+            state.stale += 1
+        record = {"kind": "validation", "step": state.step, **measured, "best": better, **watched}
+        self._record(record)
+        if better:
+            self._save_best()
+        self.progress.validation(record)
+        self._look_at(record)
+        if self.config.patience is not None and state.stale >= self.config.patience and state.step < self.total:
+            state.stop_reason = "early stopping"
+
+    def _validate(self) -> tuple[dict[str, float], dict[str, Any]]:
+        """Accuracy and loss, weighted as the examples are, and what the monitors say. Raises Stopped."""
+        prompt = self.prompt.replace(embeddings=self.state.e)
+        answered = Answered([], [], []) if self.judge.generates else None
+        loss, right = 0.0, []
+        weights = [example.weight for example in self.validation]
+        total = math.fsum(weights)
+        for first in range(0, len(self.validation), _VALIDATION_CHUNK):
+            if self.stop.requested:
+                raise Stopped
+            chunk = self.validation[first : first + _VALIDATION_CHUNK]
+            with self._saved_on_failure():
+                details = self.scorer.details(prompt.embeddings, first // _VALIDATION_CHUNK)
+                if answered is not None:
+                    answered += self.monitors.answered(prompt, chunk)
+            shares = torch.tensor([example.weight / total for example in chunk], dtype=torch.float64)
+            loss += float(details.example_loss.double().cpu() @ shares)
+            right += details.exact.double().tolist()
+        if answered is not None:
+            right = [float(grade.correct) for grade in answered.grades]
+        if not math.isfinite(loss):
+            with self._saved_on_failure():
+                raise TrainingError(f"the validation loss is {loss} after step {self.state.step}{self._advice()}")
+        accuracy = weighted_share(right, weights)
+        if self.stop.requested:
+            raise Stopped
+        with self._saved_on_failure():
+            watched = self.monitors.validation_figures(prompt, accuracy, answered, self._recent())
+        return {"accuracy": accuracy, "loss": loss}, watched
+
+    def _recent(self) -> tuple[float, int] | None:
+        """Accuracy of the last steps' examples, each as it was just before its step, and their number."""
+        wanted = min(self.config.monitors.train_examples, len(self.train))
+        right, seen = 0.0, 0
+        for record in reversed(self.records):
+            if seen >= wanted:
+                break
+            if record["kind"] == "step":
+                size = len(batch_indices(len(self.train), self.config.batch_size, record["step"] - 1, self.config.seed))
+                right, seen = right + record["accuracy"] * size, seen + size
+        return (right / seen, seen) if seen else None
+
+    def _look_at(self, record: Mapping[str, Any]) -> None:
+        """Sound the alarms that a record sets off; one whose action is "stop" ends the run."""
+        for alarm in self.alarms.check(record):
+            told = alarm.to_record()
+            self._record(told)
+            self.progress.alarm(told, alarm.sentence())
+            if alarm.action == "stop" and self.state.step < self.total:
+                self.state.stop_reason = "alarm"
+
+    def _record(self, record: dict[str, Any]) -> None:
+        if self.folder is not None:
+            self.folder.append(record)
+        self.records.append(record)
+        self.state.lines += 1
+
+    def _save(self) -> None:
+        now = time.monotonic()
+        self.state.seconds += now - self.clock
+        self.clock = now
+        if self.folder is None:
+            return
+        self._fetch()
+        try:
+            self.folder.save_state(self.state)
+        except SaveError as error:
+            raise SaveError(f"{error} The run can be resumed from its last checkpoint.") from error
+
+    def _save_best(self) -> None:
+        if self.folder is not None:
+            best = self.prompt_at(self.state.best, self.state.best_step, self.state.after)
+            best.save(self.folder.path / "prompt.safetensors")
+
+    @contextlib.contextmanager
+    def _saved_on_failure(self) -> Iterator[None]:
+        """Whatever goes wrong inside, the state as it was before is on the disk when the error leaves."""
+        try:
+            yield
+        except Exception as error:
+            if not isinstance(error, Stopped):
+                self._save()
+            raise
+
+    def prompt_at(self, embeddings: torch.Tensor, step: int, measured: Mapping[str, float] | None) -> SoftPrompt:
+        """A prompt to save: these embeddings, and where they come from in the metadata."""
+        metrics: dict[str, Any] = {"step": step}
+        if measured is not None:
+            metrics |= {f"validation_{name}": value for name, value in measured.items()}
+        metadata = {**self.prompt.metadata, "trust_region": self.config.trust_region.describe(), "metrics": metrics}
+        return self.prompt.replace(embeddings=embeddings.clone(), metadata=metadata)
+
+
+def batch_indices(examples: int, batch_size: int, step: int, seed: int) -> list[int]:
+    """Which examples step `step` (from 0) uses: a function of its arguments, so that resuming needs no random state."""
+    per_epoch = -(-examples // batch_size)
+    epoch, position = divmod(step, per_epoch)
+    order = list(range(examples))
+    random.Random(f"{seed}/{epoch}").shuffle(order)
+    return order[position * batch_size : (position + 1) * batch_size]
+
+
+def _rank(measured: Mapping[str, float], config: OptimizeConfig) -> tuple[float, ...]:
+    """Larger is better."""
+    by_loss = (-measured["loss"],)
+    return by_loss if config.select_by == "loss" else (measured["accuracy"], *by_loss)
+
+
+def rule_of(config: OptimizeConfig) -> Rule:
+    """The optimiser that the settings ask for."""
+    if config.optimizer == "adamw":
+        return AdamW(config.betas, config.eps, config.weight_decay)
+    return SGD(config.momentum, config.weight_decay)
+
+
+def _rendered(model: Model, prompt: SoftPrompt, examples: Sequence[Example], what: str) -> list[Rendered]:
+    """Each example's sequence; an example that cannot be used is refused here, not in the middle of a run."""
+    return [render(model, prompt, example, where=f"{what} {i}") for i, example in enumerate(examples, 1)]

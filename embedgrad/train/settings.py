@@ -1,0 +1,475 @@
+"""The settings of a run: `OptimizeConfig` for the optimisation, `RunConfig` for a configuration file.
+
+An invalid setting raises a ConfigError, whose one sentence names the key, its value and the allowed values.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainSerializer,
+    ValidationError,
+    model_validator,
+)
+
+from embedgrad.maths.trust_region import KINDS, CosineCone, TrustRegion
+from embedgrad.prompt.template import Template
+from embedgrad.util.errors import ConfigError, TemplateError
+
+if TYPE_CHECKING:
+    from pydantic._internal._model_construction import ModelMetaclass
+else:
+    ModelMetaclass = type(BaseModel)
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+_SHOWN = 4  # wrong keys that a message lists; further ones are only counted
+
+
+def _not_bool(value: object) -> object:
+    if isinstance(value, bool):
+        raise ValueError("should be a number, not true or false")
+    return value
+
+
+def _bytes(value: object) -> object:
+    if not isinstance(value, str):
+        return _not_bool(value)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", value.lower())
+    if match is None:
+        raise ValueError("should be a number of bytes, or a text such as 800MB or 2GiB")
+    return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+def _folder_name(value: str) -> str:
+    if not value.strip() or value in (".", "..") or any(sign in value for sign in "/\\\0"):
+        raise ValueError(f"should be the name of one folder, not {value!r}")
+    return value
+
+
+def _listed(value: object) -> object:
+    """A list; a single name becomes a list of one."""
+    return [value] if isinstance(value, str) else value
+
+
+def _region(value: object) -> object:
+    """A trust region, from a trust region, a kind such as "none", or a mapping with `kind` and its numbers."""
+    if isinstance(value, str):
+        value = {"kind": value}
+    if isinstance(value, Mapping):
+        try:
+            return TrustRegion.from_dict(value)
+        except ConfigError as error:
+            raise ValueError(str(error)) from error
+    return value
+
+
+def _template(value: object) -> object:
+    """A template, from a template, a kind such as "plain", or a mapping for Template.from_json.
+
+    None and "system" give None, for the task's or the model's default.
+    """
+    if value is None or value == "system" or isinstance(value, Template):
+        return None if value == "system" else value
+    if isinstance(value, str):
+        value = {"kind": value}
+    if not isinstance(value, Mapping):
+        raise ValueError('should be "system", "plain", or a mapping with messages or text')
+    try:
+        return Template.from_json(value)
+    except TemplateError as error:
+        raise ValueError(str(error)) from error
+
+
+Int = Annotated[int, BeforeValidator(_not_bool)]
+Float = Annotated[float, BeforeValidator(_not_bool)]
+Bytes = Annotated[int, BeforeValidator(_bytes), Field(ge=1)]
+Share = Annotated[float, BeforeValidator(_not_bool), Field(ge=0, lt=1)]
+Region = Annotated[
+    TrustRegion, BeforeValidator(_region), PlainSerializer(lambda region: region.describe(), return_type=dict[str, Any])
+]
+
+
+class _RefusesInWords(ModelMetaclass):
+    """Turns pydantic's error into a ConfigError where a section is made directly, as in `OptimizeConfig(steps=0)`.
+
+    pydantic makes the inner sections itself, so the error of the outermost section has the whole path of the key.
+    """
+
+    def __call__(cls, *arguments: Any, **values: Any) -> Any:
+        try:
+            return super().__call__(*arguments, **values)
+        except ValidationError as error:
+            raise ConfigError(_sentence(error, cls)) from None  # type: ignore[arg-type]
+
+
+class _Section(BaseModel, metaclass=_RefusesInWords):
+    """A section of the configuration: immutable, without unknown keys, with finite numbers only."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, arbitrary_types_allowed=True)
+
+
+class AlarmSection(_Section):
+    """Threshold of an alarm and the action that follows. A name alone is the action, with the default threshold."""
+
+    threshold: Float
+    action: Literal["warn", "stop", "ignore"] = "warn"
+
+
+def _alarm(threshold: float) -> BeforeValidator:
+    def filled(value: object) -> object:
+        value = {"action": value} if isinstance(value, str) else value
+        return {"threshold": threshold, **value} if isinstance(value, Mapping) else value
+
+    return BeforeValidator(filled)
+
+
+class MonitorSection(_Section):
+    """The figures that are recorded (`embedgrad.train.monitors`) and the alarms (`embedgrad.train.alarms`)."""
+
+    similarity: Annotated[AlarmSection, _alarm(0.90)] = AlarmSection(threshold=0.90)
+    gap: Annotated[AlarmSection, _alarm(0.15)] = AlarmSection(threshold=0.15)
+    collapse: Annotated[AlarmSection, _alarm(0.05)] = AlarmSection(threshold=0.05)
+    train_examples: Annotated[Int, Field(ge=0)] = 64  # training examples for the gap to validation accuracy; 0: off
+    answers: Annotated[Int, Field(ge=0)] = 16  # validation examples for the statistics of generated answers; 0: off
+    nearest: bool = True  # record the nearest tokens of the vocabulary at each validation
+
+
+class OptimizeConfig(_Section):
+    """How a prompt is optimised. Immutable. Values outside their range raise ConfigError."""
+
+    steps: Annotated[Int, Field(ge=1)] | None = None  # optimiser steps; give steps or epochs
+    epochs: Annotated[Int, Field(ge=1)] | None = None  # passes over the training data; default without steps: 1
+    batch_size: Annotated[Int, Field(ge=1)] = 16
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    learning_rate: Annotated[Float, Field(gt=0, le=1e6)] = 2e-3
+    betas: tuple[Share, Share] = (0.9, 0.999)  # adamw
+    eps: Annotated[Float, Field(gt=0)] = 1e-8  # adamw
+    momentum: Share = 0.0  # sgd
+    weight_decay: Annotated[Float, Field(ge=0, le=1e6)] = 0.0  # towards zero, not towards the anchor
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    warmup_steps: Annotated[Int, Field(ge=0)] = 0
+    clip_norm: Annotated[Float, Field(gt=0)] | None = None  # upper bound for the Euclidean norm of the whole gradient
+    trust_region: Region = CosineCone()
+    validate_every: Annotated[Int, Field(ge=1)] | None = None  # steps; default: a tenth of the run
+    select_by: Literal["accuracy", "loss"] = "accuracy"  # between equal accuracies the lower loss decides
+    accuracy_by: Literal["auto", "forced", "generated"] = "auto"  # auto: generated answers where the grader needs them
+    patience: Annotated[Int, Field(ge=1)] | None = None  # stop after this many validations without a better one
+    checkpoint_every: Annotated[Int, Field(ge=1)] = 10  # steps
+    seed: Annotated[Int, Field(ge=0)] = 0
+    memory_policy: Literal["auto", "all", "mlp", "layer"] = "auto"
+    memory_budget: Bytes | None = None  # bytes, or a text such as "2GiB"
+    save_last: bool = True  # also save the prompt of the last step
+    monitors: MonitorSection = MonitorSection()
+
+    @model_validator(mode="after")
+    def _one_length(self) -> OptimizeConfig:
+        if self.steps is not None and self.epochs is not None:
+            raise ValueError("steps and epochs are two ways to say one thing: give one of them")
+        return self
+
+    def total_steps(self, examples: int) -> int:
+        """Number of optimiser steps of a run over `examples` training examples."""
+        return self.steps if self.steps is not None else (self.epochs or 1) * self.steps_per_epoch(examples)
+
+    def steps_per_epoch(self, examples: int) -> int:
+        """Number of batches in a pass over `examples` training examples. The last batch may be smaller."""
+        return -(-examples // self.batch_size)
+
+    def validation_interval(self, examples: int) -> int:
+        """Number of steps from one validation to the next."""
+        return self.validate_every or max(1, self.total_steps(examples) // 10)
+
+
+class ModelSection(_Section):
+    """The model and how it computes: the arguments of `load_model`."""
+
+    path: str
+    dtype: Literal["float32", "fp32", "float64", "fp64", "bfloat16", "bf16"] | None = None
+    backend: str = "auto"
+    device: str = "auto"
+    weights: Literal["auto", "compute", "stored", "fp32", "bf16", "int8", "int4"] = "auto"
+    max_device_memory: Bytes | None = None  # bytes, or a text such as "10GiB"; layers that do not fit are streamed
+
+
+class PromptSection(_Section):
+    """The text that is optimised, or a file that holds it. A line break at the end of the file is removed."""
+
+    text: str | None = None
+    file: str | None = None
+
+    @model_validator(mode="after")
+    def _one_source(self) -> PromptSection:
+        if (self.text is None) == (self.file is None):
+            raise ValueError("should give either text or file")
+        return self
+
+
+class FileSection(_Section):
+    """A JSON-lines file of examples, one object per line."""
+
+    path: str
+    limit: Annotated[Int, Field(ge=1)] | None = None  # use only the first `limit` examples
+
+
+class SplitSection(_Section):
+    """Number of examples in each part, drawn by the seed. Default: the task's number; for the user's own file 0."""
+
+    train: Annotated[Int, Field(ge=1)] | None = None
+    validation: Annotated[Int, Field(ge=0)] | None = None
+    test: Annotated[Int, Field(ge=0)] | None = None
+    seed: Annotated[Int, Field(ge=0)] = 0
+
+
+class DataSection(_Section):
+    """The data: a `task` by its name, or the user's own JSON-lines files.
+
+    Own files are either one file each for train, validation and test, or one `path` with a `split` or `folds`.
+    """
+
+    task: str | None = None  # imdb, causal_judgement, math500, movie-snippets; jsonl or None: the user's own files
+    variant: str | None = None  # variant of the task's data
+    folder: str | None = None  # folder with the task's files; default: EMBEDGRAD_DATA, else the Hugging Face hub
+    train: FileSection | None = None
+    validation: FileSection | None = None
+    test: FileSection | None = None
+    path: str | None = None
+    split: SplitSection | None = None
+    folds: Annotated[Int, Field(ge=2)] | None = None  # number of folds for cross-validation
+    fold: Annotated[Int, Field(ge=0)] = 0  # index of the fold that is the test data
+    query_tokens: Annotated[Int, Field(ge=1)] | None = None  # queries are truncated to this many tokens
+    target_tokens: Annotated[Int, Field(ge=1)] | None = None  # training examples with longer targets are dropped
+    query: str = "query"
+    target: str = "target"
+    labels: tuple[str, ...] | None = None  # all possible answers; with them tests also score the labels
+    grader: str | dict[str, Any] | None = None  # what makes an answer right (`evaluation.grading`); default: exact
+
+    @model_validator(mode="before")
+    @classmethod
+    def _names_of_files(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        parts = ("train", "validation", "test")
+        return {k: {"path": v} if k in parts and isinstance(v, str) else v for k, v in values.items()}
+
+    @model_validator(mode="after")
+    def _one_way(self) -> DataSection:
+        own = (self.train, self.validation, self.test, self.path)
+        if self.task is not None and self.task != "jsonl":
+            if any(file is not None for file in own):
+                raise ValueError(f"should give either the task {self.task} or files of one's own, not both")
+            return self
+        if self.folder is not None or self.variant is not None:
+            raise ValueError("should give folder and variant for a task only; files have their own paths")
+        if self.folds is not None and self.path is None:
+            raise ValueError("should give folds for a task, or for a path")
+        if (self.path is None) == (self.train is None):
+            raise ValueError("should give either train (a file), or path and split")
+        if (self.path is None) != (self.split is None and self.folds is None):
+            raise ValueError("should give path and split together")
+        if self.path is not None and self.folds is None and (self.split is None or self.split.train is None):
+            raise ValueError("split.train is missing")
+        if self.path is not None and (self.validation is not None or self.test is not None):
+            raise ValueError("should give either files for validation and test, or path and split")
+        return self
+
+
+class RunSection(_Section):
+    """The run folder, `folder`/`name`, and the `loggers` (`embedgrad.train.loggers`).
+
+    The default name is that of the configuration file without its suffix.
+    """
+
+    name: Annotated[str, AfterValidator(_folder_name)] | None = None
+    folder: str = "runs"
+    loggers: Annotated[tuple[Literal["tensorboard", "wandb"], ...], BeforeValidator(_listed)] = ()
+
+
+class CompareSection(_Section):
+    """The settings of `embedgrad compare`."""
+
+    arms: tuple[str, ...] | None = None  # default: all arms
+    seeds: Annotated[tuple[Annotated[Int, Field(ge=0)], ...], Field(min_length=1)] = (0, 1, 2)
+    taus: tuple[Annotated[Float, Field(ge=-1, le=1)], ...] = (1.0, 0.99, 0.95, 0.9, 0.8, 0.0)
+    shots: Annotated[Int, Field(ge=1)] = 4  # demonstrations in a few-shot prompt
+    paraphrases: tuple[str, ...] | None = None  # other wordings of the prompt; default: the task's
+
+
+class SamplingSection(_Section):
+    """How answers are generated; the fields are those of `embedgrad.generation.sampling.Sampling`."""
+
+    max_new_tokens: Annotated[Int, Field(ge=1)] = 256
+    temperature: Annotated[Float, Field(ge=0)] = 0.0
+    top_k: Annotated[Int, Field(ge=0)] = 0
+    top_p: Annotated[Float, Field(gt=0, le=1)] = 1.0
+    min_p: Annotated[Float, Field(ge=0, le=1)] = 0.0
+    seed: Annotated[Int, Field(ge=0, lt=1 << 64)] = 0
+    stop: tuple[str, ...] = ()
+    repetition_penalty: Annotated[Float, Field(gt=0)] = 1.0
+    presence_penalty: Float = 0.0
+    frequency_penalty: Float = 0.0
+    logit_bias: dict[Int, Float] = {}
+    choices: tuple[str, ...] = ()
+
+
+class RunConfig(_Section):
+    """A configuration file of `embedgrad optimize`."""
+
+    model: ModelSection
+    prompt: PromptSection | None = None  # default: the task's
+    template: Annotated[
+        Template | None, BeforeValidator(_template), PlainSerializer(lambda t: t and yaml.safe_load(t.to_json()))
+    ] = None
+    data: DataSection
+    optimize: OptimizeConfig = OptimizeConfig()
+    run: RunSection = RunSection()
+    compare: CompareSection = CompareSection()
+    sampling: SamplingSection | None = None  # default: greedy, with enough tokens for the longest target
+
+    @model_validator(mode="before")
+    @classmethod
+    def _short_forms(cls, values: Any) -> Any:
+        if not isinstance(values, Mapping):
+            return values
+        return {k: {_SHORT[k]: v} if k in _SHORT and isinstance(v, str) else v for k, v in values.items()}
+
+    @model_validator(mode="after")
+    def _some_prompt(self) -> RunConfig:
+        if self.prompt is None and self.data.task in (None, "jsonl"):
+            raise ValueError("prompt is missing")
+        return self
+
+
+# `model: X` is short for `model: {path: X}`, and so on. An override such as model.dtype expands the short form.
+_SHORT = {"model": "path", "prompt": "text", "trust_region": "kind"}
+_SHORT |= dict.fromkeys(("train", "validation", "test"), "path")
+_SHORT |= dict.fromkeys(("similarity", "gap", "collapse"), "action")
+
+
+def load_run_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
+    """Reads a YAML file and applies overrides such as "optimize.steps=30", whose values are YAML.
+
+    Raises ConfigError for a file that is missing or not YAML, an unknown key (with the nearest known one), or an
+    invalid value.
+    """
+    path = Path(path)
+    try:
+        text = path.read_text("utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot read the configuration {path}: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"the configuration {path} is not UTF-8 text (byte {error.start}).") from error
+    values = _yaml(text, f"the configuration {path}")
+    if not isinstance(values, dict):
+        raise ConfigError(f"the configuration {path} should be a mapping with model, prompt and data.")
+    config = run_config(values, str(path), overrides)
+    if config.run.name is None:
+        config = config.model_copy(update={"run": config.run.model_copy(update={"name": path.stem})})
+    return config
+
+
+def run_config(values: dict[Any, Any], where: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """The configuration with these values and overrides. `where` begins the message of a ConfigError."""
+    for override in overrides:
+        _override(values, override)
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(f"{where}: {_sentence(error, RunConfig)}") from None
+
+
+def expand_path(path: str) -> Path:
+    """`path` with ~ and $VARIABLES replaced. A relative path starts at the current folder."""
+    return Path(os.path.expandvars(os.path.expanduser(path)))
+
+
+def _yaml(text: str, what: str) -> Any:
+    """The value of the YAML `text`. `what` names the text in the message of a ConfigError."""
+    try:
+        return yaml.safe_load(text)
+    except RecursionError:
+        raise ConfigError(f"{what} is not YAML that can be read: it is nested too deeply.") from None
+    except Exception as error:  # PyYAML also lets errors of Python's conversions through, such as 2024-13-45 as a date
+        raise ConfigError(f"{what} is not YAML: {_yaml_problem(error)}.") from error
+
+
+def _yaml_problem(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or (str(error).splitlines() or [type(error).__name__])[0]
+    return f"{problem} (line {mark.line + 1}, column {mark.column + 1})" if mark is not None else str(problem)
+
+
+def _override(values: dict[Any, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    names = key.strip().split(".")
+    if not separator or not all(names):
+        raise ConfigError(f"--set {override!r} should look like section.key=value, for example optimize.steps=30.")
+    value = _yaml(text, f"the value of --set {override!r}")
+    section = values
+    for name in names[:-1]:
+        inner = section.get(name)
+        if isinstance(inner, str) and name in _SHORT:
+            inner = section[name] = {_SHORT[name]: inner}
+        elif inner is None:
+            inner = section[name] = {}
+        if not isinstance(inner, dict):
+            raise ConfigError(f"--set {override!r}: {name} is {inner!r} and has no settings of its own.")
+        section = inner
+    section[names[-1]] = value
+
+
+def _sentence(error: ValidationError, section: type[BaseModel]) -> str:
+    problems = [_problem(one, section) for one in error.errors(include_url=False)]
+    more = len(problems) - _SHOWN
+    return "; ".join(problems[:_SHOWN]) + (f"; and {more} more" if more > 0 else "") + "."
+
+
+def _problem(error: Any, section: type[BaseModel]) -> str:
+    path = ".".join(str(part) for part in error["loc"])
+    kind, value = error["type"], error["input"]
+    if kind == "extra_forbidden":
+        known = _keys_beside(section, error["loc"])
+        near = difflib.get_close_matches(str(error["loc"][-1]), known, 1)
+        hint = f"did you mean {near[0]!r}" if near else f"known are {', '.join(known)}"
+        return f"{path} is not a setting; {hint}"
+    if kind == "missing":
+        return f"{path} is missing"
+    if kind == "value_error":
+        reason = str(error["ctx"]["error"]).rstrip(".")
+        return f"{path}: {reason}" if path else reason
+    if kind == "model_type":
+        return f"{path} is {_shown(value)}, but should be a mapping"
+    if kind == "is_instance_of":  # the only such field is a trust region
+        return f"{path} is {_shown(value)}, but should be one of {', '.join(KINDS)}, or a mapping with such a kind"
+    if kind == "string_type":
+        return f"{path} is {_shown(value)}, but should be text (in quotes where YAML reads it as something else)"
+    reason = error["msg"].replace("Input should", "should")
+    return f"{path} is {_shown(value)}, but {reason}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def _keys_beside(section: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
+    """The known keys of the section that contains the key at `location`."""
+    for name in location[:-1]:
+        field = section.model_fields.get(str(name))
+        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())] if field is not None else []
+        inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if not inner:
+            return []
+        section = inner[0]
+    return list(section.model_fields)

@@ -1,0 +1,67 @@
+"""Ctrl-C and SIGTERM as a request that the program fulfils at a moment of its own choice."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Iterator
+from types import FrameType
+from typing import Any
+
+_REASONS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+
+
+class StopRequest:
+    """Whether a signal has asked the program to stop. reason: "interrupted" (SIGINT), "terminated" (SIGTERM), None."""
+
+    def __init__(self) -> None:
+        self.reason: str | None = None
+
+    @property
+    def requested(self) -> bool:
+        """Whether a signal has arrived."""
+        return self.reason is not None
+
+
+@contextlib.contextmanager
+def stop_on_signals(terminate: bool) -> Iterator[StopRequest]:
+    """Inside the block the first SIGINT (with `terminate` also SIGTERM) only sets the request.
+
+    The first signal also restores the previous handlers, so that a second signal acts at once. Python allows signal
+    handlers in the main thread only; in other threads the request is never set.
+    """
+    request = StopRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before: dict[signal.Signals, Any] = {}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+
+    def note(number: int, frame: FrameType | None) -> None:
+        request.reason = _REASONS[signal.Signals(number)]
+        restore()
+
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM) if terminate else (signal.SIGINT,):
+            before[number] = signal.signal(number, note)
+        yield request
+    finally:
+        restore()
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[StopRequest]:
+    """Inside the block Ctrl-C sets the request instead of raising KeyboardInterrupt.
+
+    Where the program has installed a handler of its own, that handler stays and the request is never set.
+    """
+    is_default = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    if not is_default or threading.current_thread() is not threading.main_thread():
+        yield StopRequest()
+        return
+    with stop_on_signals(terminate=False) as request:
+        yield request

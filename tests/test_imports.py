@@ -1,0 +1,142 @@
+"""Who imports whom: only downwards, in no circle; and what a step brings along."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.model.tiny import write_folder
+
+ROOT = Path(__file__).parents[1]
+# The rooms of docs/design.md from the lowest floor up; a room's files may import from rooms before it.
+FLOORS = (
+    "embedgrad.kernels", "embedgrad.util", "embedgrad.maths", "embedgrad.backends", "embedgrad.data", "embedgrad.model",
+    "embedgrad.prompt", "embedgrad.engine", "embedgrad.generation", "embedgrad.evaluation", "embedgrad.tasks",
+    "embedgrad.train", "embedgrad.compare", "embedgrad.report", "embedgrad.cli", "embedgrad", "bench",
+)  # fmt: skip
+DIRECTLY_IN_EMBEDGRAD = {"__init__", "__main__"}
+
+Modules = dict[str, tuple[Path, set[str]]]
+
+PROGRAM = """
+import sys
+from embedgrad import Example, Sampling, SoftPrompt, Template, generate, load_model, loss_and_grad
+model = load_model(sys.argv[1])
+prompt = SoftPrompt.from_ids(model, [9, 30], template=Template.plain())
+for policy in ("all", "mlp", "layer"):
+    loss_and_grad(model, prompt, [Example([10, 11], [20]), Example([12], [30, 31])], policy=policy)
+generate(model, prompt, [[10], [11]], Sampling(max_new_tokens=2))
+print(sorted(name for name in sys.modules if name.startswith(("torch._dynamo", "torch._inductor", "sympy")))[:3])
+"""
+
+
+def modules(root: Path, folders: dict[str, str]) -> Modules:
+    """Every module below `folders` (package -> folder below root): its file, and the modules of them that it imports,
+    at its top or in a function."""
+    files: dict[str, Path] = {}
+    for package, folder in folders.items():
+        for path in (root / folder).rglob("*.py"):
+            parts = [package, *path.relative_to(root / folder).with_suffix("").parts]
+            files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return {name: (path, set(_imported(path, name, files)) - {name}) for name, path in files.items()}
+
+
+def _imported(path: Path, name: str, known: dict[str, Path]) -> Iterator[str]:
+    package = name if path.stem == "__init__" else name.rpartition(".")[0]
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in known)
+        elif isinstance(node, ast.ImportFrom):
+            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            source = ".".join([*above, *([node.module] if node.module else [])])
+            for alias in node.names:
+                whole = f"{source}.{alias.name}"
+                yield from (found for found in (whole if whole in known else source,) if found in known)
+
+
+def room(name: str) -> str:
+    """The longest of FLOORS that the module lies in."""
+    return max((floor for floor in FLOORS if name == floor or name.startswith(floor + ".")), key=len)
+
+
+def upward(found: Modules) -> list[str]:
+    """Imports of a module in a room above."""
+    return [
+        f"{found[name][0]} imports {found[other][0]}"
+        for name in sorted(found)
+        for other in sorted(found[name][1])
+        if FLOORS.index(room(other)) > FLOORS.index(room(name))
+    ]
+
+
+def circles(found: Modules) -> list[str]:
+    """Imports on a path that leads back to where it began."""
+    reached = {name: set(imports) for name, (_, imports) in found.items()}
+    for _ in found:
+        grown = {name: seen.union(*(reached[other] for other in seen)) for name, seen in reached.items()}
+        if grown == reached:
+            break
+        reached = grown
+    return [
+        f"{found[name][0]} and {found[other][0]} import each other"
+        for name in sorted(found)
+        for other in sorted(found[name][1])
+        if name in reached[other]
+    ]
+
+
+@pytest.fixture(scope="module")
+def found() -> Modules:
+    return modules(ROOT, {"embedgrad": "embedgrad", "embedgrad.kernels": "kernels", "bench": "bench"})
+
+
+def test_no_room_imports_from_one_above(found: Modules) -> None:
+    assert upward(found) == []
+
+
+def test_no_imports_go_round_in_a_circle(found: Modules) -> None:
+    assert circles(found) == []
+
+
+def test_every_module_lies_in_a_room(found: Modules) -> None:
+    outside = {name.rpartition(".")[2] for name in found if room(name) == "embedgrad" and name != "embedgrad"}
+    assert outside <= DIRECTLY_IN_EMBEDGRAD
+    assert set(FLOORS) <= {room(name) for name in found}
+
+
+def test_kernels_know_only_torch_and_triton(found: Modules) -> None:
+    allowed = set(sys.stdlib_module_names) | {"torch", "triton", ""}
+    for name, (path, _) in found.items():
+        if room(name) == "embedgrad.kernels":
+            for node in ast.walk(ast.parse(path.read_text())):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+                names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
+                assert {each.partition(".")[0] for each in names} <= allowed, path
+
+
+def test_arrows_that_should_not_be_are_found(tmp_path: Path) -> None:
+    """An arrow upwards and a circle, one end of each inside a function."""
+    for name, text in {
+        "util/low.py": "def f():\n    from embedgrad.cli import high\n",
+        "cli/high.py": "",
+        "maths/one.py": "from . import two\n",
+        "maths/two.py": "def f():\n    import embedgrad.maths.one\n",
+        "maths/__init__.py": "",
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    planted = modules(tmp_path, {"embedgrad": "."})
+    low, high, one, two = (tmp_path / name for name in ("util/low.py", "cli/high.py", "maths/one.py", "maths/two.py"))
+    assert upward(planted) == [f"{low} imports {high}"]
+    assert circles(planted) == [f"{one} and {two} import each other", f"{two} and {one} import each other"]
+
+
+def test_neither_step_nor_generation_imports_torchs_compiler(tmp_path: Path) -> None:
+    write_folder(tmp_path, "llama")
+    command = [sys.executable, "-c", PROGRAM, str(tmp_path)]
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "[]\n"
