@@ -230,7 +230,8 @@ void embed_backward(const Tensor& dx, const Tensor& prompt_rows, Tensor grad) {
 
 void prompt_step(
     Tensor e, const Tensor& anchor, Tensor m, Tensor v, const Tensor& g, at::ArrayRef<double> adamw,
-    at::ArrayRef<double> region, Tensor similarity, Tensor norm_ratio, Tensor projected) {
+    at::ArrayRef<double> region, double limit, Tensor before, Tensor similarity, Tensor norm_ratio, Tensor projected,
+    Tensor gradient_norm, Tensor alive) {
     const int64_t k = e.size(0), d = e.size(1);
     TORCH_CHECK(adamw.size() == 7, "AdamW has 7 numbers, not ", adamw.size());
     TORCH_CHECK(region.size() == 11, "a trust region has 11 numbers, not ", region.size());
@@ -239,12 +240,18 @@ void prompt_step(
         check(*x, "a report", x == &projected ? at::kBool : at::kDouble, 1);
         TORCH_CHECK(x->size(0) == k && x->is_contiguous(), "a report must be contiguous with ", k, " elements");
     }
+    check(gradient_norm, "gradient_norm", at::kDouble, 0), check(alive, "alive", at::kBool, 0);
+    check(before, "before", at::kFloat, 3);
+    TORCH_CHECK(before.is_contiguous() && before.numel() == 3 * k * d, "before must be contiguous [3, k, d]");
     embedgrad::prompt_step(
         pool, {of(0), of(1), of(2), of(3), of(4), of(5), of(6)},
         {static_cast<embedgrad::TrustRegion::Kind>(static_cast<int64_t>(region[0])), region[1], region[2], region[3],
          region[4], region[5], region[6], region[7], region[8], region[9] != 0, region[10]},
-        rows(e, "e", k, d), rows(anchor, "anchor", k, d), rows(m, "m", k, d), rows(v, "v", k, d), rows(g, "g", k, d),
-        similarity.data_ptr<double>(), norm_ratio.data_ptr<double>(), projected.data_ptr<bool>(), k, d);
+        limit,
+        {rows(e, "e", k, d), rows(anchor, "anchor", k, d), rows(m, "m", k, d), rows(v, "v", k, d), rows(g, "g", k, d),
+         before.data_ptr<float>(), k, d},
+        {similarity.data_ptr<double>(), norm_ratio.data_ptr<double>(), projected.data_ptr<bool>(),
+         gradient_norm.data_ptr<double>(), alive.data_ptr<bool>()});
 }
 
 embedgrad::TreeMask tree_mask(
@@ -405,7 +412,8 @@ TORCH_LIBRARY(embedgrad, m) {
     m.def("embed_backward(Tensor dx, Tensor prompt_rows, Tensor(a!) grad) -> ()");
     m.def(
         "prompt_step(Tensor(a!) e, Tensor anchor, Tensor(b!) m, Tensor(c!) v, Tensor g, float[] adamw, "
-        "float[] region, Tensor(d!) similarity, Tensor(e!) norm_ratio, Tensor(f!) projected) -> ()");
+        "float[] region, float limit, Tensor(d!) before, Tensor(e!) similarity, Tensor(f!) norm_ratio, "
+        "Tensor(g!) projected, Tensor(h!) gradient_norm, Tensor(i!) alive) -> ()");
     m.def(
         "tree_schedule(Tensor key_begin, Tensor key_end, Tensor query_index, Tensor block_start, "
         "Tensor? query_position, Tensor? key_position, int window) -> Tensor");

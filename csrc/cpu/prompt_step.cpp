@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <numeric>
 #include <vector>
 
 #include "isa.h"
@@ -16,6 +17,7 @@ constexpr double kSlanted = 1e-2;    // above it b² = ‖e‖² − (e·û)² i
 
 struct Lengths {
     double ee, ea, aa;  // ‖e‖², e·e0, ‖e0‖²
+    bool finite_moments;
 };
 
 // v = ((e − along û − first û) · scale − second û) · rescale. The difference of nearly parallel vectors is not
@@ -207,28 +209,60 @@ void report(const Lengths& x, double& similarity, double& norm_ratio) {
     norm_ratio = anchor > 0 ? length / anchor : 1;
 }
 
+double norm_of(const Pool& pool, const PromptRows& x) {
+    std::vector<double> squared(x.k);
+    pool.run(x.k, rows_per_thread(x.d), [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t) EMBEDGRAD_DISPATCH(sum_of_squares, x.g.at(t), x.d, squared[t])
+    });
+    return std::sqrt(std::accumulate(squared.begin(), squared.end(), 0.0));
+}
+
+void keep(const PromptRows& x, int64_t t) {
+    const Rows<float> from[] = {x.e, x.m, x.v};
+    for (int i = 0; i < 3; ++i) std::copy_n(from[i].at(t), x.d, x.before + (i * x.k + t) * x.d);
+}
+
+void restore(const PromptRows& x, int64_t t) {
+    const Rows<float> to[] = {x.e, x.m, x.v};
+    for (int i = 0; i < 3; ++i) std::copy_n(x.before + (i * x.k + t) * x.d, x.d, to[i].at(t));
+}
+
 }  // namespace
 
 void prompt_step(
-    const Pool& pool, const AdamW& adamw, const TrustRegion& region, Rows<float> e, Rows<float> anchor, Rows<float> m,
-    Rows<float> v, Rows<float> g, double* similarity, double* norm_ratio, bool* projected, int64_t k, int64_t d) {
-    std::vector<Lengths> lengths(k);
-    pool.run(k, rows_per_thread(d), [&](int64_t begin, int64_t end) {
+    const Pool& pool, const AdamW& adamw, const TrustRegion& region, double limit, const PromptRows& x,
+    const StepReport& out) {
+    const double norm = *out.gradient_norm = norm_of(pool, x);
+    const float clip = limit >= 0 && norm > limit ? static_cast<float>(limit / norm) : 1.0f;
+    std::vector<Lengths> lengths(x.k);
+    pool.run(x.k, rows_per_thread(x.d), [&](int64_t begin, int64_t end) {
         for (int64_t t = begin; t < end; ++t) {
-            projected[t] = false;
-            EMBEDGRAD_DISPATCH(adamw_row, adamw, e.at(t), anchor.at(t), m.at(t), v.at(t), g.at(t), d, lengths[t])
-            if (region.kind == TrustRegion::cosine && lengths[t].aa > 0 && std::isfinite(lengths[t].ee)) {
-                PromptRow row(e.at(t), anchor.at(t), d, lengths[t]);
-                project_cosine(region, row, projected[t]);
+            keep(x, t);
+            out.projected[t] = false;
+            float* e = x.e.at(t);
+            const float* anchor = x.anchor.at(t);
+            Lengths& sums = lengths[t];
+            EMBEDGRAD_DISPATCH(adamw_row, adamw, clip, e, anchor, x.m.at(t), x.v.at(t), x.g.at(t), x.d, sums)
+            if (region.kind == TrustRegion::cosine && sums.aa > 0 && std::isfinite(sums.ee)) {
+                PromptRow row(e, anchor, x.d, sums);
+                project_cosine(region, row, out.projected[t]);
             } else if (region.kind == TrustRegion::l2_ball) {
-                project_ball(region, e.at(t), anchor.at(t), d, lengths[t], projected[t]);
+                project_ball(region, e, anchor, x.d, sums, out.projected[t]);
             }
-            if (region.kind != TrustRegion::mean_cosine) report(lengths[t], similarity[t], norm_ratio[t]);
         }
     });
-    if (region.kind != TrustRegion::mean_cosine) return;
-    project_mean(region, e, anchor, lengths, d, projected);
-    for (int64_t t = 0; t < k; ++t) report(lengths[t], similarity[t], norm_ratio[t]);
+    if (region.kind == TrustRegion::mean_cosine) project_mean(region, x.e, x.anchor, lengths, x.d, out.projected);
+    bool& alive = *out.alive;
+    alive = alive && std::isfinite(norm);
+    for (const Lengths& sums : lengths) alive = alive && sums.finite_moments && std::isfinite(sums.ee);
+    for (int64_t t = 0; t < x.k; ++t) {
+        if (!alive) {
+            restore(x, t);
+            out.projected[t] = false;
+            EMBEDGRAD_DISPATCH(measure, x.e.at(t), x.anchor.at(t), x.d, lengths[t])
+        }
+        report(lengths[t], out.similarity[t], out.norm_ratio[t]);
+    }
 }
 
 }  // namespace embedgrad

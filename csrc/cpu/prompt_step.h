@@ -32,10 +32,20 @@ struct TrustRegion {
     double tolerance;               // four times the share of a row's length by which float32 rounding moves it
 };
 
-// In place on e, m, v [k, d]; anchor, g [k, d]; similarity, norm_ratio [k]; projected [k]: whether the region moved the
-// row.
-void prompt_step(
-    const Pool&, const AdamW&, const TrustRegion&, Rows<float> e, Rows<float> anchor, Rows<float> m, Rows<float> v,
-    Rows<float> g, double* similarity, double* norm_ratio, bool* projected, int64_t k, int64_t d);
+struct PromptRows {  // [k, d]; the step changes e, m and v
+    Rows<float> e, anchor, m, v, g;
+    float* before;  // [3, k, d] contiguous: receives e, m and v as they were
+    int64_t k, d;
+};
+
+struct StepReport {
+    double *similarity, *norm_ratio;  // [k]
+    bool* projected;                  // [k]: whether the region moved the row
+    double* gradient_norm;            // of the whole gradient, before it was clipped
+    bool* alive;  // in and out. Where it is false, or a number is not finite, nothing moves and it is false
+};
+
+// limit: the largest norm of the gradient; negative: none.
+void prompt_step(const Pool&, const AdamW&, const TrustRegion&, double limit, const PromptRows&, const StepReport&);
 
 }  // namespace embedgrad

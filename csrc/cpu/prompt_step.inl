@@ -68,16 +68,28 @@ static inline Vec root(Vec x) {
 #endif
 }
 
-// AdamW on one row, and the sums of the new row.
+static void sum_of_squares(const float* g, int64_t d, double& squared) {
+    Sum sum;
+    for (int64_t i = 0; i < d; i += VL) {
+        const Pair x = widened(g + i, d - i);
+        sum.add(x, x);
+    }
+    squared = sum.total();
+}
+
+// AdamW on one row with `clip · g`, and the sums of the new row.
 static void adamw_row(
-    const AdamW& s, float* e, const float* anchor, float* m, float* v, const float* g, int64_t d, Lengths& lengths) {
+    const AdamW& s, float clip, float* e, const float* anchor, float* m, float* v, const float* g, int64_t d,
+    Lengths& lengths) {
     Sum ee, ea, aa;
+    Vec moments = {};  // 0 while all moments are finite: x − x is NaN for any other x
     const float inverse = 1.0f / s.correction;
     for (int64_t i = 0; i < d; i += VL) {
         const int64_t count = d - i;
-        const Vec gradient = load(g + i, count), old_m = load(m + i, count);
+        const Vec gradient = load(g + i, count) * clip, old_m = load(m + i, count);
         const Vec new_m = old_m + s.rest1 * (gradient - old_m);
         const Vec new_v = load(v + i, count) * s.beta2 + s.rest2 * gradient * gradient;
+        moments += (new_m - new_m) + (new_v - new_v);
         store(m + i, new_m, count);
         store(v + i, new_v, count);
         const Vec by = root(new_v) * inverse + s.eps;
@@ -86,7 +98,8 @@ static void adamw_row(
         const Pair row = widened(e + i, count), to = widened(anchor + i, count);
         ee.add(row, row), ea.add(row, to), aa.add(to, to);
     }
-    lengths = {ee.total(), ea.total(), aa.total()};
+    lengths = {ee.total(), ea.total(), aa.total(), true};
+    for (int i = 0; i < VL; ++i) lengths.finite_moments &= moments[i] == 0;
 }
 
 static void measure(const float* e, const float* anchor, int64_t d, Lengths& lengths) {

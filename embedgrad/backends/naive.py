@@ -1,7 +1,6 @@
 """The equations of a frozen block (docs/design.md, section 4) to the letter: what every backend is held to.
 
-Plain torch in the inputs' own float type, on any device, with the equations' symbols as names. Attention forms the
-whole matrix of scores, the loss the whole matrix of logits. Use it to read and to test, in float64 for choice.
+Plain torch in the inputs' own float type, with the equations' symbols as names; scores and logits are whole matrices.
 """
 
 from __future__ import annotations
@@ -13,9 +12,7 @@ from embedgrad.backends.base import Backend, Head, Heads
 from embedgrad.backends.mask import TreeMask
 
 
-class Naive(Backend):
-    """See the module; a method's contract stands in `Backend`."""
-
+class Naive(Backend):  # a method's contract stands in `Backend`
     name = "naive"
 
     def rms_norm(self, x: Tensor, w: Tensor, eps: float, *, out: Tensor) -> Tensor:
@@ -43,8 +40,8 @@ class Naive(Backend):
 
     def swiglu_backward(self, da: Tensor, gate_up: Tensor, *, out: Tensor) -> Tensor:
         g, u = gate_up.chunk(2, dim=1)
-        σ = torch.sigmoid(g)
-        return out.copy_(torch.cat([da * u * σ * (1 + g * (1 - σ)), da * g * σ], dim=1))
+        s = torch.sigmoid(g)
+        return out.copy_(torch.cat([da * u * s * (1 + g * (1 - s)), da * g * s], dim=1))
 
     def tree_attention(self, q, k, v, mask: TreeMask, *, scale, softcap=None, out, lse, workspace=None):  # type: ignore[no-untyped-def]
         s, _ = scores(q, k, mask.visible(), scale, softcap)  # [H, Nq, S]
@@ -73,33 +70,25 @@ class Naive(Backend):
     ) -> Tensor:
         for b, length in enumerate(own_lengths.tolist()):
             keys, values = torch.cat([prefix_k, own_k[b, :length]]), torch.cat([prefix_v, own_v[b, :length]])
-            seen = torch.ones(1, len(keys), dtype=torch.bool, device=q.device)
-            if first_seen is not None:
-                seen[:, : int(first_seen[b])] = False
+            first = 0 if first_seen is None else int(first_seen[b])
+            seen = torch.arange(len(keys), device=q.device).unsqueeze(0) >= first
             s, _ = scores(q[b : b + 1], keys, seen, scale, softcap)
             out[b] = (weights_of(s, s.logsumexp(2)) @ per_head(values, q.shape[1])).squeeze(1)
         return out
 
     def embed(self, rows: Tensor, table, ids: Tensor, prompt_rows: Tensor, *, out: Tensor) -> Tensor:  # type: ignore[no-untyped-def]
-        for i, (token, row) in enumerate(zip(ids.tolist(), prompt_rows.tolist(), strict=True)):
-            out[i] = rows[row] if row >= 0 else table[torch.tensor([token], device=ids.device)][0]
+        for i, row in enumerate(prompt_rows.tolist()):
+            out[i] = rows[row] if row >= 0 else table[ids[i : i + 1]][0]
         return out
 
     def embed_backward(self, dx: Tensor, prompt_rows: Tensor, *, grad: Tensor) -> Tensor:
-        grad.zero_()
-        for i, row in enumerate(prompt_rows.tolist()):
-            if row >= 0:
-                grad[row] += dx[i].to(grad.dtype)
-        return grad
+        prompt = prompt_rows >= 0
+        return grad.zero_().index_add_(0, prompt_rows[prompt].long(), dx[prompt].to(grad.dtype))
 
     def linear_cross_entropy(  # type: ignore[no-untyped-def]
         self, h: Tensor, head: Head, targets, weights, *, softcap=None, dh=None, workspace=None, logit_bytes=None
     ) -> tuple[Tensor, Tensor]:
-        z = head.forward(h, out=h.new_empty(len(h), head.shape[0]))
-        slope = torch.ones_like(z)
-        if softcap is not None:
-            z = softcap * torch.tanh(z / softcap)
-            slope = 1 - (z / softcap).square()
+        z, slope = capped(head.forward(h, out=h.new_empty(len(h), head.shape[0])), softcap)
         counted, at = targets >= 0, targets.clamp_min(0).unsqueeze(1)
         log_p = z.log_softmax(1)
         if dh is not None:
@@ -115,8 +104,8 @@ def normalised(x: Tensor, eps: float) -> Tensor:
 
 def rms_backward(dy: Tensor, x: Tensor, w: Tensor, eps: float) -> Tensor:
     """r (w ⊙ dy − x̂ · mean(x̂ ⊙ w ⊙ dy))."""
-    r, x̂ = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps), normalised(x, eps)
-    return r * (w * dy - x̂ * (x̂ * w * dy).mean(-1, keepdim=True))
+    r, x_hat = torch.rsqrt(x.square().mean(-1, keepdim=True) + eps), normalised(x, eps)
+    return r * (w * dy - x_hat * (x_hat * w * dy).mean(-1, keepdim=True))
 
 
 def rotated(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -142,13 +131,14 @@ def summed(x: Tensor, k: Tensor) -> Tensor:
     return x.unflatten(0, (k.shape[1], -1)).sum(1).transpose(0, 1)
 
 
+def capped(z: Tensor, c: float | None) -> tuple[Tensor, Tensor]:
+    """c tanh(z/c) and its derivative; z and 1 without a cap."""
+    return (z, torch.ones_like(z)) if c is None else (c * torch.tanh(z / c), 1 - torch.tanh(z / c).square())
+
+
 def scores(q: Tensor, k: Tensor, seen: Tensor, scale: float, softcap: float | None) -> tuple[Tensor, Tensor]:
     """s [H, Nq, S], −∞ where a query does not see a key, and ds/d(scale·q kᵀ)."""
-    s = scale * q.transpose(0, 1) @ per_head(k, q.shape[1]).transpose(1, 2)
-    slope = torch.ones_like(s)
-    if softcap is not None:
-        s = softcap * torch.tanh(s / softcap)
-        slope = 1 - (s / softcap).square()
+    s, slope = capped(scale * q.transpose(0, 1) @ per_head(k, q.shape[1]).transpose(1, 2), softcap)
     return s.masked_fill(~seen, float("-inf")), slope
 
 

@@ -18,7 +18,7 @@ from embedgrad.backends import native_core
 from embedgrad.backends.base import Head, Heads
 from embedgrad.backends.mask import TreeMask
 from embedgrad.backends.reference import LOGIT_BYTES, Reference
-from embedgrad.maths.optimizer import ADAMW, AdamW, Rule, StepReport, clipped
+from embedgrad.maths.optimizer import ADAMW, AdamW, Rule, StepReport
 from embedgrad.maths.trust_region import KINDS, TrustRegion
 
 INSTRUCTION_SETS = (
@@ -283,12 +283,13 @@ class Native(Reference):
                 factors=factors, region=region, rule=rule, clip_norm=clip_norm, alive=alive, before=before,
             )  # fmt: skip
         assert isinstance(rule, AdamW)
+        pull = region.penalty_gradient(e, e0)
+        g = g if pull is None else g.add_(pull)
         alive = torch.ones((), dtype=torch.bool) if alive is None else alive
-        norm = clipped(g, e, e0, region, clip_norm)
         before = torch.empty(3, *e.shape) if before is None else before
-        torch.stack((e, m, v), out=before)
         similarity, ratio = torch.empty(2, len(e), dtype=torch.float64)
         projected = torch.empty(len(e), dtype=torch.bool)
+        norm = torch.empty((), dtype=torch.float64)
         decay, rate, correction = factors.tolist()
         (beta1, beta2), n = rule.betas, region.numbers(e.dtype)
         adamw = [1 - beta1, beta2, 1 - beta2, decay, rate, correction, rule.eps]
@@ -296,14 +297,9 @@ class Native(Reference):
             n.code, n.tau, n.inside, n.cosine, n.sine, n.close, n.norm_min, n.norm_max, n.radius, n.relative,
             n.tolerance,
         ]  # fmt: skip
-        _ops.prompt_step(e, e0, m, v, g, adamw, bounds, similarity, ratio, projected)
-        alive &= torch.isfinite(norm)
-        for x in (e, m, v):
-            alive &= torch.isfinite(x).all()
-        if not alive:
-            for x, old in zip((e, m, v), before, strict=True):
-                x.copy_(old)
-        return StepReport(similarity, ratio, projected & alive, norm, alive)
+        limit = -1.0 if clip_norm is None else clip_norm
+        _ops.prompt_step(e, e0, m, v, g, adamw, bounds, limit, before, similarity, ratio, projected, norm, alive)
+        return StepReport(similarity, ratio, projected, norm, alive)
 
 
 def _logit_rows(count: int, vocabulary: int, logit_bytes: int | None) -> int:

@@ -268,8 +268,9 @@ def test_opcheck(op: str) -> None:
         "embed_backward": (x, shown, torch.empty(2, 8)),
         "prompt_step": (
             *(torch.rand(5, 8) for _ in range(5)), [0.1, 0.999, 0.001, 1.0, 0.1, 0.03, 1e-8],
-            [1, 0.95, 0.95, 0.95, 0.31, 0, -1, 2.0, 0, 1, 2**-22],
+            [1, 0.95, 0.95, 0.95, 0.31, 0, -1, 2.0, 0, 1, 2**-22], 1.0, torch.empty(3, 5, 8),
             *(torch.empty(5, dtype=torch.float64) for _ in range(2)), torch.empty(5, dtype=torch.bool),
+            torch.empty((), dtype=torch.float64), torch.tensor(True),
         ),
         "tree_schedule": (*schedule[:4], *schedule[6:]),
         "tree_attention": (*heads, *schedule, 0.5, out, lse, memory[0]),
