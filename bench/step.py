@@ -338,9 +338,7 @@ def _breakdowns(found: Mapping[Case, Row]) -> Any:
     own = [name for name in names if name not in products]
     fills = {name: blues(0.9 - 0.7 * i / len(products)) for i, name in enumerate(products)}
     fills |= {name: others(i % 20) for i, name in enumerate(own)}
-    shares = {
-        name: [100 * one.more["breakdown"].get(name, 0) / one.median for one in found.values()] for name in fills
-    }
+    shares = {name: [100 * one.more["breakdown"].get(name, 0) / one.median for one in found.values()] for name in fills}
     series = [(name, fills[name], share) for name, share in shares.items() if max(share) >= 0.4]
     draw.stacked_bars(axes, range(len(found)), series, edgecolor="white", linewidth=0.5)
     axes.set_yticks(range(len(found)), [str(case) for case in found])

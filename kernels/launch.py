@@ -30,6 +30,7 @@ __all__ = [
     "pretending", "recorded", "run",
 ]  # fmt: skip
 
+
 def interpreted() -> bool:
     """Whether Triton interprets kernels in this process (decided when it was imported)."""
     return os.environ.get("TRITON_INTERPRET") == "1"

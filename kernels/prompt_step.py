@@ -32,6 +32,7 @@ Kernels.
 Nothing waits for the device, and what changes from step to step is read from it: the launches can be captured.
 """
 
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -87,6 +88,14 @@ _TOLERANCE, _PARALLEL = tl.constexpr(TOLERANCE), tl.constexpr(PARALLEL)
 @triton.jit
 def _dot(b_x, b_y):
     return tl.sum(b_x.to(tl.float64) * b_y.to(tl.float64))
+
+
+@triton.jit
+def _region(p):
+    """The region's numbers in fp64; numbers among a launch's arguments are fp32."""
+    tau, inside, cosine, sine = tl.load(p), tl.load(p + 1), tl.load(p + 2), tl.load(p + 3)
+    close, norm_min, norm_max, radius = tl.load(p + 4), tl.load(p + 5), tl.load(p + 6), tl.load(p + 7)
+    return tau, inside, cosine, sine, close, norm_min, norm_max, radius
 
 
 @triton.jit
@@ -230,13 +239,13 @@ def _moved(b_e, b_m, b_v, b_g, decay, rate, correction, a1, a2, a3, a4, eps, ADA
 @triton.jit(do_not_specialize=["k"])
 def prompt_step_kernel(
     e_ptr, anchor_ptr, m_ptr, v_ptr, g_ptr, before_ptr, factors_ptr, squares_ptr,
-    cosine_ptr, ratio_ptr, moved_ptr, finite_ptr, exact_ptr, k, d, limit, a1, a2, a3, a4, eps,
-    tau, inside_from, cosine, sine, close, norm_min, norm_max, radius,
+    cosine_ptr, ratio_ptr, moved_ptr, finite_ptr, exact_ptr, region_ptr, k, d, limit, a1, a2, a3, a4, eps,
     e_row, anchor_row, m_row, v_row, g_row, g_col,
     KIND: tl.constexpr, ADAMW: tl.constexpr, HAS_LIMIT: tl.constexpr, RELATIVE: tl.constexpr,
     HAS_MIN: tl.constexpr, HAS_MAX: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row: step, project (all regions but the mean cosine), report. before: [3, k, d], e, m and v as they were."""
+    tau, inside_from, cosine, sine, close, norm_min, norm_max, radius = _region(region_ptr)
     i_k = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, BLOCK)
     m_d = o_d < d
@@ -314,13 +323,13 @@ def _level(exact_ptr, k, tau, BLOCK_K: tl.constexpr):
 
 @triton.jit(do_not_specialize=["k"])
 def prompt_mean_cosine_kernel(
-    e_ptr, anchor_ptr, exact_ptr, cosine_ptr, ratio_ptr, moved_ptr, k, d, tau, e_row, anchor_row,
+    e_ptr, anchor_ptr, exact_ptr, cosine_ptr, ratio_ptr, moved_ptr, region_ptr, k, d, e_row, anchor_row,
     BLOCK_K: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One row: turned to the common level where its cosine is below."""
     i_k = tl.program_id(0).to(tl.int64)
     own = tl.load(exact_ptr + i_k)
-    level, turn = _level(exact_ptr, k, tau, BLOCK_K)
+    level, turn = _level(exact_ptr, k, tl.load(region_ptr), BLOCK_K)
     if turn & (own < level):
         o_d = tl.arange(0, BLOCK)
         m_d = o_d < d
@@ -373,6 +382,11 @@ def prompt_settle_kernel(
         tl.store(moved_ptr + i_k, alive.to(tl.uint8))
 
 
+@cache  # captured launches know the addresses
+def _on_device(numbers: tuple[float, ...], device: torch.device) -> torch.Tensor:
+    return torch.tensor(numbers, dtype=torch.float64, device=device)
+
+
 def prompt_step(
     e: torch.Tensor,
     e0: torch.Tensor,
@@ -421,6 +435,7 @@ def prompt_step(
     n = region
     options = launch.options("prompt_step", launch.architecture(e.device), dtype=e.dtype, width=d)
     squares, exact = torch.empty(2, k, dtype=torch.float64, device=e.device)
+    numbers = _on_device((n.tau, n.inside, n.cosine, n.sine, n.close, n.norm_min, n.norm_max, n.radius), e.device)
     moved, finite = projected.view(torch.uint8), torch.empty(k, dtype=torch.uint8, device=e.device)
     launch.run(
         prompt_squares_kernel, (k,),
@@ -428,9 +443,8 @@ def prompt_step(
     )  # fmt: skip
     launch.run(
         prompt_step_kernel, (k,),
-        e, e0, m, v, g, before, factors, squares, cosine, norm_ratio, moved, finite, exact, k, d,
-        0.0 if clip_norm is None else clip_norm, *constants[:4], constants[4],
-        n.tau, n.inside, n.cosine, n.sine, n.close, n.norm_min, n.norm_max, n.radius,
+        e, e0, m, v, g, before, factors, squares, cosine, norm_ratio, moved, finite, exact, numbers, k, d,
+        0.0 if clip_norm is None else clip_norm, *constants,
         e.stride(0), e0.stride(0), m.stride(0), v.stride(0), *g.stride(),
         KIND=n.code, ADAMW=adamw, HAS_LIMIT=clip_norm is not None, RELATIVE=n.relative,
         HAS_MIN=n.norm_min >= 0, HAS_MAX=n.norm_max >= 0, BLOCK_K=128, **options,
@@ -438,7 +452,7 @@ def prompt_step(
     if n.code == MEAN:
         launch.run(
             prompt_mean_cosine_kernel, (k,),
-            e, e0, exact, cosine, norm_ratio, moved, k, d, n.tau, e.stride(0), e0.stride(0), BLOCK_K=128, **options
+            e, e0, exact, cosine, norm_ratio, moved, numbers, k, d, e.stride(0), e0.stride(0), BLOCK_K=128, **options
         )  # fmt: skip
     launch.run(
         prompt_settle_kernel, (k,),

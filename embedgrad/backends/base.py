@@ -30,8 +30,6 @@ Heads = tuple[int, int, int]
 class Head(Protocol):
     """The frozen matrix [V, d] in front of the softmax (`embedgrad.model.frozen.FrozenMatrix`)."""
 
-    parts: list[Any]
-
     @property
     def shape(self) -> tuple[int, int]: ...
     def forward(self, x: Tensor, out: Tensor) -> Tensor: ...
@@ -42,8 +40,8 @@ class Backend(ABC):
     """Every operation of a frozen transformer's forward and backward pass, and of the prompt's step."""
 
     name: ClassVar[str]
-    multiplies_packed: ClassVar[bool] = False
-    """Whether `quantized_linear` and its backward exist."""
+    quantized_rows: ClassVar[int] = 0
+    """Rows up to which `quantized_linear` and its backward are faster than dequantising first; 0: they do not exist."""
 
     # ---- rows of the residual stream ---------------------------------------------------------------------------------
 
@@ -192,8 +190,14 @@ class Backend(ABC):
 
     # ---- products with packed weights --------------------------------------------------------------------------------
 
-    def quantized_linear(self, x: Tensor, weight: Any, *, out: Tensor, bias: Tensor | None = None) -> Tensor:
-        """out [T, n] = x [T, m] Wᵀ (+ bias [n]) for an int8 or int4 `PackedWeight` W [n, m]."""
+    def dequantize(self, weight: Any, *, out: Tensor) -> Tensor:
+        """out [n, m] = the int8 or int4 `PackedWeight` W [n, m]."""
+        return out.copy_(weight.dequantize())
+
+    def quantized_linear(
+        self, x: Tensor, weight: Any, *, out: Tensor, bias: Tensor | None = None, add: Tensor | None = None
+    ) -> Tensor:
+        """out [T, n] = x [T, m] Wᵀ (+ bias [n]) (+ add [T, n]) for an int8 or int4 `PackedWeight` W [n, m]."""
         raise NotImplementedError(f"the backend {self.name} multiplies no packed weights")
 
     def quantized_linear_backward(self, dy: Tensor, weight: Any, *, out: Tensor) -> Tensor:

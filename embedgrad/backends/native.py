@@ -16,6 +16,7 @@ from torch import Tensor
 
 from embedgrad.backends import native_core
 from embedgrad.backends.base import Head, Heads
+from embedgrad.backends.logits import logit_blocks, logit_rows, padded
 from embedgrad.backends.mask import TreeMask
 from embedgrad.backends.reference import LOGIT_BYTES, Reference
 from embedgrad.maths.optimizer import ADAMW, AdamW, Rule, StepReport
@@ -175,8 +176,7 @@ class Native(Reference):
         return out, lse
 
     def tree_attention_backward_bytes(
-        self,
-        queries: int, keys: int, heads: Heads, *, dq: bool = True, dkv: bool = True
+        self, queries: int, keys: int, heads: Heads, *, dq: bool = True, dkv: bool = True
     ) -> int:
         h, g, size = heads
         rows = min(queries, _block_queries(h // g)) * (h // g)
@@ -229,7 +229,7 @@ class Native(Reference):
         return grad
 
     def linear_cross_entropy_bytes(self, count: int, vocabulary: int, dtype: torch.dtype) -> int:
-        return _logit_rows(count, vocabulary, None) * vocabulary * 4
+        return logit_rows(count, vocabulary, LOGIT_BYTES) * padded(vocabulary) * 4
 
     def linear_cross_entropy(
         self,
@@ -247,15 +247,9 @@ class Native(Reference):
             return super().linear_cross_entropy(
                 h, head, targets, weights, softcap=softcap, dh=dh, logit_bytes=logit_bytes
             )
-        vocabulary, count = head.shape[0], len(h)
-        step = _logit_rows(count, vocabulary, logit_bytes)
-        memory = _workspace(workspace, step * vocabulary * 4)
-        buffer = memory[: step * vocabulary * 4].view(torch.float32).view(step, vocabulary)
-        nll, predicted = torch.empty(count), torch.empty(count, dtype=torch.int64)
+        nll, predicted = torch.empty(len(h)), torch.empty(len(h), dtype=torch.int64)
         targets, weights = targets.contiguous(), weights.contiguous()
-        for start in range(0, count, max(1, step)):
-            rows = slice(start, min(start + step, count))
-            z = head.forward(h[rows], out=buffer[: rows.stop - start])
+        for rows, z in logit_blocks(h, head, workspace, LOGIT_BYTES if logit_bytes is None else logit_bytes):
             _ops.softmax_loss(z, targets[rows], None if dh is None else weights[rows], nll[rows], predicted[rows])
             if dh is not None:
                 head.backward(z, out=dh[rows])
@@ -300,11 +294,6 @@ class Native(Reference):
         limit = -1.0 if clip_norm is None else clip_norm
         _ops.prompt_step(e, e0, m, v, g, adamw, bounds, limit, before, similarity, ratio, projected, norm, alive)
         return StepReport(similarity, ratio, projected, norm, alive)
-
-
-def _logit_rows(count: int, vocabulary: int, logit_bytes: int | None) -> int:
-    limit = LOGIT_BYTES if logit_bytes is None else logit_bytes
-    return min(count, max(1, limit // (vocabulary * 4)))
 
 
 def _block_queries(group: int) -> int:

@@ -12,14 +12,16 @@ import triton
 from torch import Tensor
 
 from embedgrad.backends.base import Backend, Head, Heads
+from embedgrad.backends.logits import DEVICE_LOGIT_BYTES, logit_blocks, logit_rows, padded
 from embedgrad.backends.mask import TreeMask
 from embedgrad.kernels import decode_attention as _decode
+from embedgrad.kernels import dequantize as _dequantize
 from embedgrad.kernels import embed as _embed
-from embedgrad.kernels import linear_cross_entropy as _cross_entropy
 from embedgrad.kernels import prompt_step as _prompt_step
 from embedgrad.kernels import quantized_linear as _quantized
 from embedgrad.kernels import rms_norm as _rms_norm
 from embedgrad.kernels import rope as _rope
+from embedgrad.kernels import softmax_loss as _softmax_loss
 from embedgrad.kernels import swiglu as _swiglu
 from embedgrad.kernels import tree_attention as _attention
 from embedgrad.kernels import tree_attention_backward as _attention_backward
@@ -53,7 +55,7 @@ class Triton(Backend):
     """See the module."""
 
     name = "triton"
-    multiplies_packed = True
+    quantized_rows = _quantized.FUSED_ROWS
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, *, out: Tensor) -> Tensor:
         return _rms_norm.rms_norm(x, weight, eps, out=out)
@@ -176,6 +178,9 @@ class Triton(Backend):
     def embed_backward(self, dx: Tensor, prompt_rows: Tensor, *, grad: Tensor) -> Tensor:
         return _embed.embed_backward(dx, prompt_rows, grad=grad)
 
+    def linear_cross_entropy_bytes(self, count: int, vocabulary: int, dtype: torch.dtype) -> int:
+        return logit_rows(count, vocabulary, DEVICE_LOGIT_BYTES) * padded(vocabulary) * 4
+
     def linear_cross_entropy(
         self,
         h: Tensor,
@@ -188,11 +193,36 @@ class Triton(Backend):
         workspace: Tensor | None = None,
         logit_bytes: int | None = None,
     ) -> tuple[Tensor, Tensor]:
-        (stored,) = head.parts
-        return _cross_entropy.linear_cross_entropy(h, stored, targets, weights, softcap=softcap, dh=dh)
+        (count, width), device = h.shape, h.device
+        nll = torch.empty(count, dtype=torch.float32, device=device)
+        predicted = torch.empty(count, dtype=torch.int64, device=device)
+        for rows, z in logit_blocks(h, head, workspace, DEVICE_LOGIT_BYTES if logit_bytes is None else logit_bytes):
+            half = dh is not None and h.dtype == torch.float16
+            factor = torch.empty(len(z), dtype=torch.float32, device=device) if half else None
+            dz = _softmax_loss.softmax_loss(
+                z, targets[rows], None if dh is None else weights[rows],
+                dtype=h.dtype, softcap=softcap, nll=nll[rows], predicted=predicted[rows], factor=factor,
+            )  # fmt: skip
+            if dh is not None and factor is None:
+                head.backward(dz, out=dh[rows])
+            elif dh is not None and factor is not None:
+                wide = head.backward(dz, out=torch.empty(len(z), width, dtype=torch.float32, device=device))
+                dh[rows] = wide.mul_(factor[:, None])
+        return nll, predicted
 
-    def quantized_linear(self, x: Tensor, weight: PackedWeight, *, out: Tensor, bias: Tensor | None = None) -> Tensor:
-        return _quantized.quantized_linear(x, weight, out=out, bias=bias)
+    def dequantize(self, weight: PackedWeight, *, out: Tensor) -> Tensor:
+        return _dequantize.dequantize(weight, out=out)
+
+    def quantized_linear(
+        self,
+        x: Tensor,
+        weight: PackedWeight,
+        *,
+        out: Tensor,
+        bias: Tensor | None = None,
+        add: Tensor | None = None,
+    ) -> Tensor:
+        return _quantized.quantized_linear(x, weight, out=out, bias=bias, add=add)
 
     def quantized_linear_backward(self, dy: Tensor, weight: PackedWeight, *, out: Tensor) -> Tensor:
         return _quantized.quantized_linear_backward(dy, weight, out=out)

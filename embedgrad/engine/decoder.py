@@ -120,9 +120,7 @@ class Decoder:
     def _rows(self, index: int, rows: Tensor | None) -> Tensor | None:
         return rows if index == self.config.num_layers - 1 else None
 
-    def _block(
-        self, index: int, x: Tensor, p: Pass, rows: Tensor | None, policy: str | None
-    ) -> tuple[Saved, Tensor]:
+    def _block(self, index: int, x: Tensor, p: Pass, rows: Tensor | None, policy: str | None) -> tuple[Saved, Tensor]:
         """x → x₂. Without a policy, x₂ takes the place of x."""
         w, rows, arena = self.weights.layers[index], self._rows(index, rows), self.arena
         keep = NOTHING if policy is None else SAVED_BY_POLICY[policy]

@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 
 from embedgrad.backends.base import Backend
+from embedgrad.backends.logits import DEVICE_LOGIT_BYTES, logit_rows, padded
 from embedgrad.engine.arena import Arena
 from embedgrad.engine.decoder import SAVED_BY_POLICY, Decoder
 from embedgrad.engine.loss import target_loss
 from embedgrad.engine.packed_pass import PassSize, pass_of_size
 from embedgrad.model.config import ModelConfig
+from embedgrad.model.frozen import DEVICE_TILE_BYTES
 from embedgrad.model.weights import LayerWeights, Weights
 from embedgrad.util.errors import ConfigError
 from embedgrad.util.host import available_memory
@@ -59,8 +61,8 @@ def _activation_bytes(
 
 @dataclass(frozen=True)
 class DeviceBytes:
-    """Peak bytes on the device: weights, activations (the arena), keys and values of the prefix, and workspace
-    (partial sums of the loss, D and partial dK and dV of the attention's backward: an upper bound)."""
+    """Peak bytes on the device: weights, activations (the arena), keys and values of the prefix, and workspace (logits;
+    D and partial dK and dV of the attention's backward: an upper bound; the tile of a quantised matrix)."""
 
     weights: int
     activations: int
@@ -87,7 +89,7 @@ def device_bytes(
         weight_bytes(config, dtype, weights),
         activation_bytes(config, size, dtype, policy),
         prefix,
-        _workspace(config, size, dtype, arch),
+        _workspace(config, size, dtype, arch) + (_largest_tile(config, dtype) if weights in GROUP_BYTES else 0),
     )
 
 
@@ -109,15 +111,21 @@ def weight_bytes(config: ModelConfig, dtype: torch.dtype, weights: str = "comput
 
 def _workspace(config: ModelConfig, size: PassSize, dtype: torch.dtype, arch: str) -> int:
     """The larger of what the loss and what one layer's attention allocates; they are never there together."""
-    from embedgrad.kernels import launch, linear_cross_entropy, tree_attention
+    from embedgrad.kernels import launch, tree_attention
 
-    d, dim, groups = config.hidden_size, config.head_dim, config.num_kv_heads
-    options = launch.options("linear_cross_entropy", arch, dtype=dtype, width=d)
-    loss = linear_cross_entropy.workspace_bytes(size.targets, d, config.vocab_size, options, True)
+    rows = logit_rows(size.targets, config.vocab_size, DEVICE_LOGIT_BYTES)
+    loss = rows * padded(config.vocab_size) * 4
+    dim, groups = config.head_dim, config.num_kv_heads
     dkv = launch.options("tree_attention_backward_dkv", arch, dtype=dtype, head_dim=dim)
     rows = 2 * (size.tokens * config.num_heads + groups * (dkv["BLOCK_Q"] + 4))
     slots = 4 * max(dkv["PROGRAMS"], groups) * dkv["BLOCK_K"] * tree_attention.block_width(dim)
     return max(loss, 4 * (rows + slots))
+
+
+def _largest_tile(config: ModelConfig, dtype: torch.dtype) -> int:
+    """Bytes of the largest piece of a matrix that is dequantised at once."""
+    largest = max(torch.Size(shape).numel() for shape in config.shapes().values() if len(shape) == 2)
+    return min(2 * largest * dtype.itemsize, DEVICE_TILE_BYTES)
 
 
 def plan_memory(

@@ -133,7 +133,7 @@ def load_model(
         max_device_memory = free * 3 // 4
     frozen = read_weights(
         checkpoint.config, checkpoint.tensors, chosen_dtype, chosen_device, form=weights,
-        products=ops if ops.multiplies_packed else None,
+        products=ops if ops.quantized_rows else None,
         max_device_memory=max_device_memory,
     )  # fmt: skip
     return Model(checkpoint, frozen, ops, chosen_dtype, chosen_device)

@@ -36,7 +36,7 @@ class AdamW:
         counts from 1."""
         beta1, beta2 = self.betas
         changing = (1.0 - lr * self.weight_decay, lr / (1.0 - beta1**step), math.sqrt(1.0 - beta2**step))
-        return torch.tensor(changing, dtype=torch.float64)
+        return torch.tensor(changing, dtype=torch.float64, device="cpu")
 
     def move(self, e: Tensor, m: Tensor, v: Tensor, g: Tensor, factors: Tensor) -> None:
         """One step of `e`, `m`, `v` in place, bit for bit torch.optim.AdamW's on the CPU."""
@@ -61,7 +61,7 @@ class SGD:
 
     def factors(self, step: int, lr: float) -> Tensor:
         """What changes from step to step [3] float64: only the rate, the second, does."""
-        return torch.tensor((1.0, lr, 1.0), dtype=torch.float64)
+        return torch.tensor((1.0, lr, 1.0), dtype=torch.float64, device="cpu")
 
     def move(self, e: Tensor, m: Tensor, v: Tensor, g: Tensor, factors: Tensor) -> None:
         """One step of `e` and `m` in place; m starts at 0, v is not used."""

@@ -381,7 +381,7 @@ def _water_level(cosine: Tensor, tau: float) -> float:
     ordered = torch.sort(cosine).values.cpu()
     count = ordered.numel()
     rest = torch.cat([ordered.flip(0).cumsum(0).flip(0)[1:], ordered.new_zeros(1)])  # sum of all above index j
-    filled = torch.arange(1, count + 1, dtype=ordered.dtype)
+    filled = torch.arange(1, count + 1, dtype=ordered.dtype, device=ordered.device)
     levels = (count * tau - rest) / filled  # the level if the j + 1 lowest are raised
     # The right number of raised tokens is the first for which the level stays below the next token.
     following = torch.cat([ordered[1:], ordered.new_full((1,), math.inf)])

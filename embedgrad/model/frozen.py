@@ -18,6 +18,8 @@ from embedgrad.model.gguf_blocks import BlockWeight
 from embedgrad.model.native_matrices import native_matrix
 from embedgrad.model.native_matrices import widen as native_widen
 
+Unpack = Callable[[Any, Tensor], object]
+
 ROWS = 512  # rows of a narrow x that are converted to the products' type at once
 TILE_BYTES = 16 << 20  # largest piece of a narrow matrix that is widened at once
 # Longest sum in one backward product. BLAS adds all terms one after another in the products' type. Over a vocabulary of
@@ -41,11 +43,19 @@ class Widening:
     Matrices in another type or in blocks are converted one tile at a time, x in another type some rows at a time.
     """
 
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, dtype: torch.dtype, device: torch.device, unpack: Unpack | None = None) -> None:
+        """unpack: brings a part in blocks [n, m] into a matrix [n, m]; default: with torch, or csrc/ on a CPU."""
         self.dtype = dtype
         self.on_cpu = device.type == "cpu"
         self._device = device
+        self._unpack = _unpack if unpack is None else unpack
         self._buffers: dict[str, Tensor] = {}
+        self._largest_tile = 0
+
+    def expect(self, tile: int) -> None:
+        """A tile of so many elements will be asked for. On a GPU its buffer stays where it is once it is used, because
+        captured launches know its address; so it is made for the largest."""
+        self._largest_tile = max(self._largest_tile, tile)
 
     def buffer(self, name: str, rows: int, columns: int) -> Tensor:
         """An uninitialised matrix [rows, columns]. It is valid until the next call with the same name."""
@@ -62,6 +72,8 @@ class Widening:
         """`tiles` stacked by matrix rows, [n, columns] in the type of the products. Valid until the next call."""
         if len(tiles) == 1 and isinstance(tiles[0], Tensor) and tiles[0].dtype == self.dtype:
             return tiles[0]
+        if not self.on_cpu:
+            self.buffer("tile", 1, self._largest_tile)
         wide = self.buffer("tile", sum(tile.shape[0] for tile in tiles), columns)
         start = 0
         for tile in tiles:
@@ -70,7 +82,7 @@ class Widening:
             if isinstance(tile, Tensor):
                 into.copy_(tile)
             else:
-                _unpack(tile, into)
+                self._unpack(tile, into)
         return wide
 
 
@@ -116,6 +128,8 @@ class FrozenMatrix:
         self.shape = (sum(p.shape[0] for p in self.parts), self.parts[0].shape[1])
         self._widening = widening
         self._tiles = [(slice(0, self.shape[0]), self.parts)] if self._is_wide() else self._cut()
+        if not self._is_wide():
+            widening.expect(max((at.stop - at.start) * self.shape[1] for at, _ in self._tiles))
 
     def _is_wide(self) -> bool:
         (part, *others) = self.parts
@@ -152,7 +166,7 @@ class FrozenMatrix:
 
     def forward(self, x: Tensor, out: Tensor, *, add: Tensor | None = None) -> Tensor:
         """out [T, out] = x [T, in] Wᵀ + b (+ `add` [T, out]). `out` must not overlap `x`."""
-        if not self._widening.on_cpu and x.dtype == out.dtype == self._widening.dtype:
+        if not self._widening.on_cpu and x.dtype == self._widening.dtype:
             return self._forward_on_device(x, out, add)
         for at, tile in self._tiles:
             wide = self._widening.widen(tile, self.shape[1])
@@ -167,24 +181,18 @@ class FrozenMatrix:
         for at, tile in self._tiles:
             weight, to = self._widening.widen(tile, self.shape[1]).T, out[:, at]
             bias = None if self.bias is None else self.bias[at]
-            added = bias if add is None else add[:, at]
-            if added is None:
-                torch.mm(x, weight, out=to)
-            else:
-                torch.addmm(added, x, weight, out=to)
+            _multiply(x, weight, to, bias if add is None else add[:, at])
             if bias is not None and add is not None:
                 to.add_(bias)
         return out
 
     def _backward_on_device(self, dy: Tensor, out: Tensor) -> Tensor:
-        """`backward` with one product per tile. All products but the first add to `out`."""
+        """`backward` with one product per tile. All products but the first add to what is there, in float32."""
+        several = len(self._tiles) > 1 and out.dtype.itemsize < 4
+        wide = torch.empty(out.shape, dtype=torch.float32, device=out.device) if several else out
         for n, (at, tile) in enumerate(self._tiles):
-            weight = self._widening.widen(tile, self.shape[1])
-            if n == 0:
-                torch.mm(dy[:, at], weight, out=out)
-            else:
-                out.addmm_(dy[:, at], weight)
-        return out
+            _multiply(dy[:, at], self._widening.widen(tile, self.shape[1]), wide, wide if n else None)
+        return out.copy_(wide) if several else out
 
     def _pieces(self, x: Tensor, out: Tensor) -> list[slice]:
         """All rows of x at once, or ROWS at a time where x or out must be converted."""
@@ -206,7 +214,7 @@ class FrozenMatrix:
     def backward(self, dy: Tensor, out: Tensor) -> Tensor:
         """out [T, in] = dy [T, out] W."""
         widening, (first, *others) = self._widening, self._tiles
-        if not widening.on_cpu and dy.dtype == out.dtype == widening.dtype:
+        if not widening.on_cpu and dy.dtype == widening.dtype:
             return self._backward_on_device(dy, out)
         whole = None if others else widening.widen(first[1], self.shape[1])
         if whole is not None and self.shape[0] <= SUM_ROWS and dy.dtype == out.dtype == widening.dtype:
@@ -238,6 +246,16 @@ class FrozenMatrix:
             if first < last:
                 parts.append(_rows(part, first, last))
         return self._of(parts, None if self.bias is None else self.bias[start:stop])
+
+
+def _multiply(x: Tensor, weight: Tensor, out: Tensor, add: Tensor | None) -> None:
+    """out = x weight (+ add) in one product; out may be float32 where x and the weight have 16 bits."""
+    if out.dtype == x.dtype:
+        torch.mm(x, weight, out=out) if add is None else torch.addmm(add, x, weight, out=out)
+    elif add is None:
+        torch.mm(x, weight, out_dtype=out.dtype, out=out)
+    else:
+        torch.addmm(add, x, weight, out_dtype=out.dtype, out=out)
 
 
 def _rows(part: Any, start: int, stop: int) -> Any:

@@ -1,6 +1,7 @@
 """Frozen matrices in int8 or int4 blocks, taken from a GGUF file or quantised while the weights are read.
 
-The triton backend's products read the blocks. On other backends `FrozenMatrix` dequantises one tile at a time.
+`FrozenMatrix` dequantises them one tile at a time. Where the backend has products that read the blocks, they take those
+of a few rows.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from embedgrad.kernels.packing import (
     quantize_int4,
     quantize_int8,
 )
+from embedgrad.kernels.quantized_linear import NARROWEST_GROUP
 from embedgrad.model.frozen import FrozenMatrix, Widening
 from embedgrad.model.gguf_blocks import BlockWeight
 from embedgrad.util.errors import ModelError
@@ -25,7 +27,7 @@ QUANTISERS: dict[str, Callable[[Tensor], tuple[PackedWeight, float]]] = {"int8":
 
 
 class PackedMatrix(FrozenMatrix):
-    """A frozen matrix of one packed part. Its products read the stored blocks."""
+    """A frozen matrix of one packed part. Products of a few rows read the stored blocks."""
 
     def __init__(self, parts: Sequence[Any], bias: Tensor | None, widening: Widening, products: Backend) -> None:
         super().__init__(parts, bias, widening)
@@ -33,13 +35,19 @@ class PackedMatrix(FrozenMatrix):
         self._products = products
 
     def forward(self, x: Tensor, out: Tensor, *, add: Tensor | None = None) -> Tensor:
-        """out [T, out] = x [T, in] Wᵀ + b (+ `add` [T, out]). `out` must not overlap `x` or `add`."""
-        self._products.quantized_linear(x, self._weight, out=out, bias=self.bias)
-        return out if add is None else out.add_(add)
+        """out [T, out] = x [T, in] Wᵀ + b (+ `add` [T, out]). `out` must not overlap `x`."""
+        if not self._few(x):
+            return super().forward(x, out, add=add)
+        return self._products.quantized_linear(x, self._weight, out=out, bias=self.bias, add=add)
 
     def backward(self, dy: Tensor, out: Tensor) -> Tensor:
         """out [T, in] = dy [T, out] W."""
+        if not self._few(dy) or dy.dtype == torch.float16:  # there, dy times a scale could underflow
+            return super().backward(dy, out)
         return self._products.quantized_linear_backward(dy, self._weight, out=out)
+
+    def _few(self, x: Tensor) -> bool:
+        return len(x) <= self._products.quantized_rows and self._weight.group >= NARROWEST_GROUP
 
     def _of(self, parts: Sequence[Any], bias: Tensor | None) -> FrozenMatrix:
         return PackedMatrix(parts, bias, self._widening, self._products)

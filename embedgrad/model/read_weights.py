@@ -64,7 +64,7 @@ class _Reader:
         self.config, self.tensors, self.dtype, self.device = config, tensors, dtype, device
         self.form, self.products = form, products
         self.place = device
-        self.widening = Widening(product_type(dtype, device), device)
+        self.widening = Widening(product_type(dtype, device), device, self._unpack if device.type != "cpu" else None)
         self.errors: dict[str, float] = {}
         self.wide = {"compute": dtype, "fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -81,6 +81,9 @@ class _Reader:
             always = [*tensors_of(as_tensor(table)), final_norm, *([] if tied else head.tensors())]
             layers = placed(layers, always, self.device, max_device_memory)
         return Weights(table, layers, final_norm, head, self.errors)
+
+    def _unpack(self, weight: PackedWeight, out: Tensor) -> Tensor:
+        return out.copy_(weight.dequantize()) if self.products is None else self.products.dequantize(weight, out=out)
 
     def _table(self) -> Any:
         name = "model.embed_tokens.weight"

@@ -73,9 +73,7 @@ def assert_same(plain: PromptTrainer, padded: PromptTrainer, taken: list[Batch])
     config=configs(), drawn=prompts(), drawn_batches=st.lists(batches(), min_size=1, max_size=4),
     policy=st.sampled_from(POLICIES),
 )  # fmt: skip
-def test_padding_changes_no_step(
-    config: Any, drawn: Any, drawn_batches: list[list[Example]], policy: str
-) -> None:
+def test_padding_changes_no_step(config: Any, drawn: Any, drawn_batches: list[list[Example]], policy: str) -> None:
     """One class for batches of any size, on the machine's best backend and in every family."""
     model = pair(*config).model
     prompt = make_prompt(model, drawn)

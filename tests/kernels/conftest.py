@@ -31,6 +31,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
+def no_tensor_without_a_device() -> Iterator[None]:
+    """A tensor that a test makes without naming a device has no memory, so that the test fails without a GPU, too."""
+    with torch.device("meta"):
+        yield
+
+
+@pytest.fixture(autouse=True)
 def canaries() -> Iterator[None]:
     """Every guarded tensor of a test is checked when the test ends; none is carried over to the next."""
     harness.forget_guards()

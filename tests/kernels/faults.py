@@ -87,31 +87,34 @@ FAULTS = {
     "prompt_step: an absolute ball made relative": Fault(
         "prompt_step", "    if RELATIVE:\n        bound", "    if True:\n        bound"
     ),
-    "linear_cross_entropy: last split left out of the merge": Fault(
-        "linear_cross_entropy", "for i_s in range(0, splits):", "for i_s in range(0, tl.maximum(splits - 1, 1)):"
+    "softmax_loss: columns beyond V count": Fault("softmax_loss", "(o_v == target) | (o_v >= V)", "o_v == target"),
+    "softmax_loss: the target counts twice": Fault("softmax_loss", "(o_v == target) | (o_v >= V)", "o_v >= V"),
+    "softmax_loss: no slope of the softcap": Fault(
+        "softmax_loss", "1.0 - (z / softcap) * (z / softcap)", "z * 0.0 + 1.0"
     ),
-    "linear_cross_entropy: columns beyond V count": Fault("linear_cross_entropy", "m_t | (o_v >= V)[None, :]", "m_t"),
-    "linear_cross_entropy: no slope of the softcap": Fault(
-        "linear_cross_entropy", "b_q * (1.0 - b_ratio * b_ratio)", "b_q"
+    "softmax_loss: ignored rows have a gradient": Fault(
+        "softmax_loss",
+        "tl.where(counts, tl.load(weight_ptr + i_n * weight_step), 0.0)",
+        "tl.load(weight_ptr + i_n * weight_step)",
     ),
-    "linear_cross_entropy: ignored rows have a gradient": Fault(
-        "linear_cross_entropy", "tl.where(b_target >= 0, b_weight, 0.0)", "b_weight"
+    "softmax_loss: sums not rescaled to a new maximum": Fault("softmax_loss", "b_s * _exp(b_m - b_base)", "b_s"),
+    "softmax_loss: rows of other programs left out": Fault(
+        "softmax_loss", "N, tl.num_programs(0))", "tl.minimum(N, tl.num_programs(0)), tl.num_programs(0))"
     ),
-    "linear_cross_entropy: sums not rescaled to a new maximum": Fault(
-        "linear_cross_entropy", "b_scale = b_scale * b_shrink", "b_scale = b_scale"
-    ),
-    "linear_cross_entropy: a block too many skipped": Fault(
-        "linear_cross_entropy", "b_skipped + b_mass > budget * b_s", "b_skipped + b_mass > 0.05 * b_s"
-    ),
-    "quantized_linear: zero point dropped": Fault(
-        "quantized_linear", "b_q.to(tl.float32) - ZERO", "b_q.to(tl.float32)"
-    ),
-    "quantized_linear: offset dropped": Fault("quantized_linear", "b_w += b_offset[:, :, None]", "b_w += 0.0"),
+    "quantized_linear: zero point dropped": Fault("quantized_linear", "b_q.to(DTYPE) - ZERO", "b_q.to(DTYPE)"),
+    "quantized_linear: offset dropped": Fault("quantized_linear", "tl.sum(b_x.to(tl.float32), 1)[None, :]", "0.0"),
     "quantized_linear: scale of the first group for all": Fault(
-        "quantized_linear", "scales_row + first // GROUP", "scales_row"
+        "quantized_linear", "after = tl.minimum((first + BLOCK_K) // GROUP, half - 1)", "after = 0"
     ),
     "quantized_linear: low half of the bytes twice": Fault("quantized_linear", "b_q >> 4", "b_q & 15"),
     "quantized_linear: bias left out": Fault("quantized_linear", "    if BIAS:", "    if False:"),
+    "quantized_linear: last split left out": Fault(
+        "quantized_linear", "for i_s in range(0, splits):", "for i_s in range(0, tl.maximum(splits - 1, 1)):"
+    ),
+    "dequantize: zero point dropped": Fault("dequantize", ".to(tl.float32) - ZERO)", ".to(tl.float32))"),
+    "dequantize: scale of the first group of a tile for all": Fault(
+        "dequantize", "first // GROUP + tl.arange(0, IN_TILE)", "first // GROUP + 0 * tl.arange(0, IN_TILE)"
+    ),
 }
 
 

@@ -46,7 +46,7 @@ from hypothesis import strategies as st
 Shape = Sequence[int]
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET", "1") == "1"
-DEVICE = torch.device("cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda")
+DEVICE = torch.device("cpu" if INTERPRETED or not torch.cuda.is_available() else "cuda:0")
 FLOAT_TYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.float16, torch.bfloat16)
 
 # Half a unit in the last place of the output's type: rounding the truth itself costs as much.
@@ -288,7 +288,8 @@ def same_bits(run: Callable[[], Any], *, written: bool = True) -> Any:
 def normal(seed: int, shape: Shape, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> torch.Tensor:
     """Normally distributed values on DEVICE, the same for the same seed; not guarded (see laid_out)."""
     generator = torch.Generator().manual_seed(seed)
-    return (torch.randn(tuple(shape), generator=generator, dtype=torch.float64) * scale).to(dtype).to(DEVICE)
+    x = torch.randn(tuple(shape), generator=generator, dtype=torch.float64, device="cpu")
+    return (x * scale).to(dtype).to(DEVICE)
 
 
 Layout = Literal["contiguous", "wide_rows", "stepped", "transposed", "expanded"]

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from .harness import (
+    DEVICE,
     FLOAT_TYPES,
     Layout,
     awkward_sizes,
@@ -30,7 +31,7 @@ SEEDS = st.integers(0, 2**31)
 
 def places(seed: int, tokens: int, k: int) -> Tensor:
     """A prompt row or −1 per token: in no order, some rows often, some never."""
-    return torch.randint(-1, k, (tokens,), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(-1, k, (tokens,), generator=torch.Generator().manual_seed(seed), device="cpu").to(DEVICE)
 
 
 @QUICK
@@ -74,7 +75,7 @@ def test_embed_backward(
             return embed_backward(dx, shown, grad=guarded((k, width)))
 
     grad = same_bits(run)
-    truth, inorder = torch.zeros(k, width, dtype=torch.float64), torch.zeros(k, width)
+    truth, inorder = torch.zeros(k, width, dtype=torch.float64, device=DEVICE), torch.zeros(k, width, device=DEVICE)
     for t, r in enumerate(shown.tolist()):
         if r >= 0:
             truth[r] += dx[t].double()
@@ -86,7 +87,7 @@ def test_embed_backward(
 
 
 def test_a_row_that_is_never_shown_gets_zero() -> None:
-    grad = embed_backward(normal(0, (3, 5)), torch.tensor([2, -1, 2]), grad=guarded((4, 5)))
+    grad = embed_backward(normal(0, (3, 5)), torch.tensor([2, -1, 2], device=DEVICE), grad=guarded((4, 5)))
     assert not grad[[0, 1, 3]].any()
 
 

@@ -4,12 +4,13 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from .harness import (
     DEVICE,
     INTEGER_POISON,
+    INTERPRETED,
     LAYOUTS,
     assert_written,
     awkward_sizes,
@@ -49,6 +50,7 @@ def scale(x: torch.Tensor, out: torch.Tensor, extra: int = 0) -> torch.Tensor:
     return out
 
 
+@settings(deadline=None)
 @given(st.integers(0, 2**31), awkward_sizes(1, 9), awkward_sizes(1, 40), layouts(), layouts(expanded=False))
 def test_a_right_kernel_passes(seed: int, rows: int, width: int, layout: str, out_layout: str) -> None:
     x = laid_out(normal(seed, (rows, width)), layout)  # type: ignore[arg-type]
@@ -73,6 +75,7 @@ def test_a_load_beyond_the_end_is_seen() -> None:
     assert out[0, 8].isnan()
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU walks its grid in an order of its own")
 def test_dependence_on_the_grid_order_is_seen() -> None:
     x = guarded_copy(normal(0, (4,)))
 
@@ -105,7 +108,7 @@ def test_unwritten_elements_are_seen() -> None:
 
 
 def test_three_way_rule() -> None:
-    truth = torch.ones(10, dtype=torch.float64)
+    truth = torch.ones(10, dtype=torch.float64, device=DEVICE)
     plain = truth.clone()
     plain[0] += 1e-3
     near, far = truth.clone(), truth.clone()

@@ -15,8 +15,8 @@ SIZES = {"head_dim": 128, "width": 1536, "group": 32, "rows": 4096}
 KERNELS = (
     "tree_attention_forward", "tree_attention_backward_dq", "tree_attention_backward_dkv", "decode_attention",
     "rms_norm", "rms_norm_backward", "rope", "rope_backward", "swiglu", "swiglu_backward", "embed", "embed_backward",
-    "prompt_step", "linear_cross_entropy", "linear_cross_entropy_merge", "quantized_linear",
-    "quantized_linear_backward",
+    "prompt_step", "softmax_loss", "quantized_linear", "quantized_linear_backward", "quantized_linear_reduce",
+    "dequantize",
 )  # fmt: skip
 ARCHES = (*SHARED_LIMIT, "sm_86", "sm_120", "gfx90a", "gfx1100", "interpreter")
 

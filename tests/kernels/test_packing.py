@@ -17,7 +17,7 @@ from gguf.quants import dequantize, quantize
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from .harness import normal
+from .harness import DEVICE, normal
 
 pytestmark = pytest.mark.needs_no_launch
 QUICK = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -28,14 +28,14 @@ READERS = {Type.Q8_0: from_q8_0, Type.Q4_0: from_q4_0, Type.Q4_1: from_q4_1}
 @given(st.integers(0, 2**31), st.integers(1, 5), st.integers(1, 5), st.sampled_from(list(READERS)), st.booleans())
 def test_gguf_blocks_keep_every_bit(seed: int, rows: int, blocks: int, kind: Type, random_bytes: bool) -> None:
     """Also an odd number of blocks, and any bytes as quants with any finite scale."""
-    raw = quantize(normal(seed, (rows, 32 * blocks)).numpy(), kind)
+    raw = quantize(normal(seed, (rows, 32 * blocks)).cpu().numpy(), kind)
     if random_bytes:
         header = 4 if kind == Type.Q4_1 else 2
         parts = raw.reshape(rows, blocks, -1)
         parts[:, :, header:] = np.random.default_rng(seed).integers(0, 256, parts[:, :, header:].shape)
     weight = READERS[kind](torch.from_numpy(raw))
     assert weight.shape == (rows, 32 * blocks)
-    assert np.array_equal(weight.dequantize().numpy(), dequantize(raw, kind))
+    assert np.array_equal(weight.dequantize().cpu().numpy(), dequantize(raw, kind))
 
 
 @QUICK
@@ -78,12 +78,12 @@ def test_the_bytes_of_a_weight() -> None:
 
 
 def test_constant_and_zero_groups() -> None:
-    w = torch.cat([torch.zeros(1, 32), torch.full((1, 32), 3.0)])
+    w = torch.cat([torch.zeros(1, 32, device=DEVICE), torch.full((1, 32), 3.0, device=DEVICE)])
     for quantiser in (quantize_int8, quantize_int4):
         weight, error = quantiser(w)
         assert torch.allclose(weight.dequantize(), w, rtol=1e-3)
         assert error < 1e-3
-    assert quantize_int8(torch.zeros(2, 32))[1] == 0
+    assert quantize_int8(torch.zeros(2, 32, device=DEVICE))[1] == 0
 
 
 def test_rows_and_stacks() -> None:
@@ -99,6 +99,6 @@ def test_refusals() -> None:
     with pytest.raises(ValueError, match="Q4_0 rows"):
         from_q4_0(torch.zeros(2, 17, dtype=torch.uint8))
     with pytest.raises(ValueError, match="infinite or NaN"):
-        quantize_int8(torch.tensor([[1.0, float("inf")]]))
+        quantize_int8(torch.tensor([[1.0, float("inf")]], device=DEVICE))
     with pytest.raises(ValueError, match="cannot be stacked"):
         stacked([quantize_int4(normal(0, (2, 32)))[0], quantize_int8(normal(0, (2, 32)))[0]])

@@ -8,7 +8,18 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from .harness import FLOAT_TYPES, Layout, check_canaries, guarded_copy, laid_out, layouts, normal, same_bits, three_way
+from .harness import (
+    DEVICE,
+    FLOAT_TYPES,
+    Layout,
+    check_canaries,
+    guarded_copy,
+    laid_out,
+    layouts,
+    normal,
+    same_bits,
+    three_way,
+)
 
 EPS = 1e-6
 QUICK = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -42,9 +53,9 @@ def plain(qkv: Tensor, cos: Tensor, sin: Tensor, heads: tuple[int, int, int], no
 
 def angles(seed: int, tokens: int, half: int) -> tuple[Tensor, Tensor]:
     """cos and sin of any positions, in no order."""
-    at = torch.randint(0, 5000, (tokens, 1), generator=torch.Generator().manual_seed(seed)).double()
-    angle = at / 10000 ** (torch.arange(half).double() / max(half, 1))
-    return angle.cos().float(), angle.sin().float()
+    at = torch.randint(0, 5000, (tokens, 1), generator=torch.Generator().manual_seed(seed), device="cpu").double()
+    angle = at / 10000 ** (torch.arange(half, device="cpu").double() / max(half, 1))
+    return angle.cos().float().to(DEVICE), angle.sin().float().to(DEVICE)
 
 
 @QUICK

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from .harness import (
+    DEVICE,
     FLOAT_TYPES,
     Layout,
     awkward_sizes,
@@ -95,11 +96,11 @@ def test_the_casts_are_where_transformers_has_them() -> None:
 
 
 def test_extreme_gates_are_finite() -> None:
-    gate_up = torch.tensor([[-1e4, 1e4, -100.0, 100.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0]])
+    gate_up = torch.tensor([[-1e4, 1e4, -100.0, 100.0, 0.0, 1.0, 1.0, 1.0, 1.0, 1.0]], device=DEVICE)
     out = swiglu(guarded_copy(gate_up), out=guarded((1, 5)))
-    assert torch.equal(out, torch.tensor([[0.0, 1e4, 0.0, 100.0, 0.0]]))
-    grad = swiglu_backward(torch.ones(1, 5), guarded_copy(gate_up), out=guarded((1, 10)))
-    assert torch.equal(grad[0, :5], torch.tensor([0.0, 1.0, 0.0, 1.0, 0.5]))
+    assert torch.equal(out, torch.tensor([[0.0, 1e4, 0.0, 100.0, 0.0]], device=DEVICE))
+    grad = swiglu_backward(torch.ones(1, 5, device=DEVICE), guarded_copy(gate_up), out=guarded((1, 10)))
+    assert torch.equal(grad[0, :5], torch.tensor([0.0, 1.0, 0.0, 1.0, 0.5], device=DEVICE))
 
 
 def test_refusals() -> None:

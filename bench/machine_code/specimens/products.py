@@ -1,19 +1,18 @@
-"""Frozen matrices: cross entropy over the vocabulary, quantised products."""
+"""Frozen matrices: the loss of a block of logits, dequantising, products of a few rows with quantised matrices."""
 
 from typing import Any, Literal
 
 import torch
 from embedgrad.kernels.packing import PackedWeight, quantize_int4, quantize_int8
+from embedgrad.kernels.quantized_linear import FUSED_ROWS
+from embedgrad.kernels.softmax_loss import softmax_loss
 from torch import Tensor
 
 from bench.machine_code.capture import Launch
 from bench.machine_code.specimens.base import Cost, Specimen, Tensors, Trial
 from bench.machine_code.specimens.shapes import (
     CASES,
-    QWEN_1_5B,
-    QWEN_7B,
     TARGETS,
-    TOKENS,
     Model,
     poisoned,
     size,
@@ -22,6 +21,7 @@ from bench.machine_code.specimens.shapes import (
     wide,
 )
 from embedgrad.backends.base import Backend
+from embedgrad.backends.logits import DEVICE_LOGIT_BYTES, logit_rows
 from embedgrad.backends.triton import OPS
 
 # How files store their weights: (kind, has offsets). Groups of 32, as in GGUF.
@@ -49,33 +49,33 @@ class _Head:
         return out.copy_(dy @ self._weight(dy.dtype))
 
 
-def _cross_entropy(m: Model, dtype: torch.dtype, gradient: bool, stored: str = "") -> Specimen:
-    n, d, v = TARGETS, m.width, m.vocabulary
-    h, dh = (untouched(n, d, dtype=dtype) for _ in range(2))
-    part = _packed(stored, v, d) if stored else untouched(v, d, dtype=dtype)
-    head, head_bytes = _Head(part), part.bytes if isinstance(part, PackedWeight) else part.nbytes
-    targets, weights = torch.zeros(n, dtype=torch.int64), torch.ones(n)
+def _softmax_loss(m: Model, dtype: torch.dtype, gradient: bool) -> Specimen:
+    """As many rows as the workspace holds at once."""
+    v, n = m.vocabulary, logit_rows(TARGETS, m.vocabulary, DEVICE_LOGIT_BYTES)
+    z, targets, weights = untouched(n, v, dtype=torch.float32), torch.zeros(n, dtype=torch.int64), torch.ones(n)
+    nll, factor = torch.ones(n), torch.ones(n) if gradient and dtype == torch.float16 else None
 
     def run() -> None:
-        OPS.linear_cross_entropy(h, head, targets, weights, dh=dh if gradient else None)
+        softmax_loss(z, targets, weights if gradient else None, dtype=dtype, nll=nll, predicted=targets, factor=factor)
 
     def cost(launches: list[Launch]) -> Cost:
-        walk, products = launches[0], 1 + gradient
-        rows_per, tile = walk.blocks["BLOCK_N"], walk.blocks["BLOCK_V"]
-        row_blocks, splits = walk.grid[:2]
-        least = head_bytes + size((n * d * products, dtype), (2 * n, torch.float32), (2 * n, torch.int64))
-        tiles = row_blocks * -(-v // tile)
-        read = row_blocks * head_bytes * products + tiles * rows_per * d * dtype.itemsize
-        sums = (2 * tiles * rows_per + splits * n) * d * 4 if gradient else 0
-        return Cost(
-            least=least,
-            moved=read + sums + splits * n * 20 + (least if gradient else 0),
-            useful=2 * products * n * d * v,
-            done=2 * products * tiles * rows_per * tile * d,
-        )
+        """The logits are read a second time where their gradient is wanted; 10 operations a logit and walk."""
+        read, written = size((n * v, torch.float32)), size((n * v, dtype)) if gradient else 0
+        useful = 10 * n * v * (1 + gradient)
+        return Cost(least=read + written, moved=read * (1 + gradient) + written, useful=useful, done=useful)
 
-    op = "linear_cross_entropy" + "+dh" * gradient + ("+" + stored if stored else "")
-    return Specimen(op, m.name, dtype, run, cost, matrix=True, helpers=("linear_cross_entropy_merge_kernel",))
+    return Specimen("softmax_loss" + "+dz" * gradient, m.name, dtype, run, cost, streaming=True, in_place=True)
+
+
+def _dequantized(m: Model, dtype: torch.dtype, name: str) -> Specimen:
+    n, k = 2 * m.ffn, m.width
+    weight, out = _packed(name, n, k), untouched(n, k, dtype=dtype)
+
+    def cost(launches: list[Launch]) -> Cost:
+        moved = weight.bytes + out.nbytes
+        return Cost(least=moved, moved=moved, useful=2 * n * k, done=2 * n * k)
+
+    return Specimen("dequantize+" + name, m.name, dtype, lambda: OPS.dequantize(weight, out=out), cost, streaming=True)
 
 
 def _packed(name: str, rows: int, columns: int) -> PackedWeight:
@@ -102,20 +102,21 @@ def _quantized(m: Model, dtype: torch.dtype, name: str, backward: bool, tokens: 
             OPS.quantized_linear(x, weight, out=y)
 
     def cost(launches: list[Launch]) -> Cost:
-        """Every tile of rows reads all of W, every tile of W's rows (columns) reads all of x (dy)."""
-        (launch,) = launches
-        rows, others = launch.grid[:2]
+        """Every tile of rows reads all of W, every tile of W's rows (columns) reads all of x (dy); and partial sums."""
+        launch = launches[0]
+        rows, others, splits = launch.grid
         read, written = (y.numel(), x.numel()) if backward else (x.numel(), y.numel())
         useful = 2 * tokens * n * k
+        partial = 2 * splits * size((written, torch.float32)) if splits > 1 else 0
         return Cost(
             least=weight.bytes + size((read + written, dtype)),
-            moved=rows * weight.bytes + size((others * read + written, dtype)),
+            moved=rows * weight.bytes + size((others * read + written, dtype)) + partial,
             useful=useful,
             done=useful * rows * launch.blocks["BLOCK_M"] // tokens,
         )
 
-    model = m.name if tokens == TOKENS else f"{m.name} {tokens} rows"
-    return Specimen(_quantized_name(name, backward), model, dtype, run, cost, matrix=True)
+    op, model = _quantized_name(name, backward), f"{m.name} {tokens} rows"
+    return Specimen(op, model, dtype, run, cost, matrix=True, helpers=("quantized_linear_reduce_kernel",))
 
 
 def _quantized_name(name: str, backward: bool) -> str:
@@ -123,14 +124,16 @@ def _quantized_name(name: str, backward: bool) -> str:
 
 
 def specimens() -> list[Specimen]:
-    """The loss alone and with its gradient, and both directions of a quantised product, at both models' sizes."""
+    """The loss alone and with its gradient, dequantising, and both directions of a product of few rows."""
     ways = [(name, backward) for name in FORMATS for backward in (False, True)]
     return [
-        *(_cross_entropy(m, dtype, gradient) for m, dtype in CASES for gradient in (True, False)),
-        *(_cross_entropy(QWEN_1_5B, torch.bfloat16, True, name) for name in FORMATS),
-        *(_quantized(m, dtype, name, backward, TOKENS) for m, dtype in CASES for name, backward in ways),
-        *(_quantized(QWEN_7B, torch.bfloat16, name, backward, 16) for name, backward in ways),
-    ]
+        *(_softmax_loss(m, dtype, gradient) for m, dtype in CASES for gradient in (True, False)),
+        *(_dequantized(m, dtype, name) for m, dtype in CASES for name in FORMATS),
+        *(
+            _quantized(m, dtype, name, backward, rows)
+            for m, dtype in CASES for rows in (16, FUSED_ROWS) for name, backward in ways
+        ),
+    ]  # fmt: skip
 
 
 def _quantize(name: str, weight: Tensor) -> PackedWeight:
@@ -161,6 +164,20 @@ def _cross_entropy_trial(
     return Trial(name, case, inputs, run, useful=2 * (1 + gradient) * n * d * v)
 
 
+def _dequantize_trial(n: int, k: int, name: str) -> Trial:
+    def inputs(seed: int) -> dict[str, Tensor]:
+        return {"w": values(torch.Generator().manual_seed(seed), n, k)}
+
+    def run(ops: Backend, a: Tensors) -> dict[str, Tensor]:
+        # The weight is made from the same bfloat16 values in every type, so that all types see the same one.
+        weight, dtype = _quantize(name, a["w"].bfloat16().float()), a["w"].dtype
+        if not ops.quantized_rows:
+            return {"out": weight.dequantize(dtype)}
+        return {"out": ops.dequantize(weight, out=poisoned(n, k, dtype=dtype))}
+
+    return Trial("dequantize+" + name, f"N={n} K={k}", inputs, run)
+
+
 def _quantized_trial(m: int, n: int, k: int, name: str, backward: bool, bias: bool = False) -> Trial:
     def inputs(seed: int) -> dict[str, Tensor]:
         g = torch.Generator().manual_seed(seed)
@@ -174,7 +191,7 @@ def _quantized_trial(m: int, n: int, k: int, name: str, backward: bool, bias: bo
         # 16 bits hold the scales; so does every type but bfloat16.
         offsets = a["offsets"].half() if "offsets" in a else None
         weight = PackedWeight(FORMATS[name][0], a["packed"], a["scales"].half(), offsets, GROUP, (n, k))
-        if not ops.multiplies_packed:
+        if not ops.quantized_rows:
             w = weight.dequantize(x.dtype)
             y = x @ (w if backward else w.T)
             return {"out": y if added is None else y + added}
@@ -203,4 +220,5 @@ def trials() -> list[Trial]:
             for backward in (False, True)
         ),
         _quantized_trial(5, 40, 64, "int8", backward=False, bias=True),
+        *(_dequantize_trial(19, 100, name) for name in FORMATS),
     ]
