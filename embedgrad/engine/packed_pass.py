@@ -11,7 +11,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from embedgrad.backends.base import Backend
+from embedgrad.backends.base import Backend, CacheRows
 from embedgrad.backends.mask import Move, TreeMask
 from embedgrad.engine.attention import Attention, Projections
 from embedgrad.engine.tree import TokenTree
@@ -134,8 +134,9 @@ class PackedPass:
         """Tokens of the prefix."""
         return sum(unit.shape[2] for unit in self.prefix)
 
-    def took_keys(self, index: int, k: Tensor, v: Tensor) -> None:
-        """Nobody asks."""
+    def cache_rows(self, index: int) -> CacheRows | None:
+        """Nobody keeps the keys and values."""
+        return None
 
     def attend(self, attention: Attention, index: int, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor) -> None:
         """o and lse of q [Nq, H, D] over the prefix's keys and k, v [T, G, D]."""
@@ -197,24 +198,22 @@ class PackedPass:
 
 @dataclass(frozen=True)
 class PrefixPass(PackedPass):
-    """A pass whose own keys and values are kept: `store(layer, k, v)` is given those [T, G, D] of each layer."""
+    """A pass whose own keys and values are kept: `keep(layer)` says where those of a layer go."""
 
-    store: Callable[[int, Tensor, Tensor], None] = field(kw_only=True)
+    keep: Callable[[int], CacheRows] = field(kw_only=True)
 
     @classmethod
-    def storing(cls, p: PackedPass, store: Callable[[int, Tensor, Tensor], None] | Tensor) -> PrefixPass:
-        """The pass `p`, and what is done with its keys and values; a tensor [L, 2, T, G, D] receives them."""
-        into = store
+    def keeping(cls, p: PackedPass, keep: Callable[[int], CacheRows] | Tensor) -> PrefixPass:
+        """The pass `p`, and where its keys and values go; a tensor [L, 2, T, G, D] receives them in order."""
+        into = keep
+        if not isinstance(into, Tensor):
+            return cls(**vars(p), keep=into)
+        whole, rows = into, torch.arange(len(p.ids), device=into.device)
+        return cls(**vars(p), keep=lambda index: CacheRows(whole[index, 0], whole[index, 1], rows))
 
-        def put(index: int, k: Tensor, v: Tensor) -> None:
-            assert isinstance(into, Tensor)
-            into[index, 0], into[index, 1] = k, v
-
-        return cls(**vars(p), store=put if isinstance(store, Tensor) else store)
-
-    def took_keys(self, index: int, k: Tensor, v: Tensor) -> None:
-        """Hand them over."""
-        self.store(index, k, v)
+    def cache_rows(self, index: int) -> CacheRows | None:
+        """See `keep`."""
+        return self.keep(index)
 
 
 def rotations(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
