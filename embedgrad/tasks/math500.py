@@ -33,11 +33,11 @@ def load(source: Source, variant: str | None = None) -> Pools:
 
 
 def _solved(where: str, row: Mapping[str, Any]) -> Example:
-    return Example(text_field(row, "problem", where), text_field(row, "solution", where))
+    return Example(text_field(row, "problem", where), text_field(row, "solution", where), where=where)
 
 
 def _answered(where: str, row: Mapping[str, Any]) -> Example:
-    return Example(text_field(row, "problem", where), text_field(row, "answer", where))
+    return Example(text_field(row, "problem", where), text_field(row, "answer", where), where=where)
 
 
 TASK = Task(

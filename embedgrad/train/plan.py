@@ -20,6 +20,7 @@ from embedgrad.tasks.task import Pools, Task
 from embedgrad.train.monitors import Judge
 from embedgrad.train.settings import DataSection, FileSection, OptimizeConfig, PromptSection, RunConfig, expand_path
 from embedgrad.util.errors import ConfigError
+from embedgrad.util.text import read_text, without_final_break
 
 
 @dataclass(frozen=True)
@@ -130,11 +131,4 @@ def prompt_text(section: PromptSection) -> str:
     """The text of the prompt in a configuration. Raises ConfigError where its file cannot be read."""
     if section.text is not None:
         return section.text
-    path = expand_path(section.file or "")
-    try:
-        text = path.read_text("utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot read the prompt file {path}: {error.strerror or error}.") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"the prompt file {path} is not UTF-8 text (byte {error.start}).") from error
-    return text.removesuffix("\n").removesuffix("\r")
+    return without_final_break(read_text(expand_path(section.file or ""), "the prompt file", ConfigError))

@@ -26,7 +26,9 @@ from pydantic import (
 
 from embedgrad.maths.trust_region import KINDS, CosineCone, TrustRegion
 from embedgrad.prompt.template import Template
+from embedgrad.train.yaml_text import read_yaml
 from embedgrad.util.errors import ConfigError, TemplateError
+from embedgrad.util.text import read_text, without_final_break
 
 if TYPE_CHECKING:
     from pydantic._internal._model_construction import ModelMetaclass
@@ -92,6 +94,7 @@ def _template(value: object) -> object:
         raise ValueError(str(error)) from error
 
 
+Wording = Annotated[str, AfterValidator(without_final_break)]  # a prompt's text; YAML's block scalars end with a break
 Int = Annotated[int, BeforeValidator(_not_bool)]
 Float = Annotated[float, BeforeValidator(_not_bool)]
 Bytes = Annotated[int, BeforeValidator(_bytes), Field(ge=1)]
@@ -204,9 +207,9 @@ class ModelSection(_Section):
 
 
 class PromptSection(_Section):
-    """The text that is optimised, or a file that holds it. A line break at the end of the file is removed."""
+    """The text that is optimised, or a file that holds it. A line break at the end is removed."""
 
-    text: str | None = None
+    text: Wording | None = None
     file: str | None = None
 
     @model_validator(mode="after")
@@ -303,7 +306,7 @@ class CompareSection(_Section):
     seeds: Annotated[tuple[Annotated[Int, Field(ge=0)], ...], Field(min_length=1)] = (0, 1, 2)
     taus: tuple[Annotated[Float, Field(ge=-1, le=1)], ...] = (1.0, 0.99, 0.95, 0.9, 0.8, 0.0)
     shots: Annotated[Int, Field(ge=1)] = 4  # demonstrations in a few-shot prompt
-    paraphrases: tuple[str, ...] | None = None  # other wordings of the prompt; default: the task's
+    paraphrases: tuple[Wording, ...] | None = None  # other wordings of the prompt; default: the task's
 
 
 class SamplingSection(_Section):
@@ -364,13 +367,7 @@ def load_run_config(path: str | os.PathLike[str], overrides: Sequence[str] = ())
     invalid value.
     """
     path = Path(path)
-    try:
-        text = path.read_text("utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error.strerror or error}.") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"the configuration {path} is not UTF-8 text (byte {error.start}).") from error
-    values = _yaml(text, f"the configuration {path}")
+    values = read_yaml(read_text(path, "the configuration", ConfigError), f"the configuration {path}")
     if not isinstance(values, dict):
         raise ConfigError(f"the configuration {path} should be a mapping with model, prompt and data.")
     config = run_config(values, str(path), overrides)
@@ -394,28 +391,12 @@ def expand_path(path: str) -> Path:
     return Path(os.path.expandvars(os.path.expanduser(path)))
 
 
-def _yaml(text: str, what: str) -> Any:
-    """The value of the YAML `text`. `what` names the text in the message of a ConfigError."""
-    try:
-        return yaml.safe_load(text)
-    except RecursionError:
-        raise ConfigError(f"{what} is not YAML that can be read: it is nested too deeply.") from None
-    except Exception as error:  # PyYAML also lets errors of Python's conversions through, such as 2024-13-45 as a date
-        raise ConfigError(f"{what} is not YAML: {_yaml_problem(error)}.") from error
-
-
-def _yaml_problem(error: Exception) -> str:
-    mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or (str(error).splitlines() or [type(error).__name__])[0]
-    return f"{problem} (line {mark.line + 1}, column {mark.column + 1})" if mark is not None else str(problem)
-
-
 def _override(values: dict[Any, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     names = key.strip().split(".")
     if not separator or not all(names):
         raise ConfigError(f"--set {override!r} should look like section.key=value, for example optimize.steps=30.")
-    value = _yaml(text, f"the value of --set {override!r}")
+    value = read_yaml(text, f"the value of --set {override!r}")
     section = values
     for name in names[:-1]:
         inner = section.get(name)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from embedgrad.data.readers import read_queries
+from embedgrad.data.readers import query_lines, read_queries
 from embedgrad.engine.model import Model
 from embedgrad.generation.generate import Generation, generate
 from embedgrad.generation.sampling import Sampling
@@ -65,7 +65,7 @@ def _queries(options: Options) -> list[str]:
     if options.input is not None:
         queries += read_queries(options.input, options.query_field)
     elif not queries:
-        queries = [line.rstrip("\n") for line in sys.stdin if line.strip()]
+        queries = query_lines(sys.stdin.buffer, "stdin")
     if not queries:
         raise DataError("there are no queries: give --query or --input, or lines on stdin.")
     return queries
