@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -114,7 +115,8 @@ def text_field(fields: Mapping[str, Any], name: str, where: str) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str):
-        raise DataError(f"{where}: the field {name!r} must be text or a whole number, not {json_type(value)}.")
+        told = json_type(value) + ("" if value is None else f" ({reprlib.repr(value)})")
+        raise DataError(f"{where}: the field {name!r} must be text or a whole number, not {told}.")
     if not value.strip():
         raise DataError(f"{where}: the field {name!r} is empty.")
     try:

@@ -54,7 +54,10 @@ class LabelScorer:
         self._model, self._prompt = model, prompt
         self._scores: list[Tensor] = []  # [labels, B] each
         self._continuations = [
-            [render(model, prompt, replace(example, target=label)).ids[len(query.ids) :] for label in labels]
+            [
+                render(model, prompt, replace(example, target=label), example.where).ids[len(query.ids) :]
+                for label in labels
+            ]
             for example, query in zip(examples, rendered, strict=True)
         ]
 

@@ -22,6 +22,12 @@ if TYPE_CHECKING:
     from embedgrad.model.tokenizer import Tokenizer
 
 
+def too_long(query: str | Sequence[int]) -> str:
+    """What to do about a query that is too long."""
+    told = f"{query[:40]!r}…" if isinstance(query, str) else f"of {len(query)} token ids"
+    return f"shorten the query {told}, or have queries cut (data.query_tokens)"
+
+
 class TokenisationWarning(UserWarning):
     """The ids of a rendering differ from those of its text tokenised as a whole."""
 
@@ -211,13 +217,13 @@ class _Plan:
 
     def query(self, query: str | Sequence[int]) -> Rendered:
         given = self._input(query)
-        self._check_length(len(given.ids), None)
+        self._check_length(query, len(given.ids), None)
         return Rendered(given.ids, given.prompt_rows, [False] * len(given.ids), self._prefix_length(given))
 
     def example(self, example: Example) -> Rendered:
         given = self._input(example.query)
         targets = self._targets(given, example)
-        self._check_length(len(given.ids), len(targets))
+        self._check_length(example.query, len(given.ids), len(targets))
         return Rendered(
             given.ids + targets,
             given.prompt_rows + [-1] * len(targets),
@@ -318,15 +324,18 @@ class _Plan:
                 f"the tokenizer gives the token id {max(ids)}, the model has only {self._vocab_size} embedding rows."
             )
 
-    def _check_length(self, before: int, targets: int | None) -> None:
+    def _check_length(self, query: str | Sequence[int], before: int, targets: int | None) -> None:
         """Raises ContextError where the `before` input tokens and the targets exceed the model's context length."""
         limit = self._max_position
         if targets is None and before > limit:
-            raise ContextError(f"prompt and query have {before} tokens; the model's context holds {limit}.")
+            raise ContextError(
+                f"prompt and query have {before} tokens; the model's context holds {limit}: {too_long(query)}."
+            )
         if targets is not None and before + targets > limit:
             raise ContextError(
                 f"the target would be cut by the context limit: {before} tokens before it and {targets} of its own "
-                f"make {before + targets}, and the model's context holds {limit}."
+                f"make {before + targets}, and the model's context holds {limit}: {too_long(query)}, or "
+                f"leave out long targets (data.target_tokens)."
             )
 
     def _check_same(self, ids: list[int], text: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from embedgrad.data.example import Example
 from embedgrad.data.readers import text_field
-from embedgrad.evaluation.grading.mathematics import last_boxed
+from embedgrad.evaluation.grading.stated import last_boxed
 from embedgrad.tasks.source import HubSet, Source
 from embedgrad.tasks.task import Pools, Task
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from embedgrad.data.example import Example, check_examples
 from embedgrad.engine.model import Model
+from embedgrad.evaluation.targets import check_targets
 from embedgrad.prompt.prompt import SoftPrompt
 from embedgrad.train.checkpoints import tensor_hash
 from embedgrad.train.monitors import Judge
@@ -102,6 +103,8 @@ def optimize(
         progress = progress or Quiet()
         stack.callback(progress.stop)
         judge = _judge(judge or Judge(), config)
+        for part, what in ((train, "training example"), (validation, "validation example")):
+            check_targets(part, what, grader=judge.grader)
         session = Session(model, prompt, train, validation, config, folder, progress, stop, judge)
         session.begin(description)
         session.go()

@@ -357,4 +357,4 @@ def rule_of(config: OptimizeConfig) -> Rule:
 
 def _rendered(model: Model, prompt: SoftPrompt, examples: Sequence[Example], what: str) -> list[Rendered]:
     """Each example's sequence; an example that cannot be used is refused here, not in the middle of a run."""
-    return [render(model, prompt, example, where=f"{what} {i}") for i, example in enumerate(examples, 1)]
+    return [render(model, prompt, example, example.where or f"{what} {i}") for i, example in enumerate(examples, 1)]

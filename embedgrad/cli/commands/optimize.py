@@ -20,9 +20,10 @@ from embedgrad.cli.commands.shared import (
 from embedgrad.cli.progress import Bar, JsonLines
 from embedgrad.data.example import Example
 from embedgrad.engine.model import Model
-from embedgrad.evaluation.evaluate import MEASURES, Evaluation, check_evaluation, evaluate, paired_tests
+from embedgrad.evaluation.evaluate import MEASURES, Evaluation, evaluate, paired_tests
 from embedgrad.evaluation.evaluate import shares as evaluation_shares
 from embedgrad.prompt.prompt import SoftPrompt
+from embedgrad.train.checks import check_parts
 from embedgrad.train.loggers import open_loggers
 from embedgrad.train.optimize import OptimizeResult, optimize
 from embedgrad.train.plan import Plan, plan
@@ -49,8 +50,7 @@ def run(
     model = open_configured(config)
     parts = planned.parts(model.tokenizer)
     prompt = SoftPrompt.from_text(model, planned.prompt, config.template)
-    if parts.test:  # errors come now and not after the training
-        check_evaluation(model, prompt, parts.test, planned.labels)
+    check_parts(planned, model, prompt, parts)  # errors come now and not after the training
     progress.note(parts.leakage.sentence() + ".")
     result = optimize(
         model, prompt, parts.train, parts.validation, config.optimize,
