@@ -10,6 +10,7 @@ import contextlib
 import io
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -215,8 +216,14 @@ def _model(  # type: ignore[no-untyped-def]
     return open_model(path, dtype, backend, device, weights)
 
 
+def _one_line(message: Warning | str, *_: object, **__: object) -> None:
+    """Prints a warning as people read it, without the line of code that gave it."""
+    print(f"embedgrad: note: {message}", file=sys.stderr)
+
+
 def main() -> None:
     """Entry point of the `embedgrad` command."""
+    warnings.showwarning = _one_line  # type: ignore[assignment]
     if isinstance(sys.stdout, io.TextIOWrapper):  # else answers that the terminal's encoding lacks would be errors
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ from tokenizers import AddedToken
 
 from embedgrad.model.fields import read_object
 from embedgrad.model.files.gguf_tokenizer import build_backend
+from embedgrad.model.literal import ControlTokens, LiteralTokenizer, control_tokens
 from embedgrad.util.errors import DataError, ModelError
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
@@ -48,6 +50,12 @@ class Tokenizer:
         self.chat_template = chat_template
         self.special = dict(special)
         self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        self.controls = ControlTokens(control_tokens(backend))
+
+    @cached_property
+    def literal(self) -> LiteralTokenizer:
+        """What tokenises text in which the texts of control tokens are ordinary text."""
+        return LiteralTokenizer(self._backend, self.controls)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`. Raises DataError for a string with half a surrogate pair, which is not Unicode text."""

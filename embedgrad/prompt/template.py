@@ -30,6 +30,7 @@ class Template:
     variables: str = "{}"
     body: str = ""
     end: bool = False
+    control_tokens: bool = False
 
     @classmethod
     def chat(
@@ -37,6 +38,7 @@ class Template:
         messages: Sequence[Mapping[str, str]],
         chat_template: str | None = None,
         variables: Mapping[str, Any] | None = None,
+        control_tokens: bool = False,
     ) -> Template:
         """Chat messages (`role`, `content`), rendered with a Jinja chat template.
 
@@ -44,6 +46,8 @@ class Template:
             the assistant's, because the answer follows it.
         chat_template: Jinja source; None: the model's.
         variables: further variables of the chat template, such as `{"enable_thinking": False}`.
+        control_tokens: whether the text of a control token (`<|im_end|>`) in a prompt, query or target is that token;
+            otherwise it is ordinary text, as which it is tokenised. In the messages themselves it always is the token.
         Raises TemplateError.
         """
         pairs = tuple(_message(message, index) for index, message in enumerate(_as_list(messages)))
@@ -58,13 +62,20 @@ class Template:
             if not isinstance(chat_template, str):
                 raise TemplateError(f"chat_template must be text (Jinja), not {type(chat_template).__name__}.")
             compile_chat_template(chat_template)
-        return cls("chat", messages=pairs, chat_template=chat_template, variables=_variables(variables))
+        return cls(
+            "chat",
+            messages=pairs,
+            chat_template=chat_template,
+            variables=_variables(variables),
+            control_tokens=_flag(control_tokens),
+        )
 
     @classmethod
-    def text(cls, body: str, end: bool = True) -> Template:
+    def text(cls, body: str, end: bool = True, control_tokens: bool = False) -> Template:
         """Plain text for models without a chat template. The answer follows directly after `body`.
 
         One BOS token comes first if the tokenizer adds one. With end=True the end-of-text token is the last target.
+        control_tokens: as in `chat`.
         Raises TemplateError where a slot is missing.
         """
         if not isinstance(body, str):
@@ -72,13 +83,15 @@ class Template:
         if not isinstance(end, bool):
             raise TemplateError(f"`end` of a text template must be true or false, not {end!r}.")
         _require_slots(body, "the text template")
-        return cls("text", body=body, end=end)
+        return cls("text", body=body, end=end, control_tokens=_flag(control_tokens))
 
     @classmethod
-    def plain(cls) -> Template:
-        """The tokens of prompt, query and target one after another, with nothing between them, no BOS and no end
-        token."""
-        return cls("plain")
+    def plain(cls, control_tokens: bool = False) -> Template:
+        """The tokens of prompt, query and target one after another, with nothing between them, no BOS and no end token.
+
+        control_tokens: as in `chat`.
+        """
+        return cls("plain", control_tokens=_flag(control_tokens))
 
     @property
     def shows_prompt(self) -> bool:
@@ -106,6 +119,8 @@ class Template:
             fields["variables"] = json.loads(self.variables)
         elif self.kind == "text":
             fields |= {"text": self.body, "end": self.end}
+        if self.control_tokens:
+            fields["control_tokens"] = True
         return json.dumps(fields)
 
     @classmethod
@@ -120,9 +135,9 @@ class Template:
         if not isinstance(fields, Mapping):
             raise TemplateError(f"a template must be an object with a kind, not {type(fields).__name__}.")
         allowed = {
-            "chat": {"kind", "messages", "chat_template", "variables"},
-            "text": {"kind", "text", "end"},
-            "plain": {"kind"},
+            "chat": {"kind", "messages", "chat_template", "variables", "control_tokens"},
+            "text": {"kind", "text", "end", "control_tokens"},
+            "plain": {"kind", "control_tokens"},
         }
         kind = fields.get("kind", "chat" if "messages" in fields else None)
         if not isinstance(kind, str) or kind not in allowed:
@@ -131,11 +146,12 @@ class Template:
         if unknown:
             known = ", ".join(sorted(allowed[kind]))
             raise TemplateError(f"a {kind} template has no field {unknown[0]!r}; its fields are {known}.")
+        keeps = fields.get("control_tokens", False)
         if kind == "chat":
-            return cls.chat(fields.get("messages", ()), fields.get("chat_template"), fields.get("variables"))
+            return cls.chat(fields.get("messages", ()), fields.get("chat_template"), fields.get("variables"), keeps)
         if kind == "text":
-            return cls.text(fields.get("text", ""), fields.get("end", True))
-        return cls.plain()
+            return cls.text(fields.get("text", ""), fields.get("end", True), keeps)
+        return cls.plain(keeps)
 
     def fill(self, prompt: str, query: str) -> list[dict[str, str]] | str:
         """The messages (or the text) with the slots replaced. Slots inside `prompt` and `query` are not replaced."""
@@ -151,6 +167,12 @@ class Template:
         """A text with every character that the template itself can put into a rendering."""
         contents = "".join(content for _, content in self.messages)
         return contents + (self.chat_template or "") + self.variables + self.body
+
+
+def _flag(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TemplateError(f"`control_tokens` of a template must be true or false, not {value!r}.")
+    return value
 
 
 def _as_list(messages: Any) -> list[Any]:
