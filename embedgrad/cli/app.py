@@ -223,7 +223,7 @@ def _one_line(message: Warning | str, *_: object, **__: object) -> None:
 
 def main() -> None:
     """Entry point of the `embedgrad` command."""
-    warnings.showwarning = _one_line  # type: ignore[assignment]
+    warnings.showwarning = _one_line
     if isinstance(sys.stdout, io.TextIOWrapper):  # else answers that the terminal's encoding lacks would be errors
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
