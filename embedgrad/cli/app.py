@@ -52,13 +52,16 @@ def optimize(
     set_: Sets = None,
     data: TaskFolder = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume the run in the run folder.")] = False,
+    allow_other_bits: Annotated[
+        bool, typer.Option(help="Resume although backend, device, threads or torch changed, which changes the bits.")
+    ] = False,
     quiet: Quiet = False,
     json: Annotated[bool, typer.Option("--json", help="JSON lines on stdout instead of a progress bar.")] = False,
 ) -> None:
     """Optimise a prompt; the result is in runs/NAME/prompt.safetensors."""
     from embedgrad.cli.commands.optimize import run
 
-    raise typer.Exit(run(config, set_ or [], data, resume, quiet, json))
+    raise typer.Exit(run(config, set_ or [], data, resume, quiet, json, allow_other_bits))
 
 
 @app.command()

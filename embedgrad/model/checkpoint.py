@@ -34,6 +34,14 @@ class TensorSource(Protocol):
         """The tensor on the CPU in a float type: a view into the mapped file, or a new float32 tensor if quantised."""
         ...
 
+    def first_row(self, name: str) -> torch.Tensor:
+        """The first row of a matrix, or a whole vector: [n] in a float type. Reads no more of a matrix."""
+        ...
+
+    def stored_as(self, name: str) -> str | None:
+        """The name of the stored type in GGUF files, else None."""
+        ...
+
     def raw(self, name: str) -> tuple[str, torch.Tensor] | None:
         """(name of the stored type, blocks as uint8 [matrix rows, bytes per matrix row]) in GGUF files, else None."""
         ...

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from embedgrad.prompt.sandbox import compile_chat_template
-from embedgrad.prompt.template import Template
+from embedgrad.prompt.sandbox import clock, compile_chat_template, today
+from embedgrad.prompt.template import DATE, Template
 from embedgrad.prompt.tokenise import Part, Slot
 from embedgrad.util.errors import DataError, TemplateError
 
@@ -40,6 +40,13 @@ class Answer:
         return text.rstrip(self.strip_right) if self.strip_right != "" else text
 
 
+def dated(template: Template, tokenizer: Tokenizer) -> Template:
+    """`template` with today's date among its variables, where its chat template asks for the date and has none yet."""
+    source = template.chat_template if template.chat_template is not None else tokenizer.chat_template
+    asks = template.kind == "chat" and source is not None and DATE in source
+    return template.on(today()) if asks and template.date is None else template
+
+
 class Conversation:
     """Renders a template with a tokenizer's chat template and special tokens. Raises TemplateError."""
 
@@ -49,6 +56,8 @@ class Conversation:
         self._source = template.chat_template if template.chat_template is not None else tokenizer.chat_template
         self._special = dict(tokenizer.special)
         self._variables: dict[str, Any] = json.loads(template.variables)
+        if DATE in self._variables:
+            self._variables[DATE] = clock(self._variables[DATE])
         if template.kind == "chat" and self._source is None:
             raise TemplateError(
                 f"the model {model_name} has no chat template; give one, or use Template.text or Template.plain."

@@ -6,6 +6,7 @@ template.
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,7 @@ from embedgrad.prompt.sandbox import compile_chat_template
 from embedgrad.util.errors import TemplateError
 
 PROMPT, QUERY = "{prompt}", "{query}"
+DATE = "strftime_now"  # the function with which chat templates ask for the date; as a variable, the date that it tells
 ROLES = ("system", "developer", "user", "assistant", "tool")
 _SLOTS = re.compile(r"\{prompt\}|\{query\}")
 
@@ -45,7 +47,8 @@ class Template:
         messages: `{prompt}` and `{query}` each occur at least once in the content of a message. The last message is not
             the assistant's, because the answer follows it.
         chat_template: Jinja source; None: the model's.
-        variables: further variables of the chat template, such as `{"enable_thinking": False}`.
+        variables: further variables of the chat template, such as `{"enable_thinking": False}`. "strftime_now" is the
+            date that the function of this name tells, such as "2026-01-30"; a prompt is given that of its day.
         control_tokens: whether the text of a control token (`<|im_end|>`) in a prompt, query or target is that token;
             otherwise it is ordinary text, as which it is tokenised. In the messages themselves it always is the token.
         Raises TemplateError.
@@ -92,6 +95,16 @@ class Template:
         control_tokens: as in `chat`.
         """
         return cls("plain", control_tokens=_flag(control_tokens))
+
+    @property
+    def date(self) -> str | None:
+        """The date that the chat template is told; None where it reads the clock, or asks for none."""
+        found = json.loads(self.variables).get(DATE)
+        return None if found is None else str(found)
+
+    def on(self, date: str) -> Template:
+        """A copy whose chat template is told this date, such as "2026-01-30"."""
+        return replace(self, variables=_variables({**json.loads(self.variables), DATE: date}))
 
     @property
     def shows_prompt(self) -> bool:
@@ -210,7 +223,19 @@ def _variables(variables: Mapping[str, Any] | None) -> str:
     reserved = sorted(set(variables) & {"messages", "add_generation_prompt"})
     if reserved:
         raise TemplateError(f"the chat template's variable {reserved[0]!r} cannot be given: the rendering sets it.")
+    if DATE in variables:
+        variables = {**variables, DATE: _day(variables[DATE])}
     try:
         return json.dumps(dict(variables), sort_keys=True)
     except (TypeError, ValueError, RecursionError) as error:
         raise TemplateError(f"variables of a chat template must be JSON values: {error}.") from error
+
+
+def _day(value: Any) -> str:
+    """A date as YAML or JSON give it, as text. Raises TemplateError."""
+    try:
+        return (value if type(value) is datetime.date else datetime.date.fromisoformat(value)).isoformat()
+    except (TypeError, ValueError):
+        raise TemplateError(
+            f"the chat template's variable {DATE!r} is {str(value)[:40]!r}; it should be a date like 2026-01-30."
+        ) from None

@@ -17,7 +17,7 @@ from embedgrad.generation.generate import Generation, generate
 from embedgrad.generation.sampling import Sampling
 from embedgrad.prompt.prompt import SoftPrompt
 from embedgrad.util.errors import DataError, EmbedGradError, SaveError
-from embedgrad.util.files import check_target
+from embedgrad.util.files import behind_links, check_target
 
 DIGITS = 4  # decimal places of an answer's figures
 
@@ -80,14 +80,15 @@ def _sink(options: Options) -> Iterator[Callable[[str, Generation], None]]:
     if options.output is None:
         yield lambda query, answer: _tell(sys.stdout, query, answer, options.as_json)
         return
-    check_target(options.output)
-    part = options.output.with_name(options.output.name + ".part")
+    output = behind_links(options.output)
+    check_target(output)
+    part = output.with_name(output.name + ".part")
     try:
         with open(part, "w", encoding="utf-8") as file:
             yield lambda query, answer: _tell(file, query, answer, True)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, options.output)
+        os.replace(part, output)
     except OSError as error:
         raise SaveError(
             f"cannot write {options.output}: {error.strerror or error}; the first answers are in {part}."

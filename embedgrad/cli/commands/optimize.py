@@ -36,7 +36,13 @@ _SHOWN = 3  # test examples in the report
 
 
 def run(
-    config_path: Path, overrides: Sequence[str], data: Path | None, resume: bool, quiet: bool, as_json: bool
+    config_path: Path,
+    overrides: Sequence[str],
+    data: Path | None,
+    resume: bool,
+    quiet: bool,
+    as_json: bool,
+    allow_other_bits: bool = False,
 ) -> int:
     """Runs the command. Returns its exit code. data: folder with the task's files. Raises EmbedGradError."""
     overrides = with_folder(overrides, data)
@@ -55,7 +61,7 @@ def run(
     result = optimize(
         model, prompt, parts.train, parts.validation, config.optimize,
         run_dir=folder, resume=resume, progress=progress, description=description,
-        terminate_cleanly=True, judge=planned.judge,
+        terminate_cleanly=True, judge=planned.judge, allow_other_bits=allow_other_bits,
     )  # fmt: skip
     if result.stop_reason in STOPPED:
         sets = "".join(f" --set {_quoted(one)}" for one in overrides)
@@ -89,7 +95,7 @@ def _test(
         return {}
     return {
         when: evaluate(model, one, test, labels=planned.labels, sampling=planned.sampling, grader=planned.grader)
-        for when, one in (("before", prompt), ("after", result.prompt))
+        for when, one in (("before", result.prompt.replace(embeddings=prompt.embeddings)), ("after", result.prompt))
     }
 
 

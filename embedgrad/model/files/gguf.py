@@ -7,7 +7,7 @@ because every size in it is untrusted. The `gguf` package dequantises the blocks
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +105,14 @@ class GgufFile:
         """The tensor. F32, F16, BF16 and F64 are views into the mapping, or copies if permuted; others are float32."""
         entry = self._entries[name]
         return self._values(entry, self._unpermuted(name, self._blocks(entry)))
+
+    def first_row(self, name: str) -> torch.Tensor:
+        entry = self._entries[name]  # the permutation of q and k leaves the first row in its place
+        shape = (1, entry.shape[-1]) if len(entry.shape) > 1 else entry.shape
+        return self._values(replace(entry, shape=shape), self._blocks(entry)[:1]).flatten()
+
+    def stored_as(self, name: str) -> str | None:
+        return self._entries[name].kind.name
 
     def raw(self, name: str) -> tuple[str, torch.Tensor]:
         """(name of the type, stored bytes as uint8 [matrix rows, bytes per matrix row]), in the model's row order."""

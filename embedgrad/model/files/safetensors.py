@@ -55,6 +55,13 @@ class SafetensorsFiles:
     def get(self, name: str) -> torch.Tensor:
         return self._files[name].get_tensor(name)
 
+    def first_row(self, name: str) -> torch.Tensor:
+        row: torch.Tensor = self._files[name].get_slice(name)[0:1] if len(self._shapes[name]) > 1 else self.get(name)
+        return row.flatten()
+
+    def stored_as(self, name: str) -> str | None:
+        return None
+
     def raw(self, name: str) -> tuple[str, torch.Tensor] | None:
         return None
 
