@@ -6,6 +6,7 @@ import hashlib
 import json
 import random
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -22,8 +23,10 @@ from embedgrad.evaluation.evaluate import Evaluation, evaluate
 from embedgrad.prompt.prompt import SoftPrompt
 from embedgrad.prompt.rendering import render
 from embedgrad.tasks.parts import Parts
+from embedgrad.train.checkpoints import tensor_hash
 from embedgrad.train.optimize import OptimizeResult, optimize
 from embedgrad.train.plan import Plan
+from embedgrad.train.progress import Quiet
 from embedgrad.train.run_folder import read_metrics
 from embedgrad.train.settings import OptimizeConfig
 from embedgrad.util.errors import ConfigError
@@ -40,22 +43,32 @@ class Stopped(Exception):
         self.reason = reason
 
 
+class _Notes(Quiet):
+    """Says what a resumed arm does not keep, and nothing else."""
+
+    def note(self, text: str) -> None:
+        """Gives a warning with the text."""
+        warnings.warn(text, stacklevel=2)
+
+
 class Runner:
     """A comparison in `folder`. Raises ConfigError where the folder belongs to other settings or another model."""
 
     def __init__(self, plan: Plan, model: Model, folder: Path) -> None:
-        self.plan, self.model, self.folder = plan, model, folder
+        self.model, self.folder = model, folder
         self._parts: dict[int, Parts] = {}
         folder.mkdir(parents=True, exist_ok=True)
-        known, own = folder / IDENTITY, self._identity()
-        if known.exists() and known.read_text("utf-8") != own:
+        known = _read_identity(folder / IDENTITY)
+        self.plan = replace(plan, date=None if known is None else known.get("date"))  # the day on which it began
+        own = self._identity()
+        if known is not None and _without_places(known) != own:
             raise ConfigError(
                 f"{folder} holds arms of other settings, data or another model; give another run.name, or remove it."
             )
-        write_atomic(known, own.encode())
+        write_atomic(folder / IDENTITY, (json.dumps(own, indent=1, sort_keys=True) + "\n").encode())
 
-    def _identity(self) -> str:
-        """Everything that all arms depend on, as JSON, except the data: each outcome holds the hashes of its items."""
+    def _identity(self) -> dict[str, Any]:
+        """Everything that all arms depend on, except the data: each outcome holds the hashes of its items."""
         config = self.plan.config.model_dump(mode="json", exclude={"run"})
         for free in ("arms", "seeds", "taus"):
             config["compare"].pop(free)
@@ -63,7 +76,11 @@ class Runner:
             config["optimize"].pop(free)
         config["data"].pop("fold")
         values = {"config": config, "prompt": self.plan.prompt, "weights": self.model.weights_hash()}
-        return json.dumps(values, indent=1, sort_keys=True) + "\n"
+        if self.plan.saved is not None:
+            values["start"] = tensor_hash(self.plan.saved.embeddings)
+        if (date := self.plan.template(self.model).date) is not None:
+            values["date"] = date
+        return dict(_without_places(values))
 
     @cached_property
     def folds(self) -> range:
@@ -170,6 +187,7 @@ class Runner:
         result = optimize(
             self.model, prompt, train, validation, config,
             run_dir=place, resume="auto", description=description, terminate_cleanly=True, judge=self.plan.judge,
+            progress=_Notes(), allow_other_bits=True,
         )  # fmt: skip
         if result.stop_reason in ("interrupted", "terminated"):
             raise Stopped(result.stop_reason)
@@ -203,6 +221,24 @@ class Runner:
             "validation": {"before": result.before, "after": result.after},
             "alarms": [{key: a[key] for key in ("sign", "step", "value")} for a in result.alarms],
         }
+
+
+def _read_identity(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {path}: {error}.") from error
+    return found if isinstance(found, dict) else {}
+
+
+def _without_places(values: Any) -> Any:
+    """An identity without the paths of model, prompt and data: weights, texts and items are what counts."""
+    if not isinstance(values, dict):
+        return values
+    places = ("path", "file", "folder")
+    return {key: _without_places(value) for key, value in values.items() if key not in places}
 
 
 def tokens(model: Model, prompt: SoftPrompt, examples: Sequence[Example]) -> int:

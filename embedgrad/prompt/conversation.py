@@ -40,11 +40,14 @@ class Answer:
         return text.rstrip(self.strip_right) if self.strip_right != "" else text
 
 
-def dated(template: Template, tokenizer: Tokenizer) -> Template:
-    """`template` with today's date among its variables, where its chat template asks for the date and has none yet."""
+def dated(template: Template, tokenizer: Tokenizer, date: str | None = None) -> Template:
+    """`template` with `date` among its variables, where its chat template asks for the date and has none yet.
+
+    date: None: today's.
+    """
     source = template.chat_template if template.chat_template is not None else tokenizer.chat_template
     asks = template.kind == "chat" and source is not None and DATE in source
-    return template.on(today()) if asks and template.date is None else template
+    return template.on(date or today()) if asks and template.date is None else template
 
 
 class Conversation:

@@ -75,7 +75,7 @@ class SoftPrompt:
             raise PromptError(f"the prompt must be text, not {type(text).__name__}; from_ids takes token ids.")
         if not text.strip():
             raise PromptError("the prompt is empty: it needs at least one token.")
-        template = default_template(model) if template is None else template
+        template = default_template(model, template)
         return cls._start(model, prompt_tokens(model, template, text), text, template)
 
     @classmethod
@@ -83,7 +83,7 @@ class SoftPrompt:
         """A prompt of exactly these token ids; its text is the decoded ids. Raises the same errors as `from_text`."""
         values = check_ids(ids, int(model.config.vocab_size), "the prompt", PromptError)
         text = model.tokenizer.decode(values, skip_special=False)
-        return cls._start(model, values, text, default_template(model) if template is None else template)
+        return cls._start(model, values, text, default_template(model, template))
 
     @classmethod
     def _start(cls, model: PromptModel, ids: list[int], text: str, template: Template) -> SoftPrompt:
@@ -115,6 +115,8 @@ class SoftPrompt:
         if not isinstance(metadata, dict):
             raise PromptError("its metadata is not a JSON object.")
         template = Template.from_json(fields["template"])
+        if not template.has_messages:
+            raise PromptError("its template has no messages.")
         numbers = tensors.get("fingerprint")
         if numbers is not None and (numbers.dtype != torch.float32 or numbers.dim() != 1):
             raise PromptError("its fingerprint of the model is no list of float32.")
@@ -239,17 +241,22 @@ def _library_version() -> str:
         return "unknown"
 
 
-def default_template(model: ModelLike) -> Template:
-    """The template of a prompt for which none is given.
+def default_template(model: ModelLike, given: Template | None = None) -> Template:
+    """The template of a prompt: the one that is given, or the model's default with the settings that are given.
 
     - The prompt is the system turn and the query the user's turn.
     - Where the chat template refuses or drops system messages, the prompt stands in the user's turn before the query.
     - For a model without a chat template, prompt and query are plain text with empty lines between them.
+
+    Raises TemplateError where settings of a chat template are given and there is none.
     """
-    if model.tokenizer.chat_template is None:
-        return PLAIN_TEXT
+    if given is not None and given.has_messages:
+        return given
+    if model.tokenizer.chat_template is None and (given is None or given.chat_template is None):
+        return PLAIN_TEXT if given is None else given.completed(PLAIN_TEXT)
+    system, user = (turn if given is None else given.completed(turn) for turn in (SYSTEM_TURN, USER_TURN))
     try:
-        layout(model, SYSTEM_TURN, [0], "x")
+        layout(model, system, [0], "x")
     except TemplateError:
-        return USER_TURN
-    return SYSTEM_TURN
+        return user
+    return system

@@ -19,6 +19,9 @@ from embedgrad.util.errors import TemplateError
 PROMPT, QUERY = "{prompt}", "{query}"
 DATE = "strftime_now"  # the function with which chat templates ask for the date; as a variable, the date that it tells
 ROLES = ("system", "developer", "user", "assistant", "tool")
+_SETTINGS = ("variables", "chat_template", "control_tokens")
+_ANY = ({"role": "user", "content": PROMPT + QUERY},)
+_DOUBLED = re.compile(r"(?<!\w)\{\{\s*(prompt|query)\s*\}\}")  # behind a word it is LaTeX: \boxed{{query}}
 _SLOTS = re.compile(r"\{prompt\}|\{query\}")
 
 
@@ -97,6 +100,25 @@ class Template:
         return cls("plain", control_tokens=_flag(control_tokens))
 
     @property
+    def has_messages(self) -> bool:
+        """False for chat settings alone (`from_json`), which another template's messages complete."""
+        return self.kind != "chat" or bool(self.messages)
+
+    def completed(self, base: Template) -> Template:
+        """These chat settings with the messages of `base`, a chat template, and with its settings where they are unset.
+
+        Raises TemplateError where `base` is of another kind.
+        """
+        if base.kind != "chat":
+            raise TemplateError("settings of a chat template are given, and there is neither one nor messages.")
+        return replace(
+            base,
+            chat_template=base.chat_template if self.chat_template is None else self.chat_template,
+            variables=_variables({**json.loads(base.variables), **json.loads(self.variables)}),
+            control_tokens=base.control_tokens or self.control_tokens,
+        )
+
+    @property
     def date(self) -> str | None:
         """The date that the chat template is told; None where it reads the clock, or asks for none."""
         found = json.loads(self.variables).get(DATE)
@@ -127,7 +149,8 @@ class Template:
         """The template as a JSON object; `from_json` is its inverse."""
         fields: dict[str, Any] = {"kind": self.kind}
         if self.kind == "chat":
-            fields["messages"] = [{"role": role, "content": content} for role, content in self.messages]
+            if self.messages:
+                fields["messages"] = [{"role": role, "content": content} for role, content in self.messages]
             fields["chat_template"] = self.chat_template
             fields["variables"] = json.loads(self.variables)
         elif self.kind == "text":
@@ -138,7 +161,11 @@ class Template:
 
     @classmethod
     def from_json(cls, source: str | Mapping[str, Any]) -> Template:
-        """The template of a JSON object as `to_json` writes it, or of the same mapping. Raises TemplateError."""
+        """The template of a JSON object as `to_json` writes it, or of the same mapping. Raises TemplateError.
+
+        A chat template without the field messages is settings alone (`has_messages`). `enable_thinking`, which many
+        chat templates know, may stand beside the variables instead of among them.
+        """
         fields = source
         if isinstance(source, str):
             try:
@@ -148,11 +175,11 @@ class Template:
         if not isinstance(fields, Mapping):
             raise TemplateError(f"a template must be an object with a kind, not {type(fields).__name__}.")
         allowed = {
-            "chat": {"kind", "messages", "chat_template", "variables", "control_tokens"},
+            "chat": {"kind", "messages", "enable_thinking", *_SETTINGS},
             "text": {"kind", "text", "end", "control_tokens"},
             "plain": {"kind", "control_tokens"},
         }
-        kind = fields.get("kind", "chat" if "messages" in fields else None)
+        kind = fields.get("kind", "chat" if {"messages", "enable_thinking", *_SETTINGS[:2]} & set(fields) else None)
         if not isinstance(kind, str) or kind not in allowed:
             raise TemplateError(f"a template's kind must be chat, text or plain, not {kind!r}.")
         unknown = sorted(map(str, set(fields) - allowed[kind]))
@@ -161,7 +188,11 @@ class Template:
             raise TemplateError(f"a {kind} template has no field {unknown[0]!r}; its fields are {known}.")
         keeps = fields.get("control_tokens", False)
         if kind == "chat":
-            return cls.chat(fields.get("messages", ()), fields.get("chat_template"), fields.get("variables"), keeps)
+            variables = fields.get("variables")
+            if "enable_thinking" in fields and (variables is None or isinstance(variables, Mapping)):
+                variables = {"enable_thinking": fields["enable_thinking"], **(variables or {})}
+            found = cls.chat(fields.get("messages", _ANY), fields.get("chat_template"), variables, keeps)
+            return found if "messages" in fields else replace(found, messages=())
         if kind == "text":
             return cls.text(fields.get("text", ""), fields.get("end", True), keeps)
         return cls.plain(keeps)
@@ -210,6 +241,12 @@ def _message(message: Any, index: int) -> tuple[str, str]:
 
 
 def _require_slots(text: str, where: str) -> None:
+    doubled = _DOUBLED.search(text)
+    if doubled:
+        raise TemplateError(
+            f"{where} {'have' if where.endswith('s') else 'has'} {doubled[0]}, whose outer braces would stay as text; "
+            f"write {{{doubled[1]}}}."
+        )
     missing = [slot for slot in (PROMPT, QUERY) if slot not in text]
     if missing:
         raise TemplateError(f"{' and '.join(missing)} {'are' if len(missing) > 1 else 'is'} missing from {where}.")

@@ -13,8 +13,9 @@ from embedgrad.compare.outcome import Outcome
 from embedgrad.compare.runner import Runner, Stopped
 from embedgrad.compare.table import columns, explanation, lines, markdown, to_json
 from embedgrad.evaluation.statistics import Accuracy
+from embedgrad.train.paths import expand_path
 from embedgrad.train.plan import plan
-from embedgrad.train.settings import expand_path, load_run_config
+from embedgrad.train.settings import load_run_config
 
 SHOWN = ("generated_accuracy", "choice_accuracy")  # measures on the terminal; the files have all measures
 
@@ -27,7 +28,7 @@ def run(config_path: Path, overrides: Sequence[str], data: Path | None, quiet: b
     folder = expand_path(section.folder) / f"{section.name}-compare"
     model = open_configured(planned.config)
     runner = Runner(planned, model, folder)
-    chosen, notes = arms(planned, model)
+    chosen, notes = arms(runner.plan, model)
     notes.insert(0, runner.parts(runner.folds[0]).leakage.sentence() + ".")
 
     def tell(text: str) -> None:

@@ -26,10 +26,11 @@ from embedgrad.prompt.prompt import SoftPrompt
 from embedgrad.train.checks import check_parts
 from embedgrad.train.loggers import open_loggers
 from embedgrad.train.optimize import OptimizeResult, optimize
+from embedgrad.train.paths import expand_path, seen_from
 from embedgrad.train.plan import Plan, plan
 from embedgrad.train.progress import Progress, Quiet, Several
 from embedgrad.train.run_folder import read_summary, write_summary
-from embedgrad.train.settings import expand_path, load_run_config
+from embedgrad.train.settings import load_run_config
 from embedgrad.util.host import peak_memory
 
 _SHOWN = 3  # test examples in the report
@@ -51,11 +52,12 @@ def run(
     folder = expand_path(config.run.folder) / str(config.run.name)
     progress: Progress = JsonLines() if as_json else Quiet() if quiet else Bar()
     description = config.model_dump(mode="json")
+    seen_from(folder, description)
     loggers = open_loggers(config.run.loggers, folder, description, progress.note)  # errors come before slow work
     progress = Several(progress, *loggers) if loggers else progress
     model = open_configured(config)
     parts = planned.parts(model.tokenizer)
-    prompt = SoftPrompt.from_text(model, planned.prompt, config.template)
+    prompt = planned.start(model)
     check_parts(planned, model, prompt, parts)  # errors come now and not after the training
     progress.note(parts.leakage.sentence() + ".")
     result = optimize(

@@ -12,7 +12,8 @@ from embedgrad.engine.model import Model, load_model
 from embedgrad.evaluation.evaluate import Evaluation, paired_tests
 from embedgrad.evaluation.evaluate import shares as evaluation_shares
 from embedgrad.evaluation.statistics import Accuracy
-from embedgrad.train.settings import RunConfig, expand_path
+from embedgrad.train.paths import expand_path
+from embedgrad.train.settings import RunConfig
 
 STOPPED = {"interrupted": 130, "terminated": 143}
 """Exit codes of commands that a signal stopped: 128 + the signal's number, as in shells."""
