@@ -24,15 +24,17 @@ from embedgrad.prompt.prompt import SoftPrompt
 from embedgrad.prompt.rendering import render
 from embedgrad.tasks.parts import Parts
 from embedgrad.train.checkpoints import tensor_hash
+from embedgrad.train.checks import check_parts
 from embedgrad.train.optimize import OptimizeResult, optimize
 from embedgrad.train.plan import Plan
 from embedgrad.train.progress import Quiet
 from embedgrad.train.run_folder import read_metrics
 from embedgrad.train.settings import OptimizeConfig
-from embedgrad.util.errors import ConfigError
+from embedgrad.util.errors import ConfigError, EmbedGradError
 from embedgrad.util.files import write_atomic
 
 IDENTITY = "identity.json"
+_LONGEST = 4  # examples that are rendered with each further candidate of an arm
 
 
 class Stopped(Exception):
@@ -104,6 +106,29 @@ class Runner:
         """The folder of an arm for one seed and fold."""
         inner = f"seed-{seed}" + (f"-fold-{fold}" if self.plan.config.data.folds else "")
         return self.folder / arm / inner
+
+    def check(self, arms: Sequence[Arm]) -> None:
+        """Raises the errors of all arms before the first is run: data, prompts, templates, lengths.
+
+        Every example is rendered with an arm's first prompt, the longest few with its other candidates.
+        """
+        for fold in self.folds:
+            parts = self.parts(fold)
+            check_parts(self.plan, self.model, self.plan.start(self.model), parts)
+            for arm in arms:
+                try:
+                    for seed in self.seeds(arm):
+                        if Outcome.load(self.place(arm.name, seed, fold)) is None:
+                            self._check(arm, parts, seed)
+                except EmbedGradError as error:
+                    raise type(error)(f"the arm {arm.name} cannot be run: {error}") from error
+
+    def _check(self, arm: Arm, parts: Parts, seed: int) -> None:
+        used = [parts.validation, parts.test] if arm.training is None else [parts.train, parts.validation, parts.test]
+        for number, prompt in enumerate(arm.candidates(self.model, parts.train, seed)):
+            for part in used:
+                for example in part if number == 0 else sorted(part, key=lambda e: -len(e.query))[:_LONGEST]:
+                    render(self.model, prompt, example, example.where)
 
     def run(self, arm: Arm, seed: int, fold: int, budget: int | None = None) -> Outcome:
         """The arm's outcome, read from its folder or made by running the arm.

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from embedgrad.cli.commands.shared import STOPPED, open_configured, with_folder, with_interval, write_text
+from embedgrad.cli.tables import tables
 from embedgrad.compare.arms import arms
 from embedgrad.compare.outcome import Outcome
 from embedgrad.compare.runner import Runner, Stopped
@@ -37,6 +38,7 @@ def run(config_path: Path, overrides: Sequence[str], data: Path | None, quiet: b
 
     for note in notes:
         tell(note)
+    runner.check(chosen)  # errors come now and not after hours
     outcomes: list[Outcome] = []
     try:
         for arm in chosen:
@@ -74,12 +76,8 @@ def _told(outcome: Outcome, folds: int) -> str:
 
 def _show(outcomes: Sequence[Outcome]) -> None:
     from rich.console import Console
-    from rich.table import Table
 
-    table = columns(lines(outcomes), SHOWN)
-    shown = Table(*(heading for heading, _ in table))
-    for row in zip(*(cells for _, cells in table), strict=True):
-        shown.add_row(*row)
     console = Console(highlight=False)
-    console.print(shown)
+    shown = tables(columns(lines(outcomes), SHOWN), console.width)
+    console.print(f"{shown}\n", markup=False, soft_wrap=True)
     console.print(explanation(outcomes), markup=False, soft_wrap=True)

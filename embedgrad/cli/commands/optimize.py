@@ -12,12 +12,13 @@ from embedgrad.cli.commands.shared import (
     STOPPED,
     answers_told,
     figures,
+    in_percent,
     open_configured,
     with_folder,
-    with_interval,
     write_text,
 )
 from embedgrad.cli.progress import Bar, JsonLines
+from embedgrad.cli.tables import tables
 from embedgrad.data.example import Example
 from embedgrad.engine.model import Model
 from embedgrad.evaluation.evaluate import MEASURES, Evaluation, evaluate, paired_tests
@@ -103,23 +104,24 @@ def _test(
 
 def _report(result: OptimizeResult, tested: Mapping[str, Evaluation], folder: Path) -> None:
     from rich.console import Console
-    from rich.table import Table
 
     console = Console(highlight=False)
-    table = Table("", "before", "after", "gained, lost", "p (McNemar)")
+    rows: list[tuple[str, ...]] = []
     if tested:
         tests = paired_tests(tested["before"], tested["after"])
         for name, shares in evaluation_shares(tested).items():
             paired = tests[name]
-            told = f"test: {MEASURES[name]}"
-            cells = [*map(with_interval, shares.values()), f"{paired.gained}, {paired.lost}", f"{paired.p:.2g}"]
-            table.add_row(told, *cells)
-        table.add_row("test: answers", *map(answers_told, tested.values()))
+            cells = [*map(in_percent, shares.values()), f"+{paired.gained} −{paired.lost}", f"{paired.p:.2g}"]
+            rows.append((f"test: {MEASURES[name]}", *cells))
     if result.before is not None and result.after is not None:
         for name in ("accuracy", "loss"):
-            table.add_row(f"validation: {name}", f"{result.before[name]:.4f}", f"{result.after[name]:.4f}")
-    if table.row_count:
-        console.print(table)
+            rows.append((f"validation: {name}", f"{result.before[name]:.4f}", f"{result.after[name]:.4f}", "", ""))
+    if rows:
+        headings = ("", "before", "after", "gained, lost", "p (McNemar)")
+        shown = tables(list(zip(headings, zip(*rows, strict=True), strict=True)), console.width)
+        console.print(f"{shown}\n", markup=False, soft_wrap=True)
+    for when, evaluation in tested.items():
+        console.print(f"answers {when}: {answers_told(evaluation)}", markup=False, soft_wrap=True)
     if tested:
         pairs = list(zip(tested["before"].records, tested["after"].records, strict=True))
         for before, after in pairs[:_SHOWN]:
