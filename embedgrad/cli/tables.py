@@ -42,7 +42,7 @@ def _table(columns: Sequence[Column], widths: Sequence[int]) -> str:
     rows = [[heading for heading, _ in columns], *zip(*(cells for _, cells in columns), strict=True)]
     lines = []
     for number, row in enumerate(rows):
-        wrapped = [textwrap.wrap(cell, size) if cell else [] for cell, size in zip(row, widths, strict=True)]
+        wrapped = [textwrap.wrap(cell, max(1, size)) if cell else [] for cell, size in zip(row, widths, strict=True)]
         for pieces in zip_longest(*wrapped, fillvalue="") or [()]:
             padded = (piece.ljust(size) for piece, size in zip(pieces, widths, strict=True))
             lines.append((" " * _GAP).join(padded).rstrip())
