@@ -15,7 +15,8 @@ from embedgrad.backends.base import Backend, CacheRows
 from embedgrad.backends.mask import Move, TreeMask
 from embedgrad.engine.attention import Attention, Projections
 from embedgrad.engine.tree import TokenTree
-from embedgrad.model.config import ModelConfig, inverse_frequencies
+from embedgrad.model.config import ModelConfig
+from embedgrad.model.rope import inverse_frequencies
 from embedgrad.util.host import send_together
 
 NOTHING = torch.empty(0)
@@ -217,16 +218,22 @@ class PrefixPass(PackedPass):
 
 
 def rotations(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, D/2] of position × inverse frequency; angles in float32, or float64 for a float64 model."""
+    """cos and sin [T, D/2] of position × inverse frequency, times the attention factor of the rotations.
+
+    Angles are in float32, or in float64 for a float64 model.
+    """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     angles = positions.to(wide)[:, None] * _frequencies(config, wide, positions.device)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos(), angles.sin()
+    if config.rope.attention_factor != 1:
+        cos, sin = cos * config.rope.attention_factor, sin * config.rope.attention_factor
+    return cos.to(dtype), sin.to(dtype)
 
 
 @lru_cache(maxsize=32)
 def _frequencies(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Kept on the device, so that a decode step sends nothing to it."""
-    return inverse_frequencies(config, dtype).to(device)
+    return inverse_frequencies(config.rope, config.head_dim, dtype).to(device)
 
 
 def host_pass(

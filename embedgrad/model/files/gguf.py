@@ -7,7 +7,7 @@ because every size in it is untrusted. The `gguf` package dequantises the blocks
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
+from embedgrad.model.files.recognise import GGUF_MAGIC
 from embedgrad.util.errors import ModelError
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
@@ -69,6 +70,8 @@ class GgufFile:
             self.metadata, entries = _parse(data.numpy().data if size else memoryview(b""))
         except (_Malformed, struct.error, UnicodeDecodeError, OverflowError) as error:
             raise ModelError(f"{path} is not a complete GGUF file ({error}); fetch it again.") from error
+        except _Unsupported as error:
+            raise ModelError(f"{path} {error}.") from error
         if str(self.metadata.get("split.count", 0)) not in ("0", "1"):
             raise ModelError(f"{path} is one part of a split model; join the parts with llama-gguf-split --merge.")
         self._check_kinds(entries)
@@ -102,6 +105,14 @@ class GgufFile:
         """The tensor. F32, F16, BF16 and F64 are views into the mapping, or copies if permuted; others are float32."""
         entry = self._entries[name]
         return self._values(entry, self._unpermuted(name, self._blocks(entry)))
+
+    def first_row(self, name: str) -> torch.Tensor:
+        entry = self._entries[name]  # the permutation of q and k leaves the first row in its place
+        shape = (1, entry.shape[-1]) if len(entry.shape) > 1 else entry.shape
+        return self._values(replace(entry, shape=shape), self._blocks(entry)[:1]).flatten()
+
+    def stored_as(self, name: str) -> str | None:
+        return self._entries[name].kind.name
 
     def raw(self, name: str) -> tuple[str, torch.Tensor]:
         """(name of the type, stored bytes as uint8 [matrix rows, bytes per matrix row]), in the model's row order."""
@@ -149,12 +160,17 @@ class GgufFile:
             except NotImplementedError:
                 name = next(name for name, entry in entries.items() if entry.kind == kind)
                 raise ModelError(
-                    f"{self.path}: {name} has type {kind.name}, which the gguf package cannot dequantise."
+                    f"{self.path}: {name} has type {kind.name}, which is unsupported: the gguf package cannot "
+                    f"dequantise it; take a file of another type, such as Q8_0 or Q4_K_M."
                 ) from None
 
 
 class _Malformed(Exception):
     """The header is malformed; the message says how in a few words."""
+
+
+class _Unsupported(Exception):
+    """The file may be whole, but is of a kind that is not read; the message continues a sentence that names it."""
 
 
 class _Reader:
@@ -222,13 +238,17 @@ class _Reader:
 
 def _parse(data: memoryview) -> tuple[dict[str, Any], dict[str, _Entry]]:
     reader = _Reader(data)
-    if bytes(data[:4]) != b"GGUF":
+    if bytes(data[:4]) != GGUF_MAGIC:
         raise _Malformed("it does not begin with GGUF")
     reader.at = 4
     version = reader.scalar("<I")
     if version not in (2, 3):
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
-        raise _Malformed("big-endian" if swapped in (2, 3) else f"version {version}, supported are 2 and 3")
+        if swapped in (2, 3):
+            raise _Unsupported("is a big-endian GGUF file, which is not supported; convert the model for this machine")
+        raise _Unsupported(
+            f"has GGUF version {version}, which is not supported; supported are 2 and 3: convert it anew"
+        )
     tensors, pairs = reader.scalar("<Q"), reader.scalar("<Q")
     metadata: dict[str, Any] = {}
     for _ in _counted(pairs, 12, reader):
@@ -266,7 +286,10 @@ def _entry(name: str, shape: tuple[int, ...], kind: int, offset: int, alignment:
     try:
         known = GGMLQuantizationType(kind)
     except ValueError:
-        raise _Malformed(f"{name!r} has the unknown type {kind}") from None
+        raise _Unsupported(
+            f"holds {name[:80]!r} in type {kind}, which is unsupported (the gguf package here does not know it); take "
+            f"a file of another type, such as Q8_0 or Q4_K_M"
+        ) from None
     values, size = GGML_QUANT_SIZES[known]
     if min(shape) < 1 or shape[-1] % values:
         raise _Malformed(f"{name!r} has shape {list(shape)}, impossible for {known.name}")
