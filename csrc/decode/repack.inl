@@ -53,31 +53,42 @@ static void fill_tiles(
         constexpr Stored S = decltype(type)::stored;
         constexpr Format f = format(S);
         const int64_t tile_bytes = f.tile_bytes(columns), head = f.head_bytes(columns);
-        FileBlock block = {};
+        FileBlock block[kTileRows] = {};  // written and read apart, because a load waits for narrower stores before it
         for (int64_t t = begin; t < end; ++t) {
             uint8_t* tile = out + t * tile_bytes;
             const int64_t first = t * kTileRows, count = std::min(kTileRows, rows - first);
             std::memset(tile, 0, count < kTileRows ? tile_bytes : head);
-            for (int64_t super = 0; super < f.supers(columns); ++super)
-                for (int64_t r = 0; r < count; ++r) {
-                    read_file_block<S>(blocks + (first + r) * row_bytes + super * f.block_bytes, block);
-                    put_block<S>(block, super, r, columns, tile);
-                }
+            for (int64_t super = 0; super < f.supers(columns); ++super) {
+                const uint8_t* from = blocks + first * row_bytes + super * f.block_bytes;
+                for (int64_t r = 0; r < count; ++r) read_file_block<S>(from + r * row_bytes, block[r]);
+                for (int64_t r = 0; r < count; ++r) put_block<S>(block[r], super, r, columns, tile);
+            }
         }
     });
 }
 
 // ---- rows in float32 ------------------------------------------------------------------------------------------------
 
+// VL bytes as integers. Intrinsics, because GCC 12 takes the bytes one by one.
+EMBEDGRAD_INLINE IVec widen_bytes(const uint8_t* q) {
+#if EMBEDGRAD_ISA == 512
+    return bits_as<IVec>(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(q))));
+#elif EMBEDGRAD_ISA == 2
+    return bits_as<IVec>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(q))));
+#else
+    typedef uint8_t Narrow __attribute__((vector_size(VL)));
+    Narrow narrow;
+    __builtin_memcpy(&narrow, q, VL);
+    return __builtin_convertvector(__builtin_convertvector(narrow, Halves), IVec);
+#endif
+}
+
 // out [n] = scale · (q − zero) + offset. The product is exact except in int4, which rounds once at the end.
 template <Stored S>
 EMBEDGRAD_INLINE void widen_columns(const uint8_t* q, float scale, float offset, int64_t n, float* out) {
     constexpr Format f = format(S);
-    typedef uint8_t Narrow __attribute__((vector_size(VL)));
     for (int64_t i = 0; i < n; i += VL) {
-        Narrow narrow;
-        __builtin_memcpy(&narrow, q + i, VL);
-        const Vec x = __builtin_convertvector(__builtin_convertvector(narrow, IVec) - f.zero, Vec);
+        const Vec x = __builtin_convertvector(widen_bytes(q + i) - f.zero, Vec);
         if constexpr (S == Stored::int4)
             store(out + i, fma(x, broadcast(scale), broadcast(offset)));
         else if constexpr (f.offsets)
