@@ -1,7 +1,7 @@
 """Descriptions of frozen matrices for csrc/decode/: addresses of the stored tensors and their form of storage.
 
-A quantised matrix (`embedgrad.model.quantised`) is in tiles, by which csrc/ multiplies, or in the blocks of a file, whose
-rows csrc/ only reads.
+A quantised matrix (`embedgrad.model.quantised`) is in tiles, by which csrc/ multiplies, or in the blocks of a file,
+whose rows csrc/ only reads.
 """
 
 from __future__ import annotations

@@ -114,7 +114,8 @@ class GgufFile:
         """Drops the pages that only this quantised tensor lies in; they are read again when they are used."""
         entry, page = self._entries[name], mmap.PAGESIZE
         first, last = -(-entry.start // page) * page, (entry.start + entry.size) // page * page
-        if self._mapped is not None and last > first and entry.kind.name not in _PLAIN and hasattr(mmap, "MADV_DONTNEED"):
+        quantised = entry.kind.name not in _PLAIN
+        if self._mapped is not None and last > first and quantised and hasattr(mmap, "MADV_DONTNEED"):
             self._mapped.madvise(mmap.MADV_DONTNEED, first, last - first)
 
     def _blocks(self, entry: _Entry) -> torch.Tensor:
