@@ -15,7 +15,7 @@ using namespace embedgrad;
 namespace {
 
 constexpr int32_t kLayers = 2, kWidth = 256, kInner = 256, kHeads = 4, kKvHeads = 2, kHeadDim = 32, kVocabulary = 70;
-constexpr int32_t kSlots = 3, kPrefix = 5, kCapacity = 40, kMost = 12;
+constexpr int32_t kSlots = 3, kPrefix = 5, kCapacity = 40, kMost = 6;
 
 uint64_t state = 1;
 uint32_t draw() {
