@@ -199,14 +199,6 @@ def _name(contender: str) -> str:
     )
 
 
-def _by_model(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    found: dict[str, list[Row]] = defaultdict(list)
-    for one in rows:
-        title = str(one.case.get("model", files.DEFAULT_TITLE))
-        found[f"{title} ({one.case['types']})" if "types" in one.case else title].append(one)
-    return found
-
-
 def _by_queries(rows: Sequence[Row]) -> dict[int, list[Row]]:
     found: dict[int, list[Row]] = defaultdict(list)
     for one in rows:
@@ -224,7 +216,7 @@ def tables(rows: Sequence[Row]) -> dict[str, str]:
     heads = ("queries", "", "tokens/s", "20..80 %", "of llama.cpp's best", "alone", "first token", "likeliest token",
              "farthest below it", "memory, MB")  # fmt: skip
     parts = []
-    for title, of_model in _by_model(rows).items():
+    for title, of_model in files.by_model(rows).items():
         cells: list[Sequence[object]] = []
         for count, group in _by_queries(of_model).items():
             best = _best_llama(group)
@@ -265,7 +257,7 @@ def pictures(rows: Sequence[Row]) -> dict[str, Any]:
 
     from bench.harness import pictures as draw
 
-    models = _by_model(rows)
+    models = files.by_model(rows)
     most = max(len(_by_queries(group)) for group in models.values())
     figure, panels = plt.subplots(len(models), most, figsize=(3 * most, 3.4 * len(models)), squeeze=False)
     for line, (title, of_model) in zip(panels, models.items(), strict=True):

@@ -6,10 +6,12 @@ import argparse
 import contextlib
 import tempfile
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from bench.harness.rows import Row
 
 DEFAULT = "smollm2"
 DEFAULT_TITLE = "SmolLM2-135M-Instruct.Q4_1"  # of rows that were recorded before rows named their model
@@ -61,6 +63,15 @@ def model_files(names: Sequence[str]) -> Iterator[list[ModelFile]]:
             except EmbedGradError as error:
                 raise SystemExit(f"--model {name}: {error}") from None
         yield found
+
+
+def by_model(rows: Iterable[Row]) -> dict[str, list[Row]]:
+    """The rows of each model, by its title and types."""
+    found: dict[str, list[Row]] = {}
+    for one in rows:
+        title = str(one.case.get("model", DEFAULT_TITLE))
+        found.setdefault(f"{title} ({one.case['types']})" if "types" in one.case else title, []).append(one)
+    return found
 
 
 def _types(path: Path) -> str:
