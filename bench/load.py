@@ -1,10 +1,11 @@
 """How long from a model's file to the first step and to the first token, cold and warm, against transformers?
 
 SmolLM2-135M-Instruct from its Q4_1 GGUF file, and from a safetensors folder with the same weights in bfloat16 that is
-made first; or the files of `--model`. llama.cpp, which takes no step, writes its first token beside ours. Every measurement is a process of its own: it starts, imports, loads, and takes one step (prompt and query
-of 16 tokens, one example) or writes one token behind a short chat. Seconds are from the call that loads to the result;
-the imports before that call have a column of their own. "Cold": the file's pages were dropped from the page cache
-first, those of the programs' own libraries were not. "Warm": they are in the cache.
+made first; or the files that `--model` names. llama.cpp takes no step and writes its first token beside ours. Every
+measurement is a process of its own: it starts, imports, loads, and takes one step (prompt and query of 16 tokens, one
+example) or writes one token behind a short chat. Seconds are from the call that loads to the result; the imports
+before that call have a column of their own. "Cold": the file's pages were dropped from the page cache first, those of
+the programs' own libraries were not. "Warm": they are in the cache.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ from embedgrad.kernels.packing import PackedWeight, stacked
 from embedgrad.model.checkpoint import TensorSource
 from embedgrad.model.config import ModelConfig
 from embedgrad.model.frozen import FrozenMatrix, Widening, product_type, tensors_of
+from embedgrad.model.narrowed import NARROWED, narrowed
 from embedgrad.model.native_matrices import is_built
 from embedgrad.model.packed import (
     QUANTISERS,
@@ -44,7 +45,8 @@ def read_weights(
     form: how matrices are stored.
     - "compute" converts every matrix to the compute type `dtype`, "fp32" and "bf16" to these types.
     - "stored" keeps the form of the file. On a CPU GGUF's quantised types stay quantised (`embedgrad.model.quantised`),
-      for Triton's kernels Q8_0, Q4_0 and Q4_1; others are dequantised. No matrix is stored in a wider type than the
+      some in a wider type (`embedgrad.model.narrowed`); for Triton's kernels Q8_0, Q4_0 and Q4_1 do. Others are
+      dequantised. No matrix is stored in a wider type than the
       compute type.
     - "int8" and "int4" quantise the layers' matrices and an untied head. The embedding table keeps the form of the
       file, because a step reads few of its rows and prompts start from them. So does a head that is tied to the table.
@@ -110,15 +112,21 @@ class _Reader:
         """The matrix in the form of the file; `multiplied`: products read it, not its rows alone."""
         raw = self.tensors.raw(name)
         if raw is not None and self.products is None and self.device.type == "cpu":
-            if raw[0] in QUANTISED:
-                rows, columns = self.tensors.shapes()[name]
-                weight = BlockWeight(*raw, (rows, columns))
+            weight = self._blocks(*raw, name)
+            if weight is not None:
                 return self._tiled(weight, name) if multiplied and is_built() else weight
         elif raw is not None and raw[0] in REPACKED:
             kind, blocks = raw
             return REPACKED[kind](blocks.to(self.place))
         tensor = self.tensors.get(name)
         return tensor.to(self.place, self.dtype if tensor.dtype.itemsize > self.dtype.itemsize else tensor.dtype)
+
+    def _blocks(self, kind: str, blocks: Tensor, name: str) -> BlockWeight | None:
+        """The matrix in blocks that csrc/ reads; None where there are none."""
+        rows, columns = self.tensors.shapes()[name]
+        if kind in QUANTISED:
+            return BlockWeight(kind, blocks, (rows, columns))
+        return narrowed(kind, blocks, (rows, columns)) if kind in NARROWED and is_built() else None
 
     def _tiled(self, weight: BlockWeight, name: str) -> TileWeight:
         tiles = TileWeight.of(weight)

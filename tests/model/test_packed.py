@@ -154,6 +154,22 @@ def test_a_files_own_types_are_kept(
     assert model.weights_hash() == load_model(path, weights="stored").weights_hash()
 
 
+@pytest.mark.skipif(not is_built(), reason="csrc/ is not built")
+@pytest.mark.parametrize("kind", ["TQ1_0", "TQ2_0"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_types_without_a_product_are_narrowed(tmp_path: Path, kind: str, tied: bool) -> None:
+    path = tmp_path / "tiny.gguf"
+    sizes = {**SIZES, "hidden_size": 256, "intermediate_size": 256, "tie_word_embeddings": tied}
+    write_gguf(path, random_model("llama", **sizes), kind=kind)
+    model, wide = load_model(path, weights="stored"), load_model(path)
+    parts = [part for matrix in (*matrices(model), model.weights.head) for part in matrix.parts]
+    assert all(isinstance(part, TileWeight) and part.kind == "Q2_K" for part in parts)
+    assert torch.equal(model.embedding_rows([0, 7, 419]), wide.embedding_rows([0, 7, 419]))
+    (loss, grad), (found, found_grad) = step(wide), step(model)
+    assert found == pytest.approx(loss, rel=1e-6)
+    assert relative_error(found_grad, grad) <= ROUNDING
+
+
 @pytest.mark.parametrize("form", ["fp32", "bf16"])
 @pytest.mark.parametrize("dtype", ["float32", "float64", "bfloat16"])
 def test_weights_kept_in_a_float_type(tmp_path: Path, form: str, dtype: str) -> None:
