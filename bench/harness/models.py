@@ -70,6 +70,9 @@ class _RandomTensors:
     def raw(self, name: str) -> None:
         return None
 
+    def release(self, name: str) -> None:
+        """Nothing: no tensor is quantised."""
+
 
 def random_model(name: str, layers: int | None = None) -> Any:
     """A model of SHAPES, or its first `layers`, with bfloat16 weights as stored; it computes in float32 on the CPU."""

@@ -46,6 +46,10 @@ class TensorSource(Protocol):
         """(name of the stored type, blocks as uint8 [matrix rows, bytes per matrix row]) in GGUF files, else None."""
         ...
 
+    def release(self, name: str) -> None:
+        """Gives back the memory that a quantised tensor takes as part of a mapped file. It may be read again."""
+        ...
+
 
 @dataclass(frozen=True)
 class Checkpoint:

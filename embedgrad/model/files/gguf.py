@@ -6,6 +6,7 @@ because every size in it is untrusted. The `gguf` package dequantises the blocks
 
 from __future__ import annotations
 
+import mmap
 import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -60,14 +61,15 @@ class GgufFile:
         """Parses and checks the header. Raises ModelError."""
         self.path = path
         try:
-            size = path.stat().st_size
-            # A private mapping of the whole file. A page is read when it is first used.
-            data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8) if size else torch.empty(0)
-        except (OSError, RuntimeError) as error:
+            with path.open("rb") as file:
+                # A private mapping of the whole file. A page is read when it is first used.
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if path.stat().st_size else None
+        except (OSError, ValueError) as error:
             raise ModelError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
-        self._data = data
+        self._mapped = mapped
+        self._data = torch.empty(0) if mapped is None else torch.frombuffer(mapped, dtype=torch.uint8)
         try:
-            self.metadata, entries = _parse(data.numpy().data if size else memoryview(b""))
+            self.metadata, entries = _parse(memoryview(b"" if mapped is None else mapped))
         except (_Malformed, struct.error, UnicodeDecodeError, OverflowError) as error:
             raise ModelError(f"{path} is not a complete GGUF file ({error}); fetch it again.") from error
         except _Unsupported as error:
@@ -118,6 +120,14 @@ class GgufFile:
         """(name of the type, stored bytes as uint8 [matrix rows, bytes per matrix row]), in the model's row order."""
         entry = self._entries[name]
         return entry.kind.name, self._unpermuted(name, self._blocks(entry))
+
+    def release(self, name: str) -> None:
+        """Drops the pages that only this quantised tensor lies in; they are read again when they are used."""
+        entry, page = self._entries[name], mmap.PAGESIZE
+        first, last = -(-entry.start // page) * page, (entry.start + entry.size) // page * page
+        quantised = entry.kind.name not in _PLAIN
+        if self._mapped is not None and last > first and quantised and hasattr(mmap, "MADV_DONTNEED"):
+            self._mapped.madvise(mmap.MADV_DONTNEED, first, last - first)
 
     def _blocks(self, entry: _Entry) -> torch.Tensor:
         rows = _product(entry.shape[:-1])

@@ -65,6 +65,9 @@ class SafetensorsFiles:
     def raw(self, name: str) -> tuple[str, torch.Tensor] | None:
         return None
 
+    def release(self, name: str) -> None:
+        """Nothing: no tensor of these files is quantised."""
+
     def _add(self, path: Path) -> None:
         try:
             file = safe_open(path, framework="pt", device="cpu")
