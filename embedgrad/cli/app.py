@@ -1,4 +1,4 @@
-"""The command line: `embedgrad optimize | evaluate | compare | study | report | generate | show | doctor`.
+"""The command line: `embedgrad optimize | evaluate | compare | study | report | generate | show | export | ...`.
 
 This module only declares the options. A command's modules are imported when it runs, so `--help` is fast. Exit codes: 0
 success, 2 an error of the package (one sentence on stderr), 130 stopped by Ctrl-C, 143 stopped by SIGTERM.
@@ -197,6 +197,34 @@ def show(
     from embedgrad.cli.commands.show import run
 
     run(prompt, _model(model, None, "auto", "cpu") if model is not None else None, json)
+
+
+@app.command()
+def export(
+    prompts: Annotated[list[Path], typer.Argument(help="Prompt files; the first is the default of several.")],
+    to: Annotated[str, typer.Option("--to", help="hf, gguf, ollama, peft or vllm.")],
+    model: ModelPath,
+    out: Annotated[Path, typer.Option("--out", "-o", help="What is written: a new folder, for gguf a new file.")],
+    name: Annotated[
+        list[str] | None, typer.Option("--name", help="The prompt's name; repeat for each. Default: the file's.")
+    ] = None,
+    untie: Annotated[
+        bool, typer.Option("--untie", help="A head of its own, for engines that ignore suppressed tokens.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Accept a fine-tune of the prompt's model.")] = False,
+    check: Annotated[
+        bool | None,
+        typer.Option("--check/--no-check", help="Compare with our engine in the target's program."),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Type of the weights where a .gguf file becomes a folder: float32, bfloat16, float16.")
+    ] = "float32",
+    json: Json = False,
+) -> None:
+    """Write tuned prompts for transformers, vLLM, SGLang, MLX, llama.cpp, Ollama or PEFT."""
+    from embedgrad.cli.commands.export import run
+
+    run(prompts, to, model, out, json, names=name or (), untie=untie, force=force, check=check, dtype=dtype)
 
 
 @app.command()
