@@ -33,6 +33,7 @@ _HOMES = {
     ),
     "embedgrad.evaluation.evaluate": ("Evaluation", "evaluate"),
     "embedgrad.exports.export": ("ExportReport", "export"),
+    "embedgrad.exports.import_peft": ("import_prompt",),
     "embedgrad.data.example": ("Example",),
     "embedgrad.generation.generate": ("Generation", "generate"),
     "embedgrad.engine.gradient": ("Details", "loss_and_grad"),
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from embedgrad.engine.scorer import score
     from embedgrad.evaluation.evaluate import Evaluation, evaluate
     from embedgrad.exports.export import ExportReport, export
+    from embedgrad.exports.import_peft import import_prompt
     from embedgrad.generation.generate import Generation, generate
     from embedgrad.generation.sampling import Sampling
     from embedgrad.maths.trust_region import CosineCone, L2Ball, MeanCosine, NoRegion, Penalty

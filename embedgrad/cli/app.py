@@ -227,6 +227,22 @@ def export(
     run(prompts, to, model, out, json, names=name or (), untie=untie, force=force, check=check, dtype=dtype)
 
 
+@app.command("import")
+def import_(
+    adapter: Annotated[Path, typer.Argument(help="Folder of a PEFT prompt-tuning adapter.")],
+    model: ModelPath,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The prompt file that is written.")],
+    place: Annotated[
+        str, typer.Option(help="template: in the system turn; front: before the whole conversation, as PEFT has it.")
+    ] = "template",
+    json: Json = False,
+) -> None:
+    """Make a starting prompt of a PEFT prompt-tuning adapter."""
+    from embedgrad.cli.commands.import_ import run
+
+    run(adapter, model, out, place, json)
+
+
 @app.command()
 def doctor(json: Json = False) -> None:
     """Show machine, versions and backends, and check the gradient on a tiny model."""

@@ -63,7 +63,7 @@ def export(
     force: take a prompt that was tuned on another model for a fine-tune of that model.
     check: load the result in the target's program and compare ids and logits with ours; None: where the program is
         installed and the memory suffices. A failed check leaves nothing behind.
-    dtype: type of the weights where a GGUF file becomes a folder, and of the GGUF file made of a folder's float32.
+    dtype: type of the weights where a GGUF file becomes a folder.
 
     Raises ExportError (the target cannot express a prompt, or the check failed), PromptError (another model's prompt),
     ModelError, ConfigError, SaveError.
@@ -73,11 +73,11 @@ def export(
     if dtype not in DTYPES:
         raise ConfigError(f"unknown dtype {dtype!r}; choose one of {', '.join(DTYPES)}.")
     target = Path(out)
-    _check_place(target)
+    _check_place(target, is_file=to == "gguf")
     source = Source.open(model)
     named = named_prompts(prompts, names, source, force)
     with _building(target) as building:
-        facts, checked, unchecked = _write(to, source, named, building, untie, check, DTYPES[dtype], target.name)
+        facts, checked, unchecked = _write(to, source, named, building, untie, check, DTYPES[dtype])
     return ExportReport(to, target, [each.name for each in named], facts, checked, unchecked)
 
 
@@ -89,7 +89,6 @@ def _write(
     untie: bool,
     check: bool | None,
     dtype: torch.dtype,
-    final_name: str,
 ) -> tuple[dict[str, Any], CheckReport | None, str]:
     """Writes and checks one target. `out` does not exist yet. Returns facts, check, and why there is none."""
     if to == "hf":
@@ -105,7 +104,23 @@ def _write(
 
         words, facts = write_gguf(source, prompts, out, untie=untie)
         return facts, *_checked(check, lambda: check_gguf(source, prompts, words, out), "xllamacpp", source)
-    raise ConfigError(f"the target {to} is not built.")
+    if to == "ollama":
+        from embedgrad.exports.check.with_llama_cpp import check_gguf
+        from embedgrad.exports.ollama import FILE, write_ollama
+
+        out.mkdir()
+        words, facts = write_ollama(source, prompts, out, untie=untie)
+        return facts, *_checked(check, lambda: check_gguf(source, prompts, words, out / FILE), "xllamacpp", source)
+    out.mkdir()
+    if to == "peft":
+        from embedgrad.exports.check.with_peft import check_peft
+        from embedgrad.exports.peft import write_peft
+
+        facts = write_peft(source, prompts, out)
+        return facts, *_checked(check, lambda: check_peft(source, prompts, out), "peft", source)
+    from embedgrad.exports.vllm import write_vllm
+
+    return write_vllm(source, prompts, out), None, "vLLM is not started here; README.md has the requests"
 
 
 def _checked(
@@ -126,7 +141,7 @@ def _checked(
     return (None, reason) if reason else (run(), "")
 
 
-def _check_place(target: Path) -> None:
+def _check_place(target: Path, is_file: bool) -> None:
     """Raises SaveError unless `target` can be made: it does not exist, or is an empty folder."""
     try:
         parent = target.absolute().parent
@@ -134,7 +149,8 @@ def _check_place(target: Path) -> None:
             raise SaveError(f"{target} is no name for an export; give the name of a new folder or file.")
         if not parent.is_dir():
             raise SaveError(f"{parent} is not a folder; make it first.")
-        if target.is_symlink() or (target.exists() and not (target.is_dir() and not any(target.iterdir()))):
+        empty = not is_file and target.is_dir() and not any(target.iterdir())
+        if target.is_symlink() or (target.exists() and not empty):
             raise SaveError(f"{target} exists already; give a new name, or remove it first.")
     except OSError as error:
         raise SaveError(f"cannot write {target}: {error.strerror or error}; choose another place.") from error

@@ -10,6 +10,7 @@ from embedgrad.exports.chat_template import VARIABLE
 from embedgrad.exports.source import NamedPrompt, Source
 from embedgrad.exports.vocabulary import Vocabulary
 from embedgrad.model.tokenizer import Tokenizer
+from embedgrad.prompt.prompt import SoftPrompt
 from embedgrad.prompt.rendering import Rendered, TokenisationWarning, render_query
 from embedgrad.prompt.sandbox import compile_chat_template
 from embedgrad.util.errors import ExportError
@@ -47,12 +48,17 @@ def conversations(
     for named, tokens in zip(prompts, words.tokens, strict=True):
         shown = tokens.shown_ids
         for query in queries:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore", TokenisationWarning)
-                rendered = render_query(source, named.prompt, query)
+            rendered = quietly_rendered(source, named.prompt, query)
             pairs = zip(rendered.ids, rendered.prompt_rows, strict=True)
             made.append(Conversation(named.name, query, rendered, [i if r < 0 else shown[r] for i, r in pairs]))
     return made
+
+
+def quietly_rendered(source: Source, prompt: SoftPrompt, query: str) -> Rendered:
+    """`render_query` without the warning about its tokens, which the user of a tuned prompt has seen."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", TokenisationWarning)
+        return render_query(source, prompt, query)
 
 
 def wrong_names(tokenizer: Tokenizer, words: Vocabulary, asked: Sequence[Conversation]) -> dict[str, str]:
