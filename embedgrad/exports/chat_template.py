@@ -11,6 +11,7 @@ of the user gets this text. Messages after the query's come last.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +23,7 @@ VARIABLE = "embedgrad_prompt"
 """Name of the template variable that chooses a prompt."""
 BARE = "none"
 """Value of the variable for the model without a prompt."""
+_FIRST_TAG = re.compile(r"[ \t]+(?=\{[%#](?!\+))")
 _SYSTEM = ("system", "developer")
 _ESCAPES = {"\\": "\\\\", "'": "\\'", "\n": "\\n", "\r": "\\r", "\t": "\\t"}
 
@@ -137,21 +139,25 @@ def _bodies(prompts: Sequence[Placed], source: str | None, bos: str) -> str:
             raise ExportError(f"the prompt {placed.name} needs a chat template, and the model has none.")
     if not special:
         assert source is not None
-        return _joint(source) + source
+        return _joined(source)
     pieces = []
     for number, placed in enumerate(special):
         body = _text_body(placed, bos) if placed.template.kind != "chat" else str(placed.template.chat_template)
         test = f"{{%- {'elif' if number else 'if'} {VARIABLE} == {literal(placed.name)} %}}"
-        pieces.append(test + _joint(body) + body.removesuffix("\n"))
+        pieces.append(test + _joined(body.removesuffix("\n")))
     body = source or "{{ raise_exception('the model has no chat template') }}"
-    pieces.append("{%- else %}" + _joint(body) + body.removesuffix("\n"))
+    pieces.append("{%- else %}" + _joined(body.removesuffix("\n")))
     # An empty output before a tag keeps the white space that the tag would strip.
     return "".join(piece + "{{ '' }}" for piece in pieces[:-1]) + pieces[-1] + "{{ '' }}{%- endif %}"
 
 
-def _joint(body: str) -> str:
-    """What stands between the front and a template: it writes nothing and keeps white space that `body` begins with."""
-    return "{{- '' }}" if body[:1].isspace() or not body else "{{- '' -}}\n"
+def _joined(body: str) -> str:
+    """A template behind other lines. What stands between writes nothing and keeps the white space of the beginning.
+
+    Blanks before a first tag are left out: at the beginning of a line all engines strip them (`lstrip_blocks`).
+    """
+    body = _FIRST_TAG.sub("", body, count=1) if _FIRST_TAG.match(body) else body
+    return ("{{- '' }}" if body[:1].isspace() or not body else "{{- '' -}}\n") + body
 
 
 def _text_body(placed: Placed, bos: str) -> str:

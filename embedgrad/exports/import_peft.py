@@ -1,7 +1,7 @@
 """Makes a starting prompt of a PEFT prompt-tuning adapter.
 
-An adapter has rows but no tokens. Where it was initialised from a text of as many tokens, these are the prompt's tokens;
-else each row gets the vocabulary's token whose embedding has the largest cosine with it.
+An adapter has rows but no tokens. Where it was initialised from a text of as many tokens, these are the prompt's
+tokens; else each row gets the vocabulary's token whose embedding has the largest cosine with it.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ def _config(folder: Path) -> dict[str, Any]:
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "PROMPT_TUNING":
         raise PromptError(
-            f"{folder} is an adapter of type {kind!r}; only PROMPT_TUNING holds embeddings that a prompt can start from."
+            f"{folder} is an adapter of type {kind!r}; only PROMPT_TUNING holds rows that a prompt can start from."
         )
     if config.get("num_transformer_submodules") not in (None, 1):
         raise PromptError(f"{folder} is an adapter for several submodules; a decoder-only model has one.")

@@ -134,8 +134,8 @@ def _card(source: Source, named: NamedPrompt, tokens: VirtualTokens) -> str:
             f"    ids = {_tokenising(source, named, tokens)}",
             "    answer = model.generate(input_ids=torch.tensor([ids]), max_new_tokens=32, do_sample=False)",
             "",
-            "One query at a time: in a batch that is padded on the left PEFT puts the padding between the prompt and the",
-            "query (peft #1093), and the answers change.",
+            "One query at a time: in a batch that is padded on the left PEFT puts the padding between prompt and query",
+            "(peft #1093), and the answers change.",
             "",
         ]
     )
@@ -145,6 +145,6 @@ def _tokenising(source: Source, named: NamedPrompt, tokens: VirtualTokens) -> st
     """A line of Python that gives the ids behind the virtual tokens."""
     rest = rest_of(quietly_rendered(source, named.prompt, QUERIES[0]), tokens)
     whole = source.tokenizer.encode(tokens.prefix_text + QUERIES[0] + tokens.suffix)
-    if whole[len(whole) - len(rest) :] == rest:  # a BOS token is added to some texts, so that COUNT may be one too many
+    if whole[len(whole) - len(rest) :] == rest:  # the virtual tokens may hold a BOS token that `whole` lacks
         return f"tokenizer(PREFIX + query + SUFFIX, add_special_tokens=False).input_ids[{len(whole) - len(rest)}:]"
     return "tokenizer(query + SUFFIX, add_special_tokens=False).input_ids"

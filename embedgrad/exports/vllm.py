@@ -113,15 +113,15 @@ def _card(source: Source, prompts: Sequence[NamedPrompt]) -> str:
         [
             f"# Prompts for {source.name} as embeddings",
             "",
-            f"{names}: the prompts that embedgrad tuned, as requests to vLLM. `send_to_vllm.py` sends them:",
+            f"{names}: what embedgrad tuned, as requests to vLLM. `send_to_vllm.py` sends them:",
             "",
             f"    vllm serve {source.asked} --enable-prompt-embeds",
             f'    python send_to_vllm.py {prompts[0].name}.json http://127.0.0.1:8000 "a great film"',
             "",
             "`chat(prompt, query)` is the body for /v1/chat/completions, where the prompt fills a message.",
             "`completion(prompt, tokenizer, table, query)` is the body for /v1/completions, and",
-            "`mixed(prompt, tokenizer, query)` a prompt for `LLM(model, enable_prompt_embeds=True).generate`; with both",
-            "the prompt may stand anywhere.",
+            "`mixed(prompt, tokenizer, query)` a prompt for `LLM(model, enable_prompt_embeds=True).generate`; with",
+            "both the prompt may stand anywhere.",
             "",
         ]
     )

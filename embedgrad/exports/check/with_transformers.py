@@ -13,10 +13,11 @@ import torch
 from embedgrad.exports.chat_template import VARIABLE
 from embedgrad.exports.check.ours import engine, next_logits
 from embedgrad.exports.check.report import CheckReport, as_stored, largest, require_close, require_ids, same_likeliest
-from embedgrad.exports.same_ids import conversations
+from embedgrad.exports.same_ids import Conversation, conversations
 from embedgrad.exports.source import EMBEDDING, NamedPrompt, Source
 from embedgrad.exports.vocabulary import Vocabulary
 from embedgrad.model.files.safetensors import SafetensorsFiles
+from embedgrad.prompt.rendering import Rendered
 from embedgrad.util.errors import ExportError
 
 # Both compute in float32 and add in other orders: SmolLM2 differs by 1e-5, deep random models by more.
@@ -51,47 +52,47 @@ def check_hf(source: Source, prompts: Sequence[NamedPrompt], words: Vocabulary, 
     theirs = torch.stack(found)
     probability = float(theirs.softmax(dim=1)[:, words.ids].max())
     theirs[:, words.ids] = -torch.inf
-    stored = SafetensorsFiles(folder).get(EMBEDDING).dtype
-    return compared(program, source, prompts, asked_by_prompt(asked), theirs, words, stored, probability)
+    return _compared(program, source, prompts, asked, theirs, words, folder, probability)
 
 
-def asked_by_prompt(asked: Sequence[Any]) -> dict[str, list[Any]]:
-    """Conversations by the name of their prompt, in order."""
-    grouped: dict[str, list[Any]] = {}
-    for each in asked:
-        grouped.setdefault(each.name, []).append(each)
-    return grouped
-
-
-def compared(
+def _compared(
     program: str,
     source: Source,
     prompts: Sequence[NamedPrompt],
-    asked: dict[str, list[Any]],
+    asked: Sequence[Conversation],
     theirs: torch.Tensor,
     words: Vocabulary,
-    stored: torch.dtype,
-    probability: float | None,
+    folder: Path,
+    probability: float,
 ) -> CheckReport:
-    """theirs: [conversations, V'], in the order of `asked`. stored: the type of the prompt's rows in the export."""
+    """theirs: [conversations, V'], in the order of `asked`."""
     ours = engine(source)
+    stored = SafetensorsFiles(folder).get(EMBEDDING).dtype
     tuned, rounded = [], []
     for named in prompts:
-        rendered = [each.rendered for each in asked[named.name]]
+        rendered = [each.rendered for each in asked if each.name == named.name]
         rows = named.prompt.embeddings.detach().float()
         tuned.append(next_logits(ours, rows, rendered))
-        rounded.append(next_logits(ours, as_stored(rows, stored), rendered))
-    known = [i for i in range(source.config.vocab_size) if i not in set(words.ids)]
-    theirs, exact, stored_rows = theirs[:, known], torch.cat(tuned)[:, known], torch.cat(rounded)[:, known]
+        kept = as_stored(rows, stored)
+        rounded.append(tuned[-1] if torch.equal(kept, rows) else next_logits(ours, kept, rendered))
+    if source.gguf is not None and stored != torch.float32:  # the other weights are rounded, too
+        copy = [Rendered(each.ids, [-1] * len(each.ids), [False] * len(each.ids), 0) for each in asked]
+        rounded = [next_logits(engine(Source.open(folder)), words.embeddings[:1], copy)]
+    known = sorted(set(range(source.config.vocab_size)) - set(words.ids))
+    theirs, exact, stored_rows = (logits[:, known] for logits in (theirs, torch.cat(tuned), torch.cat(rounded)))
     allowed = TOLERANCE * max(1.0, float(exact.abs().max()))
     noise = largest(theirs, stored_rows)
     agreement = sum(same_likeliest(a, b, 2 * noise) for a, b in zip(theirs, stored_rows, strict=True))
     require_close(program, noise, allowed, agreement, len(theirs))
     exactly = sum(same_likeliest(a, b, 2 * noise) for a, b in zip(theirs, exact, strict=True))
     return CheckReport(
-        program, len(theirs), largest(theirs, exact), largest(exact, stored_rows), exactly,
+        program,
+        len(theirs),
+        largest(theirs, exact),
+        largest(exact, stored_rows),
+        exactly,
         new_token_probability=probability,
-    )  # fmt: skip
+    )
 
 
 @contextlib.contextmanager
