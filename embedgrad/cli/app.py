@@ -244,6 +244,48 @@ def import_(
 
 
 @app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="Model folder, .gguf file or hub id.")],
+    prompts: Annotated[list[Path] | None, typer.Argument(help="Prompt files; each is a model for clients.")] = None,
+    name: Annotated[
+        list[str] | None, typer.Option("--name", help="The prompt's name; repeat for each. Default: the file's.")
+    ] = None,
+    bare_name: Annotated[str | None, typer.Option(help="Name of the model without a prompt; default: its own.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port.")] = 8000,
+    api_key: Annotated[
+        list[str] | None, typer.Option(help="A key that clients must send; repeat for each. Also EMBEDGRAD_API_KEY.")
+    ] = None,
+    slots: Annotated[int, typer.Option(min=1, help="Answers that are written at the same time.")] = 32,
+    context: Annotated[int | None, typer.Option(min=2, help="Most tokens of a request with its answer.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")] = None,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Answers that may wait; others are refused (429).")] = 256,
+    max_body: Annotated[int, typer.Option(min=1, help="Longest body of a request, in bytes.")] = 1 << 20,
+    dtype: DType = None,
+    backend: Backend = "auto",
+    device: Device = "auto",
+    weights: Weights = "auto",
+) -> None:
+    """Serve prompts, and the model without one, to clients of the OpenAI API."""
+    from embedgrad.cli.commands.serve import run
+
+    options = {
+        "host": host, "port": port, "slots": slots, "context": context, "max_tokens": max_tokens,
+        "max_waiting": max_waiting, "max_body": max_body,
+    }  # fmt: skip
+    open_model = lambda: _model(model, dtype, backend, device, weights)  # noqa: E731
+    run(open_model, prompts or [], name or (), bare_name, api_key or (), options)
+
+
+@app.command("lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def lm_eval(context: typer.Context) -> None:
+    """Run lm-evaluation-harness on this engine: --model_args model=MODEL,prompt=FILE --tasks TASK, and its options."""
+    from embedgrad.cli.commands.lm_eval import run
+
+    run(context.args)
+
+
+@app.command()
 def doctor(json: Json = False) -> None:
     """Show machine, versions and backends, and check the gradient on a tiny model."""
     from embedgrad.cli.doctor import run

@@ -111,16 +111,22 @@ def named_prompts(
         prompts = [prompts]
     if not prompts:
         raise ConfigError("there is no prompt to export; name at least one prompt file.")
+    chosen = prompt_names(prompts, names)
+    return [
+        NamedPrompt(name, _fitting(given if isinstance(given, SoftPrompt) else SoftPrompt.load(given), source, force))
+        for name, given in zip(chosen, prompts, strict=True)
+    ]
+
+
+def prompt_names(prompts: Sequence[Prompts], names: Sequence[str]) -> list[str]:
+    """One name for each prompt: `names`, or where it is empty names made of the files' names. Raises ConfigError."""
     if names and len(names) != len(prompts):
         raise ConfigError(f"{len(prompts)} prompts need as many names, not {len(names)}; repeat --name for each.")
     chosen = [_name(given, names[i] if names else "", i) for i, given in enumerate(prompts)]
     twice = next((name for name in chosen if chosen.count(name) > 1), None)
     if twice is not None:
         raise ConfigError(f"two prompts are called {twice!r}; give each a name of its own with --name.")
-    return [
-        NamedPrompt(name, _fitting(given if isinstance(given, SoftPrompt) else SoftPrompt.load(given), source, force))
-        for name, given in zip(chosen, prompts, strict=True)
-    ]
+    return chosen
 
 
 def _name(given: Prompts, name: str, index: int) -> str:

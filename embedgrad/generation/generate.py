@@ -81,9 +81,34 @@ def write_answers(
         raise ConfigError(f"batch_size is {batch_size}, but must be at least 1.")
     if not rendered:
         return []
+    end = end_token(model, prompt)
+    choice = forced_choice(model, prompt, sampling.choices, end)
+    return write_sequences(
+        model, prompt.embeddings.to(model.device), end, rendered, sampling, choice, batch_size=batch_size,
+        on_answer=on_answer, on_token=on_token, on_prefill=on_prefill,
+    )  # fmt: skip
+
+
+def write_sequences(
+    model: Model,
+    embeddings: Tensor,
+    end: int | None,
+    rendered: Sequence[Rendered],
+    sampling: Sampling,
+    choice: ForcedChoice | None = None,
+    *,
+    batch_size: int = 32,
+    on_answer: Callable[[int, Generation], None] | None = None,
+    on_token: Callable[[int, int], None] | None = None,
+    on_prefill: Callable[[int, KeyValueCache, Tensor], None] | None = None,
+) -> list[Generation]:
+    """`write_answers` for at least one sequence and no prompt object.
+
+    embeddings: [k, d], the prompt rows. end: the token that ends an answer, besides the model's own end tokens. choice:
+    the continuations of `sampling.choices`.
+    """
     check_room(model, rendered)
     check_bias(sampling, model.config.vocab_size)
-    embeddings, end = prompt.embeddings.to(model.device), end_token(model, prompt)
     prefix = prefill_prefix(model, embeddings, rendered[0], common_prefix(rendered))
     each_token = bool(sampling.stop) or on_token is not None
     writer = Writer(
@@ -91,7 +116,6 @@ def write_answers(
         lambda slots: loop_for(model, slots, each_token=each_token),
     )  # fmt: skip
     answers: dict[int, Generation] = {}
-    choice = forced_choice(model, prompt, sampling.choices, end)
 
     def request(index: int, sequence: Rendered) -> Request:
         def take(answer: Generation) -> None:

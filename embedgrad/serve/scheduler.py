@@ -1,7 +1,7 @@
-"""The thread that writes answers. Requests of one voice join its running loop; voices take turns.
+"""The thread that writes answers. Requests of a served model join its running loop; served models take turns.
 
-A voice has a *group* of slots for conversations that begin with its usual prefix, whose keys and values are kept, and
-one for all others. A group's loop runs until somebody waits for one of its slots or another group has work.
+A served model has a *group* of slots for conversations that begin with its usual prefix, whose keys and values are
+kept, and one for all others. A group's loop runs until somebody waits for one of its slots or another group has work.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from embedgrad.generation.prefill import prefill_prefix
 from embedgrad.generation.sampling import Sampling
 from embedgrad.generation.writer import Request, Writer
 from embedgrad.prompt.rendering import Rendered
-from embedgrad.serve.voices import Voice
+from embedgrad.serve.served import ServedModel
 from embedgrad.util.errors import EmbedGradError
 
 SLICE = 16  # steps of a group while another one waits; a switch costs one call into csrc/
 PATIENCE = 8  # steps that a newcomer waits at most for others to enter with; a prefill of one is a small matrix product
+PREFILL = 2048  # tokens of newcomers that are computed together; running answers wait meanwhile
 
 
 class Full(EmbedGradError):
@@ -43,7 +44,7 @@ class Job:
     together for all tokens of a step, through `Scheduler`'s `deliver`.
     """
 
-    voice: Voice
+    served: ServedModel
     rendered: Rendered
     sampling: Sampling
     choice: Any
@@ -58,9 +59,9 @@ class Job:
 
 @dataclass
 class _Group:
-    """Slots whose answers begin alike. usual: they begin with the voice's prefix."""
+    """Slots whose answers begin alike. usual: they begin with the model's usual prefix."""
 
-    voice: Voice
+    served: ServedModel
     usual: bool
     waiting: deque[Job] = field(default_factory=deque)
     running: set[Job] = field(default_factory=set)
@@ -71,8 +72,8 @@ class _Group:
 class Scheduler:
     """Takes jobs from any thread.
 
-    slots: answers of a group that are written at the same time. capacity: tokens of the longest answer. max_waiting: jobs
-    that may wait. deliver: deliver(calls) gets the callbacks of a step, as functions without arguments.
+    slots: answers of a group that are written at the same time. capacity: tokens of the longest answer. max_waiting:
+    jobs that may wait. deliver: deliver(calls) gets the callbacks of a step, as functions without arguments.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class Scheduler:
         self._model, self._slots, self._capacity, self._max_waiting = model, slots, capacity, max_waiting
         self._deliver = deliver
         self._groups: dict[tuple[str, bool], _Group] = {}
+        # A conversation, the length of the usual prefix, and that prefix's keys and values once they are needed.
         self._prefixes: dict[str, tuple[Rendered, int, Tensor]] = {}
         self._lock = threading.Condition()
         self._cancelled: list[Job] = []
@@ -96,6 +98,11 @@ class Scheduler:
         self._steps = itertools.count()
         self.tokens = 0  # written since the start
         self._thread = threading.Thread(target=self._run, name="embedgrad scheduler", daemon=True)
+
+    def know(self, served: ServedModel) -> None:
+        """Works a served model's usual prefix out. Before the first job of the model."""
+        sequence, length = served.prefix()
+        self._prefixes[served.name] = sequence, length, torch.empty(0)
 
     def start(self) -> None:
         """Starts the thread."""
@@ -142,21 +149,13 @@ class Scheduler:
             self._lock.notify()
 
     def _group(self, job: Job) -> _Group:
-        sequence, length, _ = self._prefix(job.voice)
+        sequence, length, _ = self._prefixes[job.served.name]
         ids, rows = job.rendered.ids, job.rendered.prompt_rows
-        usual = (
-            len(ids) > length and ids[:length] == sequence.ids[:length] and rows[:length] == sequence.prompt_rows[:length]
-        )
+        begins = ids[:length] == sequence.ids[:length] and rows[:length] == sequence.prompt_rows[:length]
+        usual = len(ids) > length and begins
         job.cached = length if usual else 0
-        key = job.voice.name, usual
-        return self._groups.setdefault(key, _Group(job.voice, usual))
-
-    def _prefix(self, voice: Voice) -> tuple[Rendered, int, Tensor]:
-        """A conversation, the length of the usual prefix, and that prefix's keys and values (made by the thread)."""
-        if voice.name not in self._prefixes:
-            sequence, length = voice.prefix()
-            self._prefixes[voice.name] = sequence, length, torch.empty(0)
-        return self._prefixes[voice.name]
+        key = job.served.name, usual
+        return self._groups.setdefault(key, _Group(job.served, usual))
 
     def _run(self) -> None:
         while True:
@@ -169,8 +168,8 @@ class Scheduler:
             for group in list(self._groups.values()):
                 if group.waiting or group.running:
                     self._serve(group)
-                if not (group.usual or group.waiting or group.running):
-                    group.writer = None  # its keys and values go
+                if not (group.waiting or group.running):
+                    group.writer = None  # the memory of its answers' keys and values is free again
 
     def _busy(self) -> bool:
         return any(group.waiting or group.running for group in self._groups.values())
@@ -194,15 +193,15 @@ class Scheduler:
     def _writer(self, group: _Group) -> Writer:
         if group.writer is not None:
             return group.writer
-        model, voice = self._model, group.voice
-        sequence, length, prefix = self._prefix(voice)
+        model, served = self._model, group.served
+        sequence, length, prefix = self._prefixes[served.name]
         if group.usual and length and not prefix.numel():
-            prefix = prefill_prefix(model, voice.embeddings, sequence, length)
-            self._prefixes[voice.name] = sequence, length, prefix
+            prefix = prefill_prefix(model, served.embeddings, sequence, length)
+            self._prefixes[served.name] = sequence, length, prefix
         if not (group.usual and length):
-            prefix = prefill_prefix(model, voice.embeddings, sequence, 0)
+            prefix = prefill_prefix(model, served.embeddings, sequence, 0)
         group.writer = Writer(
-            model, voice.embeddings, prefix, voice.limits, self._slots, self._capacity,
+            model, served.embeddings, prefix, served.limits, self._slots, self._capacity,
             lambda slots: loop_for(model, slots, each_token=True),
         )  # fmt: skip
         return group.writer
@@ -210,12 +209,13 @@ class Scheduler:
     def _enter(self, group: _Group, writer: Writer) -> None:
         entering: list[Job] = []
         with self._lock:
-            free = len(writer.slots.free())
-            while group.waiting and len(entering) < free:
+            free, tokens = len(writer.slots.free()), 0
+            while group.waiting and len(entering) < free and (not entering or tokens < PREFILL):
                 job = group.waiting.popleft()
                 self._waiting -= 1
                 if not job.cancelled:
                     entering.append(job)
+                    tokens += len(job.rendered.ids) - writer.prefix_length
         group.since = 0
         if entering:
             group.running.update(entering)  # before the prefill, so that its failure reaches them

@@ -13,21 +13,23 @@ from torch import Tensor
 from embedgrad.engine.model import Model
 from embedgrad.exports.chat_template import VARIABLE, Placed, chat_template
 from embedgrad.generation.constrained import ForcedChoice
-from embedgrad.generation.generate import common_prefix, forced_choice, limits_of
+from embedgrad.generation.generate import common_prefix, limits_of
 from embedgrad.generation.slots import Limits
 from embedgrad.prompt.prompt import SoftPrompt
-from embedgrad.prompt.rendering import Rendered, TokenisationWarning, check_ids, end_token, render_query
+from embedgrad.prompt.rendering import Rendered, TokenisationWarning, answer_tokens, check_ids, end_token, render_query
 from embedgrad.prompt.sandbox import compile_chat_template
 from embedgrad.prompt.tokenise import Part, Slot, continue_with, tokenise_pieces, tokenise_whole
 from embedgrad.util.errors import ContextError, DataError, TemplateError
+from embedgrad.util.memo import PerObject
 
 Messages = Sequence[Mapping[str, str]]
 _MARKS = [chr(code) for code in range(0xF800, 0xF8F0)]  # private-use characters that stand for the prompt
+_CHOICES: PerObject[ForcedChoice] = PerObject(limit=64)  # clients send the same list again and again
 _PLAIN_QUERIES = ("x", "7")  # what two conversations have in common is the prefix of most
 
 
-@dataclass(frozen=True)
-class Voice:
+@dataclass(frozen=True, eq=False)
+class ServedModel:
     """A model that clients can name: the bare model, or the model with a prompt."""
 
     model: Model
@@ -82,15 +84,18 @@ class Voice:
 
     def choice(self, texts: Sequence[str]) -> ForcedChoice | None:
         """The trie of texts of which an answer must be one; None without texts. Raises DataError, ConfigError."""
-        if self.prompt is not None:
-            return forced_choice(self.model, self.prompt, texts, self.end)
-        if not texts:
-            return None
-        stop = min(self.model.tokenizer.eos_ids)
-        return ForcedChoice.among([continue_with(self.model.tokenizer, text) for text in texts], stop)
+        return _CHOICES.get(self, tuple(texts), lambda: self._choice(texts)) if texts else None
+
+    def _choice(self, texts: Sequence[str]) -> ForcedChoice:
+        stop = self.end if self.end is not None else min(self.model.tokenizer.eos_ids, default=None)
+        if stop is None:
+            raise DataError("the model has no token that ends a text, so an answer cannot be one of a list.")
+        if self.prompt is None:
+            return ForcedChoice.among([continue_with(self.model.tokenizer, text) for text in texts], stop)
+        return ForcedChoice.among([answer_tokens(self.model, self.prompt, text) for text in texts], stop)
 
     def prefix(self) -> tuple[Rendered, int]:
-        """(a conversation, how many of its tokens most conversations of this voice begin with)."""
+        """(a conversation, how many of its tokens most conversations with this model begin with)."""
         try:
             one, other = (self.chat([{"role": "user", "content": query}]) for query in _PLAIN_QUERIES)
         except (TemplateError, DataError):  # a bare model without a chat template
@@ -114,20 +119,37 @@ class Voice:
 
     def _conversation(self, messages: Messages, variables: Mapping[str, Any]) -> Rendered:
         """A conversation of any number of messages, rendered as an exported copy renders it."""
-        tokenizer, prompt = self.model.tokenizer, self.prompt
         used = "".join(message["content"] for message in messages)
         mark = next((mark for mark in _MARKS if mark not in used), "")
         if not mark:
             raise DataError("the messages use every character that could mark the prompt's place.")
+        return self.tokens(self.text(messages, mark, variables), mark)
+
+    def text(
+        self,
+        messages: Messages,
+        mark: str,
+        variables: Mapping[str, Any] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """The text of a conversation, in which `mark` stands for the prompt. Raises TemplateError."""
+        tokenizer, prompt, values = self.model.tokenizer, self.prompt, dict(variables or {})
         source = tokenizer.chat_template
         if prompt is not None:
-            source = chat_template([Placed(self.name, prompt.template, mark)], source)
-            variables = {**variables, VARIABLE: self.name}
+            bos = tokenizer.token(tokenizer.bos_id) if tokenizer.adds_bos and tokenizer.bos_id is not None else ""
+            source = chat_template([Placed(self.name, prompt.template, mark)], source, bos)
+            if values.get(VARIABLE, self.name) != self.name:
+                raise DataError(f"{VARIABLE} chooses a prompt in an exported copy; here the model's name does.")
+            values[VARIABLE] = self.name
         if source is None:
             raise TemplateError("the model has no chat template; use completions, or a prompt that brings one.")
-        text = compile_chat_template(source).render(
-            messages, tokenizer.special, add_generation_prompt=True, variables=variables
+        return compile_chat_template(source).render(
+            messages, tokenizer.special, add_generation_prompt=add_generation_prompt, variables=values
         )
+
+    def tokens(self, text: str, mark: str) -> Rendered:
+        """The tokens of a text in which `mark` stands for the prompt."""
+        tokenizer, prompt = self.model.tokenizer, self.prompt
         if prompt is None:
             return _plain(tokenizer.encode(text))
         slot = Slot(tuple(prompt.token_ids), prompt.text, True)
