@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from lm_eval.api.model import TemplateLM
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
@@ -70,7 +71,9 @@ class EmbedGradLM(TemplateLM):
             raise ConfigError(
                 "the harness' model embedgrad needs --model_args model=PATH, and prompt=FILE for a prompt."
             )
-        opened = chosen if isinstance(chosen, Model) else load_model(chosen, dtype, backend, device or "auto", weights)
+        usable = device is not None and (torch.cuda.is_available() or not device.startswith("cuda"))
+        place = device if device is not None and usable else "auto"  # the harness asks for cuda:0 on any machine
+        opened = chosen if isinstance(chosen, Model) else load_model(chosen, dtype, backend, place, weights)
         loaded = prompt if isinstance(prompt, SoftPrompt) or prompt is None else SoftPrompt.load(prompt, opened)
         if loaded is not None:
             loaded.check_model(opened)
@@ -204,7 +207,7 @@ class EmbedGradLM(TemplateLM):
         return self._rendered(ids, [False] * len(ids))
 
     def _sequence(self, context: Sequence[int], continuation: Sequence[int]) -> Rendered:
-        kept = self._fitting(list(context), self.max_length - len(continuation))
+        kept = self._fitting(list(context), self.max_length + 1 - len(continuation))  # the last token is no input
         return self._rendered([*kept, *continuation], [False] * len(kept) + [True] * len(continuation))
 
     def _fitting(self, ids: list[int], room: int) -> list[int]:
