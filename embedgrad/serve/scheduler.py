@@ -6,11 +6,12 @@ kept, and one for all others. A group's loop runs until somebody waits for one o
 
 from __future__ import annotations
 
-import itertools
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from embedgrad.prompt.rendering import Rendered
 from embedgrad.serve.served import ServedModel
 from embedgrad.util.errors import EmbedGradError
 
-SLICE = 16  # steps of a group while another one waits; a switch costs one call into csrc/
+TURN = 0.1  # seconds of a group while another one waits; a switch costs one call into csrc/
 PATIENCE = 8  # steps that a newcomer waits at most for others to enter with; a prefill of one is a small matrix product
 PREFILL = 2048  # tokens of newcomers that are computed together; running answers wait meanwhile
 
@@ -95,8 +96,6 @@ class Scheduler:
         self._calls: list[Callable[[], object]] = []
         self._closing = False
         self._waiting = 0
-        self._steps = itertools.count()
-        self.tokens = 0  # written since the start
         self._thread = threading.Thread(target=self._run, name="embedgrad scheduler", daemon=True)
 
     def know(self, served: ServedModel) -> None:
@@ -167,28 +166,43 @@ class Scheduler:
             self._forget_cancelled()
             for group in list(self._groups.values()):
                 if group.waiting or group.running:
-                    self._serve(group)
+                    self._take_turn(group)
                 if not (group.waiting or group.running):
                     group.writer = None  # the memory of its answers' keys and values is free again
 
     def _busy(self) -> bool:
         return any(group.waiting or group.running for group in self._groups.values())
 
-    def _serve(self, group: _Group) -> None:
-        """Lets newcomers enter, and runs the group's loop for a while."""
+    def _take_turn(self, group: _Group) -> None:
+        """Writes answers of a group, and lets newcomers enter, until it has none or its turn is over."""
+        end = time.monotonic() + TURN
         try:
-            writer = self._writer(group)
-            self._enter(group, writer)
-            steps = itertools.count(1)
-            if group.running:
-                writer.run(0, lambda: self._interrupts(group, writer, next(steps)))
+            while group.waiting or group.running:
+                writer = self._writer(group)
+                self._enter(group, writer)
+                if group.running:
+                    writer.run(0, lambda writer=writer: self._interrupts(group, writer, end))  # type: ignore[misc]
+                if self._closing or (time.monotonic() >= end and self._others(group)):
+                    break
+                self._forget_cancelled()
         except Exception as error:  # the others go on
-            reason = error if isinstance(error, EmbedGradError) else EmbedGradError(f"the engine failed: {error}.")
-            for job in group.running:
-                self._calls.append(lambda job=job: job.on_end(reason))  # type: ignore[misc]
-            group.running.clear()
-            group.writer = None
+            self._fail(group, error)
         self._flush()
+
+    def _fail(self, group: _Group, error: Exception) -> None:
+        """Ends the running jobs of a group with an error; where none had entered yet, those that wait."""
+        reason = error if isinstance(error, EmbedGradError) else EmbedGradError(f"the engine failed: {error}.")
+        failed, group.running, group.writer = list(group.running), set(), None
+        if not failed:
+            with self._lock:
+                failed = list(group.waiting)
+                group.waiting.clear()
+                self._waiting -= len(failed)
+        self._calls += [partial(job.on_end, reason) for job in failed if not job.cancelled]
+
+    def _others(self, group: _Group) -> bool:
+        """Whether another group has something to write."""
+        return any((other.waiting or other.running) and other is not group for other in list(self._groups.values()))
 
     def _writer(self, group: _Group) -> Writer:
         if group.writer is not None:
@@ -235,9 +249,8 @@ class Scheduler:
         )
         return job.request
 
-    def _interrupts(self, group: _Group, writer: Writer, step: int) -> bool:
+    def _interrupts(self, group: _Group, writer: Writer, end: float) -> bool:
         """Called after each step: hands the tokens out, and says whether the loop must end."""
-        self.tokens += writer.running
         self._flush()
         if self._closing or self._cancelled:
             return True
@@ -247,8 +260,7 @@ class Scheduler:
             wanted = min(len(group.waiting), max(1, self._slots // REFILL))
             if free >= wanted or (free and group.since >= PATIENCE):
                 return True
-        others = any(other.waiting or other.running for other in self._groups.values() if other is not group)
-        return others and step >= SLICE
+        return time.monotonic() >= end and self._others(group)
 
     def _forget_cancelled(self) -> None:
         with self._lock:
@@ -258,7 +270,7 @@ class Scheduler:
                 self._waiting -= len(group.waiting) - len(kept)
                 group.waiting = kept
         for job in gone:
-            for group in self._groups.values():
+            for group in list(self._groups.values()):
                 if job in group.running and group.writer is not None and job.request is not None:
                     group.writer.cancel(job.request)
                     group.running.discard(job)
