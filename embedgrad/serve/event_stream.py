@@ -101,3 +101,4 @@ async def _send(send: Send, body: dict[str, Any]) -> None:
 async def _event(send: Send, data: str) -> None:
     with anyio.fail_after(STALLED):
         await send({"type": "http.response.body", "body": f"data: {data}\n\n".encode(), "more_body": True})
+    await anyio.sleep(0)  # else a burst of events would be written before the event loop sees that the client has gone

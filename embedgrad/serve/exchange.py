@@ -79,6 +79,8 @@ class Exchange:
         try:
             while self._open:
                 index, event = await self._queue.get()
+                if watch.done():  # what was written meanwhile has no reader
+                    raise Gone
                 if isinstance(event, Exception):
                     raise event
                 if isinstance(event, Generation):

@@ -74,7 +74,7 @@ def _schemas(models: Sequence[str]) -> dict[str, Any]:
 
 def _completions(name: str, body: str, response: str) -> dict[str, Any]:
     answer = _json(_ref(response))
-    answer["content"]["text/event-stream"] = {"schema": _TEXT}
+    answer["content"]["text/event-stream"] = {}  # events with chunks of the same fields
     operation = _operation(name, {"200": answer}, tuple(_REFUSALS))
     return {**operation, "requestBody": {"required": True, "content": {"application/json": {"schema": _ref(body)}}}}
 
