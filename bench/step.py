@@ -90,7 +90,11 @@ def _of_file(file: ModelFile, args: argparse.Namespace) -> list[Row]:
 
 
 def _compare(
-    part: str, file: ModelFile, shapes: Sequence[str], contenders: Iterable[str], repeats: int,
+    part: str,
+    file: ModelFile,
+    shapes: Sequence[str],
+    contenders: Iterable[str],
+    repeats: int,
     args: argparse.Namespace,
 ) -> list[Row]:
     if not shapes:
@@ -115,7 +119,11 @@ def _compare(
 
 
 def _rows(
-    part: str, file: ModelFile, case: Case, args: argparse.Namespace, answers: dict[str, list[dict[str, Any]]],
+    part: str,
+    file: ModelFile,
+    case: Case,
+    args: argparse.Namespace,
+    answers: dict[str, list[dict[str, Any]]],
     versions: dict[str, str],
 ) -> list[Row]:
     found = []

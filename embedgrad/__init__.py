@@ -24,6 +24,7 @@ _HOMES = {
         "ContextError",
         "DataError",
         "EmbedGradError",
+        "ExportError",
         "ModelError",
         "PromptError",
         "SaveError",
@@ -31,6 +32,8 @@ _HOMES = {
         "TrainingError",
     ),
     "embedgrad.evaluation.evaluate": ("Evaluation", "evaluate"),
+    "embedgrad.exports.export": ("ExportReport", "export"),
+    "embedgrad.exports.import_peft": ("import_prompt",),
     "embedgrad.data.example": ("Example",),
     "embedgrad.generation.generate": ("Generation", "generate"),
     "embedgrad.engine.gradient": ("Details", "loss_and_grad"),
@@ -54,6 +57,8 @@ if TYPE_CHECKING:
     from embedgrad.engine.model import Model, load_model
     from embedgrad.engine.scorer import score
     from embedgrad.evaluation.evaluate import Evaluation, evaluate
+    from embedgrad.exports.export import ExportReport, export
+    from embedgrad.exports.import_peft import import_prompt
     from embedgrad.generation.generate import Generation, generate
     from embedgrad.generation.sampling import Sampling
     from embedgrad.maths.trust_region import CosineCone, L2Ball, MeanCosine, NoRegion, Penalty
@@ -68,6 +73,7 @@ if TYPE_CHECKING:
         ContextError,
         DataError,
         EmbedGradError,
+        ExportError,
         ModelError,
         PromptError,
         SaveError,

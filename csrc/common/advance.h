@@ -15,24 +15,24 @@ enum StopReason : int32_t {
 
 struct AdvanceBatch {
     int32_t sequences, vocabulary, capacity;
-    int32_t max_new_tokens;      // from 1 to capacity
-    int32_t max_position;        // the model's context length
+    int32_t max_position;           // the model's context length
     int32_t stop_size;
-    const int32_t* stop_tokens;  // [stop_size]
-    const int32_t* tokens;       // [sequences] chosen by the sampler
-    const int32_t* status;       // [sequences] SamplingStatus
-    const int32_t* children;     // tree of continuations, as in SamplingBatch; null without forced choice
+    const int32_t* stop_tokens;     // [stop_size]
+    const int32_t* max_new_tokens;  // [sequences] from 1 to capacity
+    const int32_t* tokens;          // [sequences] chosen by the sampler
+    const int32_t* status;          // [sequences] SamplingStatus
+    const int32_t* children;        // tree of continuations, as in SamplingBatch; null without forced choice
     const int32_t* child_tokens;
-    const int32_t* child_nodes;  // the node that each child token leads to
-    int32_t* ids;                // [sequences, capacity] the answers
-    int32_t* lengths;            // [sequences] tokens of the answers
-    int32_t* inputs;             // [sequences] the token that the next decode step reads; stays when a sequence ends
-    int32_t* positions;          // [sequences] its position; before the first call, that of the query's last token
-    uint32_t* steps;             // [sequences] how many random numbers were drawn
-    int32_t* counts;             // [sequences, vocabulary] for the penalties, or null
-    int32_t* nodes;              // [sequences] or null
-    int32_t* reasons;            // [sequences] StopReason
-    int32_t* running;            // [1] sequences that have not ended; the host polls it
+    const int32_t* child_nodes;     // the node that each child token leads to
+    int32_t* ids;                   // [sequences, capacity] the answers
+    int32_t* lengths;               // [sequences] tokens of the answers
+    int32_t* inputs;                // [sequences] the token that the next decode step reads; stays when a sequence ends
+    int32_t* positions;             // [sequences] its position; before the first call, that of the query's last token
+    uint32_t* steps;                // [sequences] how many random numbers were drawn
+    int32_t* counts;                // [sequences, vocabulary] for the penalties, or null
+    int32_t* nodes;                 // [sequences] or null
+    int32_t* reasons;               // [sequences] StopReason
+    int32_t* running;               // [1] sequences that have not ended; the host polls it
 };
 
 // True where this step ended sequence s.
@@ -63,7 +63,7 @@ EMBEDGRAD_HD inline bool advance_sequence(const AdvanceBatch& b, int32_t s) {
         complete = b.children[node] == b.children[node + 1];
     }
     b.reasons[s] = complete                                ? kStopToken
-                   : b.lengths[s] >= b.max_new_tokens      ? kLengthReached
+                   : b.lengths[s] >= b.max_new_tokens[s]     ? kLengthReached
                    : b.positions[s] + 1 >= b.max_position ? kContextFull
                                                            : kRunning;
     return b.reasons[s] != kRunning;

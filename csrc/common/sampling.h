@@ -31,9 +31,10 @@ enum SamplingStatus : int32_t {
     kInfinite = 2,        // a candidate's value is +inf: there is no distribution
     kNothingAllowed = 3,  // every candidate's value is -inf
     kNoCandidate = 4,     // a forced choice that is already complete
+    kBadSettings = 5,     // the sequence's SamplingParams are not usable
 };
 
-// Shared by all sequences of a call.
+// The settings of one sequence.
 struct SamplingParams {
     float temperature = 0;  // 0: the first in the order
     int32_t top_k = 0;      // 0: off
@@ -47,20 +48,22 @@ struct SamplingParams {
 
 // A null pointer switches its option off, where the field says "or null".
 struct SamplingBatch {
-    const float* logits;          // [sequences, vocabulary], sequences `logits_stride` apart
+    const SamplingParams* params;  // [sequences]
+    const float* logits;           // [sequences, vocabulary], sequences `logits_stride` apart
     int64_t logits_stride;
     int32_t sequences;
     int32_t vocabulary;
-    const uint64_t* streams;      // [sequences] the sequence's stream of random numbers
-    const uint32_t* steps;        // [sequences] how many tokens the sequence has drawn
-    const int32_t* counts;        // [sequences, vocabulary] how often each token was seen (below 2^29), or null
-    const float* bias;            // [vocabulary] added to the logits; -inf forbids a token; or null
-    const int32_t* nodes;         // [sequences] forced choice: node in the tree of continuations, -1: free; or null
-    const int32_t* children;      // [nodes + 1] where each node's tokens begin in `child_tokens`
-    const int32_t* child_tokens;  // tokens that may follow, ascending by id within a node
-    const int32_t* reasons;       // [sequences] not 0: the sequence has ended and nothing of it is written; or null
-    int32_t* tokens;              // [sequences] out; -1 where the status is not kSampled
-    int32_t* status;              // [sequences] out
+    const uint64_t* streams;       // [sequences] the sequence's stream of random numbers
+    const uint32_t* steps;         // [sequences] how many tokens the sequence has drawn
+    const int32_t* counts;         // [sequences, vocabulary] how often each token was seen (below 2^29), or null
+    const float* bias;             // [bias rows, vocabulary] added to the logits; -inf forbids a token; or null
+    const int32_t* bias_rows;      // [sequences] the sequence's row of `bias`, -1: none; null where `bias` is
+    const int32_t* nodes;          // [sequences] forced choice: node in the tree of continuations, -1: free; or null
+    const int32_t* children;       // [nodes + 1] where each node's tokens begin in `child_tokens`
+    const int32_t* child_tokens;   // tokens that may follow, ascending by id within a node
+    const int32_t* reasons;        // [sequences] not 0: the sequence has ended and nothing of it is written; or null
+    int32_t* tokens;               // [sequences] out; -1 where the status is not kSampled
+    int32_t* status;               // [sequences] out
 };
 
 // One sequence's candidates, ascending by id: the whole vocabulary, or the tokens of a forced choice.
@@ -72,15 +75,16 @@ struct Candidates {
     int32_t size;
     float repetition, presence, frequency;
 
-    EMBEDGRAD_HD Candidates(const SamplingParams& params, const SamplingBatch& batch, int32_t s)
+    EMBEDGRAD_HD Candidates(const SamplingBatch& batch, int32_t s)
         : logits(batch.logits + s * batch.logits_stride),
           counts(batch.counts ? batch.counts + int64_t{s} * batch.vocabulary : nullptr),
-          bias(batch.bias),
+          bias(batch.bias && batch.bias_rows[s] >= 0 ? batch.bias + int64_t{batch.bias_rows[s]} * batch.vocabulary
+                                                     : nullptr),
           forced(nullptr),
           size(batch.vocabulary),
-          repetition(params.repetition),
-          presence(params.presence),
-          frequency(params.frequency) {
+          repetition(batch.params[s].repetition),
+          presence(batch.params[s].presence),
+          frequency(batch.params[s].frequency) {
         const int32_t node = batch.nodes ? batch.nodes[s] : -1;
         if (node >= 0) {
             forced = batch.child_tokens + batch.children[node];
@@ -194,32 +198,27 @@ struct Digit {
 EMBEDGRAD_HD inline Digit digit(int i) { return i == 0 ? Digit{21, 11} : i == 1 ? Digit{10, 11} : Digit{0, 10}; }
 
 // The running sum (1-based) at which the token is drawn.
-EMBEDGRAD_HD inline uint64_t drawn_target(
-    const SamplingParams& params, const SamplingBatch& batch, int32_t s, uint64_t total) {
-    return multiply_high(random_bits(params.seed, batch.streams[s], batch.steps[s]), total) + 1;
+EMBEDGRAD_HD inline uint64_t drawn_target(const SamplingBatch& batch, int32_t s, uint64_t total) {
+    return multiply_high(random_bits(batch.params[s].seed, batch.streams[s], batch.steps[s]), total) + 1;
+}
+
+// Whether a sequence's settings are in their ranges. NaN is in none.
+EMBEDGRAD_HD inline bool usable(const SamplingParams& p) {
+    const float largest = 3.4028234e38f;
+    return (p.temperature == 0 || (p.temperature >= 1e-6f && p.temperature <= largest)) && p.top_k >= 0 &&
+           p.top_p > 0 && p.top_p <= 1 && p.min_p >= 0 && p.min_p <= 1 && p.repetition > 0 &&
+           p.repetition <= largest && p.presence >= -largest && p.presence <= largest && p.frequency >= -largest &&
+           p.frequency <= largest;
 }
 
 // Why a call is refused; 0: it is not.
 enum SamplingError : int32_t {
     kCallIsFine = 0,
-    kBadTemperature = 1,
-    kBadTopK = 2,
-    kBadTopP = 3,
-    kBadMinP = 4,
-    kBadPenalty = 5,
-    kBadSize = 6,
-    kLaunchFailed = 7,
+    kBadSize = 1,
+    kLaunchFailed = 2,
 };
 
-inline SamplingError check_call(const SamplingParams& p, const SamplingBatch& b) {
-    const float largest = 3.4028234e38f;
-    if (!(p.temperature == 0 || (p.temperature >= 1e-6f && p.temperature <= largest))) return kBadTemperature;
-    if (p.top_k < 0) return kBadTopK;
-    if (!(p.top_p > 0 && p.top_p <= 1)) return kBadTopP;
-    if (!(p.min_p >= 0 && p.min_p <= 1)) return kBadMinP;
-    if (!(p.repetition > 0 && p.repetition <= largest)) return kBadPenalty;
-    if (!(p.presence >= -largest && p.presence <= largest)) return kBadPenalty;
-    if (!(p.frequency >= -largest && p.frequency <= largest)) return kBadPenalty;
+inline SamplingError check_call(const SamplingBatch& b) {
     if (b.sequences < 0 || b.vocabulary < 1 || b.vocabulary > kMaxVocabulary || b.logits_stride < b.vocabulary)
         return kBadSize;
     return kCallIsFine;

@@ -89,7 +89,8 @@ int32_t first_candidate(const Candidates& candidates, uint32_t& highest) {
     return first;
 }
 
-int32_t choose(Scored& scored, const SamplingParams& params, const SamplingBatch& batch, int32_t s) {
+int32_t choose(Scored& scored, const SamplingBatch& batch, int32_t s) {
+    const SamplingParams& params = batch.params[s];
     Cut cut;
     if (params.top_k > 0 && static_cast<size_t>(params.top_k) < scored.key.size())
         cut = shortest_beginning(scored, params.top_k, [](size_t) { return uint64_t{1}; });
@@ -97,7 +98,7 @@ int32_t choose(Scored& scored, const SamplingParams& params, const SamplingBatch
     if (params.top_p < 1)
         cut = shortest_beginning(scored, needed_weight(params.top_p, total), [&](size_t i) { return scored.weight[i]; });
     if (params.top_p < 1 || params.min_p > 0) total = scored.keep(cut, least_weight(params.min_p));
-    uint64_t missing = drawn_target(params, batch, s, total);
+    uint64_t missing = drawn_target(batch, s, total);
     size_t i = 0;
     while (scored.weight[i] < missing) missing -= scored.weight[i++];
     return static_cast<int32_t>(i);
@@ -105,13 +106,17 @@ int32_t choose(Scored& scored, const SamplingParams& params, const SamplingBatch
 
 }  // namespace
 
-void sample(const SamplingParams& params, const SamplingBatch& batch, int32_t begin, int32_t end) {
+void sample(const SamplingBatch& batch, int32_t begin, int32_t end) {
     thread_local Scored scored;
     for (int32_t s = begin; s < end; ++s) {
         if (batch.reasons && batch.reasons[s] != 0) continue;
         batch.tokens[s] = -1;
         batch.status[s] = kSampled;
-        const Candidates candidates(params, batch, s);
+        if (!usable(batch.params[s])) {
+            batch.status[s] = kBadSettings;
+            continue;
+        }
+        const Candidates candidates(batch, s);
         if (candidates.size == 0) {
             batch.status[s] = kNoCandidate;
             continue;
@@ -120,9 +125,9 @@ void sample(const SamplingParams& params, const SamplingBatch& batch, int32_t be
         int32_t chosen = first_candidate(candidates, highest);
         batch.status[s] = status_of(highest);
         if (batch.status[s] != kSampled) continue;
-        if (params.temperature != 0) {
+        if (batch.params[s].temperature != 0) {
             scored.read(candidates, chosen);
-            chosen = choose(scored, params, batch, s);
+            chosen = choose(scored, batch, s);
         }
         batch.tokens[s] = candidates.token(chosen);
     }
@@ -132,8 +137,8 @@ void sample(const SamplingParams& params, const SamplingBatch& batch, int32_t be
 
 using namespace embedgrad;
 
-int32_t embedgrad_sample_cpu(const SamplingParams* params, const SamplingBatch* batch) {
-    const SamplingError wrong = check_call(*params, *batch);
-    if (wrong == kCallIsFine) sample(*params, *batch, 0, batch->sequences);
+int32_t embedgrad_sample_cpu(const SamplingBatch* batch) {
+    const SamplingError wrong = check_call(*batch);
+    if (wrong == kCallIsFine) sample(*batch, 0, batch->sequences);
     return wrong;
 }

@@ -6,12 +6,12 @@
 namespace embedgrad {
 
 // Samples for the sequences [begin, end) of the batch. Sequences are independent, so threads may share a batch.
-void sample(const SamplingParams&, const SamplingBatch&, int32_t begin, int32_t end);
+void sample(const SamplingBatch&, int32_t begin, int32_t end);
 
 }  // namespace embedgrad
 
 extern "C" {
 
 // Returns a SamplingError. With kCallIsFine the status of every sequence is set.
-EMBEDGRAD_API int32_t embedgrad_sample_cpu(const embedgrad::SamplingParams*, const embedgrad::SamplingBatch*);
+EMBEDGRAD_API int32_t embedgrad_sample_cpu(const embedgrad::SamplingBatch*);
 }

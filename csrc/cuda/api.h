@@ -12,7 +12,7 @@ extern "C" {
 // 0 where the kernels run on the current device; otherwise 1, and the reason in `message` (at most `size` bytes).
 EMBEDGRAD_API int32_t embedgrad_problem_cuda(char* message, int32_t size);
 
-EMBEDGRAD_API int32_t embedgrad_sample_cuda(const embedgrad::SamplingParams*, const embedgrad::SamplingBatch*, void* stream);
+EMBEDGRAD_API int32_t embedgrad_sample_cuda(const embedgrad::SamplingBatch*, void* stream);
 
 EMBEDGRAD_API int32_t embedgrad_advance_cuda(const embedgrad::AdvanceBatch*, void* stream);
 

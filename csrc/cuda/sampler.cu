@@ -118,16 +118,19 @@ __device__ int32_t choose(
     }
     const Mass least = least_weight(params.min_p);
     const auto drawn = [&](int32_t i) { return kept(i, least); };
-    return find(n, drawn_target(params, batch, s, sum(n, drawn, shared)), drawn, shared);
+    return find(n, drawn_target(batch, s, sum(n, drawn, shared)), drawn, shared);
 }
 
-__global__ void __launch_bounds__(1024) sample_kernel(SamplingParams params, SamplingBatch batch) {
+__global__ void __launch_bounds__(1024) sample_kernel(SamplingBatch batch) {
     __shared__ Shared shared;
     const int32_t s = blockIdx.x;
     if (batch.reasons && batch.reasons[s] != 0) return;  // the same for all threads of the block
-    Sequence sequence{Candidates(params, batch, s), 0, params.temperature};
+    const SamplingParams params = batch.params[s];
+    Sequence sequence{Candidates(batch, s), 0, params.temperature};
     int32_t token = -1, status = kSampled;
-    if (sequence.candidates.size == 0) {
+    if (!usable(params)) {
+        status = kBadSettings;
+    } else if (sequence.candidates.size == 0) {
         status = kNoCandidate;
     } else {
         Mass best = 0;  // the highest key, and of equal ones the lowest place
@@ -155,10 +158,10 @@ __global__ void __launch_bounds__(1024) sample_kernel(SamplingParams params, Sam
 
 using namespace embedgrad;
 
-int32_t embedgrad_sample_cuda(const SamplingParams* params, const SamplingBatch* batch, void* stream) {
-    const SamplingError wrong = check_call(*params, *batch);
+int32_t embedgrad_sample_cuda(const SamplingBatch* batch, void* stream) {
+    const SamplingError wrong = check_call(*batch);
     if (wrong != kCallIsFine || batch->sequences == 0) return wrong;
     const int threads = batch->vocabulary <= 4096 ? 128 : 1024;  // few logits have no work for more threads
-    EMBEDGRAD_LAUNCH(sample_kernel, batch->sequences, threads, stream, *params, *batch);
+    EMBEDGRAD_LAUNCH(sample_kernel, batch->sequences, threads, stream, *batch);
     return launched() ? kCallIsFine : kLaunchFailed;
 }

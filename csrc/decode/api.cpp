@@ -47,7 +47,7 @@ void* embedgrad_decoder_create(const DecoderSpec* spec) { return new Decoder(*sp
 void embedgrad_decoder_free(void* decoder) { delete static_cast<Decoder*>(decoder); }
 
 int32_t embedgrad_generate(void* decoder, Loop* loop, int32_t threads) {
-    const SamplingError wrong = check_call(loop->params, loop->sampling);
+    const SamplingError wrong = check_call(loop->sampling);
     if (wrong != kCallIsFine) return -1 - wrong;
     auto& model = *static_cast<Decoder*>(decoder);
     model.reserve(loop->advance.sequences);

@@ -17,7 +17,7 @@ namespace {
 
 // Samples the slot's token, and records its log-probability and the entropy.
 void choose(Loop& loop, int32_t slot) {
-    sample(loop.params, loop.sampling, slot, slot + 1);
+    sample(loop.sampling, slot, slot + 1);
     const int32_t token = loop.sampling.tokens[slot];
     const int64_t at = int64_t{slot} * loop.advance.capacity + loop.advance.lengths[slot];
     const float* logits = loop.sampling.logits + slot * loop.sampling.logits_stride;

@@ -21,7 +21,6 @@ enum LoopEnd : int32_t {
 
 struct Loop {
     Cache cache;
-    SamplingParams params;
     SamplingBatch sampling;  // logits [slots, vocabulary]; the caller fills those of fresh slots
     AdvanceBatch advance;
     int32_t* fresh;          // [slots] not 0: the logits are there, and the token is still to be sampled

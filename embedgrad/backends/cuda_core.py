@@ -52,7 +52,7 @@ def declared(core: ctypes.CDLL) -> ctypes.CDLL:
     """`core` with the types of its functions."""
     types: dict[str, list[type]] = {
         "embedgrad_problem_cuda": [c_char_p, c_int32],
-        "embedgrad_sample_cuda": [c_void_p, c_void_p, c_void_p],
+        "embedgrad_sample_cuda": [c_void_p, c_void_p],
         "embedgrad_advance_cuda": [c_void_p, c_void_p],
         "embedgrad_token_entropy_cuda": [
             c_void_p, c_int64, c_int32, c_int32, c_void_p, c_void_p, c_void_p, c_void_p,

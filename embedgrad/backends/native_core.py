@@ -99,7 +99,7 @@ class Wanted(ctypes.Structure):
 
 
 class SamplingParams(ctypes.Structure):
-    """What all sequences of a call share (common/sampling.h)."""
+    """The settings of one sequence (common/sampling.h)."""
 
     _fields_ = [
         ("temperature", c_float),
@@ -117,14 +117,13 @@ class SamplingBatch(ctypes.Structure):
     """The sequences that a token is chosen for (common/sampling.h)."""
 
     _fields_ = [
+        ("params", c_void_p),
         ("logits", c_void_p),
         ("logits_stride", c_int64),
         ("sequences", c_int32),
         ("vocabulary", c_int32),
-        *(
-            (name, c_void_p)
-            for name in ("streams", "steps", "counts", "bias", "nodes", "children", "child_tokens", "reasons")
-        ),
+        *((name, c_void_p) for name in ("streams", "steps", "counts", "bias", "bias_rows")),
+        *((name, c_void_p) for name in ("nodes", "children", "child_tokens", "reasons")),
         ("tokens", c_void_p),
         ("status", c_void_p),
     ]
@@ -134,11 +133,9 @@ class AdvanceBatch(ctypes.Structure):
     """What a chosen token changes (common/advance.h)."""
 
     _fields_ = [
-        *(
-            (name, c_int32)
-            for name in ("sequences", "vocabulary", "capacity", "max_new_tokens", "max_position", "stop_size")
-        ),
-        *((name, c_void_p) for name in ("stop_tokens", "tokens", "status", "children", "child_tokens", "child_nodes")),
+        *((name, c_int32) for name in ("sequences", "vocabulary", "capacity", "max_position", "stop_size")),
+        *((name, c_void_p) for name in ("stop_tokens", "max_new_tokens", "tokens", "status")),
+        *((name, c_void_p) for name in ("children", "child_tokens", "child_nodes")),
         *(
             (name, c_void_p)
             for name in ("ids", "lengths", "inputs", "positions", "steps", "counts", "nodes", "reasons")
@@ -152,7 +149,6 @@ class Loop(ctypes.Structure):
 
     _fields_ = [
         ("cache", Cache),
-        ("params", SamplingParams),
         ("sampling", SamplingBatch),
         ("advance", AdvanceBatch),
         ("fresh", c_void_p),
@@ -211,7 +207,7 @@ def declared(core: ctypes.CDLL) -> ctypes.CDLL:
         "embedgrad_gather": (None, [c_void_p, c_void_p, c_int64, c_void_p, c_int32]),
         "embedgrad_tile_bytes": (c_int64, [c_int32, c_int64]),
         "embedgrad_repack": (None, [c_int32, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int32]),
-        "embedgrad_sample_cpu": (c_int32, [c_void_p, c_void_p]),
+        "embedgrad_sample_cpu": (c_int32, [c_void_p]),
     }
     for name, (result, arguments) in types.items():
         function = getattr(core, name, None)

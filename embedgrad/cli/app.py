@@ -1,4 +1,4 @@
-"""The command line: `embedgrad optimize | evaluate | compare | study | report | generate | show | doctor`.
+"""The command line: `embedgrad optimize | evaluate | compare | study | report | generate | show | export | ...`.
 
 This module only declares the options. A command's modules are imported when it runs, so `--help` is fast. Exit codes: 0
 success, 2 an error of the package (one sentence on stderr), 130 stopped by Ctrl-C, 143 stopped by SIGTERM.
@@ -201,6 +201,92 @@ def show(
     from embedgrad.cli.commands.show import run
 
     run(prompt, _model(model, None, "auto", "cpu") if model is not None else None, json)
+
+
+@app.command()
+def export(
+    prompts: Annotated[list[Path], typer.Argument(help="Prompt files; the first is the default of several.")],
+    to: Annotated[str, typer.Option("--to", help="hf, gguf, ollama, peft or vllm.")],
+    model: ModelPath,
+    out: Annotated[Path, typer.Option("--out", "-o", help="What is written: a new folder, for gguf a new file.")],
+    name: Annotated[
+        list[str] | None, typer.Option("--name", help="The prompt's name; repeat for each. Default: the file's.")
+    ] = None,
+    untie: Annotated[
+        bool, typer.Option("--untie", help="A head of its own, for engines that ignore suppressed tokens.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Accept a fine-tune of the prompt's model.")] = False,
+    check: Annotated[
+        bool | None,
+        typer.Option("--check/--no-check", help="Compare with our engine in the target's program."),
+    ] = None,
+    dtype: Annotated[
+        str, typer.Option(help="Type of the weights where a .gguf file becomes a folder: float32, bfloat16, float16.")
+    ] = "float32",
+    json: Json = False,
+) -> None:
+    """Write tuned prompts for transformers, vLLM, SGLang, MLX, llama.cpp, Ollama or PEFT."""
+    from embedgrad.cli.commands.export import run
+
+    run(prompts, to, model, out, json, names=name or (), untie=untie, force=force, check=check, dtype=dtype)
+
+
+@app.command("import")
+def import_(
+    adapter: Annotated[Path, typer.Argument(help="Folder of a PEFT prompt-tuning adapter.")],
+    model: ModelPath,
+    out: Annotated[Path, typer.Option("--out", "-o", help="The prompt file that is written.")],
+    place: Annotated[
+        str, typer.Option(help="template: in the system turn; front: before the whole conversation, as PEFT has it.")
+    ] = "template",
+    json: Json = False,
+) -> None:
+    """Make a starting prompt of a PEFT prompt-tuning adapter."""
+    from embedgrad.cli.commands.import_ import run
+
+    run(adapter, model, out, place, json)
+
+
+@app.command()
+def serve(
+    model: Annotated[str, typer.Argument(help="Model folder, .gguf file or hub id.")],
+    prompts: Annotated[list[Path] | None, typer.Argument(help="Prompt files; each is a model for clients.")] = None,
+    name: Annotated[
+        list[str] | None, typer.Option("--name", help="The prompt's name; repeat for each. Default: the file's.")
+    ] = None,
+    bare_name: Annotated[str | None, typer.Option(help="Name of the model without a prompt; default: its own.")] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0: all.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: any free port.")] = 8000,
+    api_key: Annotated[
+        list[str] | None, typer.Option(help="A key that clients must send; repeat for each. Also EMBEDGRAD_API_KEY.")
+    ] = None,
+    slots: Annotated[int, typer.Option(min=1, help="Answers that are written at the same time.")] = 32,
+    context: Annotated[int | None, typer.Option(min=2, help="Most tokens of a request with its answer.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer, in tokens.")] = None,
+    max_waiting: Annotated[int, typer.Option(min=1, help="Answers that may wait; others are refused (429).")] = 256,
+    max_body: Annotated[int, typer.Option(min=1, help="Longest body of a request, in bytes.")] = 1 << 20,
+    dtype: DType = None,
+    backend: Backend = "auto",
+    device: Device = "auto",
+    weights: Weights = "auto",
+) -> None:
+    """Serve prompts, and the model without one, to clients of the OpenAI API."""
+    from embedgrad.cli.commands.serve import run
+
+    options = {
+        "host": host, "port": port, "slots": slots, "context": context, "max_tokens": max_tokens,
+        "max_waiting": max_waiting, "max_body": max_body,
+    }  # fmt: skip
+    open_model = lambda: _model(model, dtype, backend, device, weights)  # noqa: E731
+    run(open_model, prompts or [], name or (), bare_name, api_key or (), options)
+
+
+@app.command("lm-eval", context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def lm_eval(context: typer.Context) -> None:
+    """Run lm-evaluation-harness on this engine: --model_args model=MODEL,prompt=FILE --tasks TASK, and its options."""
+    from embedgrad.cli.commands.lm_eval import run
+
+    run(context.args)
 
 
 @app.command()

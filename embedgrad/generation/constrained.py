@@ -63,6 +63,22 @@ class ForcedChoice:
         return int(self.child_nodes[self.children[node] + self.candidates(node).index(token)])
 
 
+def forest(trees: Sequence[ForcedChoice]) -> tuple[ForcedChoice, list[int]]:
+    """(all trees in one set of arrays, the node at which each begins)."""
+    roots, edges = [0], [0]
+    for tree in trees:
+        roots.append(roots[-1] + len(tree.children) - 1)
+        edges.append(edges[-1] + len(tree.child_tokens))
+    children = [tree.children[:-1] + edge for tree, edge in zip(trees, edges, strict=False)]
+    nodes = [tree.child_nodes + root for tree, root in zip(trees, roots, strict=False)]
+    whole = ForcedChoice(
+        np.concatenate([*children, np.array([edges[-1]])]).astype(np.int32),
+        np.concatenate([tree.child_tokens for tree in trees]).astype(np.int32),
+        np.concatenate(nodes).astype(np.int32),
+    )
+    return whole, roots[:-1]
+
+
 def _branches(rest: Sequence[tuple[int, ...]], end: int) -> Iterator[tuple[int, list[tuple[int, ...]]]]:
     """(first token, tails after it), ascending by token; also `end` where only some of the tails are empty."""
     tails: dict[int, list[tuple[int, ...]]] = {}

@@ -4,62 +4,24 @@ batches."""
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 
-import numpy as np
 from torch import Tensor
 
 from embedgrad.engine.model import Model
 from embedgrad.generation.constrained import ForcedChoice
-from embedgrad.generation.entropy import loop_period, trajectory_entropy
 from embedgrad.generation.kv_cache import KeyValueCache
 from embedgrad.generation.loops import loop_for
-from embedgrad.generation.prefill import prefill_prefix, prefill_suffixes
+from embedgrad.generation.prefill import prefill_prefix
 from embedgrad.generation.sampling import Sampling
-from embedgrad.generation.slots import FREE, RUNNING, STOP, STOP_REASONS, Limits, Slots
+from embedgrad.generation.slots import Limits, check_bias
+from embedgrad.generation.writer import Generation, Request, Writer
 from embedgrad.prompt.prompt import SoftPrompt
 from embedgrad.prompt.rendering import Rendered, answer_tokens, end_token, render_query
 from embedgrad.util.errors import ConfigError, ContextError, DataError
-from embedgrad.util.interrupts import StopRequest, interruptible
+from embedgrad.util.interrupts import interruptible
 
 QUERY = str | Sequence[int]
 REFILL = 4  # new queries enter when 1/REFILL of the slots are free; one by one, each would be a small matrix product
-WINDOW = 64  # tokens over which the windowed entropy is taken, so that a loop at the end of a long answer shows
-
-
-@dataclass(frozen=True)
-class Generation:
-    """An answer.
-
-    text: the decoded answer, without a stop text. ids: its tokens without the stop token.
-    stop_reason: "stop" (a stop token, a stop text, or a complete choice), "length" (max_new_tokens) or "context" (the
-        model's context is full).
-    log_probabilities: for each of `ids`, and for the stop token if there is one, the natural logarithm of its
-        probability in the model's own distribution, before temperature, penalties and bias.
-    entropies: for the same tokens, the normalised entropy of that distribution
-        (`embedgrad.generation.entropy.token_entropy`).
-    """
-
-    text: str
-    ids: list[int]
-    stop_reason: str
-    log_probabilities: list[float] = field(default_factory=list, compare=False, repr=False)
-    entropies: list[float] = field(default_factory=list, compare=False, repr=False)
-
-    @property
-    def trajectory_entropy(self) -> float:
-        """Entropy of the whole answer's n-grams (`embedgrad.generation.entropy.trajectory_entropy`)."""
-        return trajectory_entropy(self.ids)
-
-    @property
-    def windowed_entropy(self) -> float:
-        """The minimum of the trajectory entropy over all windows of WINDOW tokens."""
-        return trajectory_entropy(self.ids, window=WINDOW)
-
-    @property
-    def loop_period(self) -> int:
-        """The period, in tokens, of a loop at the end of the answer; 0 if there is no loop."""
-        return loop_period(self.ids)
 
 
 def generate(
@@ -119,13 +81,67 @@ def write_answers(
         raise ConfigError(f"batch_size is {batch_size}, but must be at least 1.")
     if not rendered:
         return []
+    end = end_token(model, prompt)
+    choice = forced_choice(model, prompt, sampling.choices, end)
+    return write_sequences(
+        model, prompt.embeddings.to(model.device), end, rendered, sampling, choice, batch_size=batch_size,
+        on_answer=on_answer, on_token=on_token, on_prefill=on_prefill,
+    )  # fmt: skip
+
+
+def write_sequences(
+    model: Model,
+    embeddings: Tensor,
+    end: int | None,
+    rendered: Sequence[Rendered],
+    sampling: Sampling,
+    choice: ForcedChoice | None = None,
+    *,
+    batch_size: int = 32,
+    on_answer: Callable[[int, Generation], None] | None = None,
+    on_token: Callable[[int, int], None] | None = None,
+    on_prefill: Callable[[int, KeyValueCache, Tensor], None] | None = None,
+) -> list[Generation]:
+    """`write_answers` for at least one sequence and no prompt object.
+
+    embeddings: [k, d], the prompt rows. end: the token that ends an answer, besides the model's own end tokens. choice:
+    the continuations of `sampling.choices`.
+    """
     check_room(model, rendered)
-    prefix = prefill_prefix(model, prompt.embeddings.to(model.device), rendered[0], _prefix_length(rendered))
-    writer = _Writer(model, prompt, rendered, sampling, min(batch_size, len(rendered)), prefix)
-    writer.on_answer, writer.on_token, writer.on_prefill = on_answer, on_token, on_prefill
+    check_bias(sampling, model.config.vocab_size)
+    prefix = prefill_prefix(model, embeddings, rendered[0], common_prefix(rendered))
+    each_token = bool(sampling.stop) or on_token is not None
+    writer = Writer(
+        model, embeddings, prefix, limits_of(model, end), min(batch_size, len(rendered)), sampling.max_new_tokens,
+        lambda slots: loop_for(model, slots, each_token=each_token),
+    )  # fmt: skip
+    answers: dict[int, Generation] = {}
+
+    def request(index: int, sequence: Rendered) -> Request:
+        def take(answer: Generation) -> None:
+            answers[index] = answer
+            if on_answer is not None:
+                on_answer(index, answer)
+
+        def fail(error: ConfigError) -> None:
+            raise ConfigError(f"query {index}: {error}")
+
+        took = None if on_token is None else lambda token, *_: on_token(index, token)
+        return Request(sequence, sampling, take, fail, index, choice, took)
+
+    waiting = [request(index, sequence) for index, sequence in enumerate(rendered)]
+    if on_prefill is not None:
+        writer.on_prefill = lambda requests, cache, logits: on_prefill(requests[0].stream, cache, logits)
     with interruptible() as interrupt:
-        writer.write(interrupt)
-    return [writer.answers[i] for i in range(len(rendered))]
+        while len(answers) < len(rendered):
+            entering = waiting[: len(writer.slots.free())]
+            del waiting[: len(entering)]
+            if entering:
+                writer.enter(entering)
+            writer.run(max(1, writer.slots.size // REFILL) if waiting else 0, lambda: interrupt.requested)
+            if interrupt.requested:
+                raise KeyboardInterrupt
+    return [answers[index] for index in range(len(rendered))]
 
 
 def check_room(model: Model, rendered: Sequence[Rendered], names: Sequence[str] = ()) -> None:
@@ -143,7 +159,7 @@ def check_room(model: Model, rendered: Sequence[Rendered], names: Sequence[str] 
             )
 
 
-def _prefix_length(sequences: Sequence[Rendered]) -> int:
+def common_prefix(sequences: Sequence[Rendered]) -> int:
     """Length of the prefix that all sequences share. At least one token of each sequence comes after it."""
     first = sequences[0]
     length = min(len(s.ids) for s in sequences) - 1
@@ -155,7 +171,7 @@ def _prefix_length(sequences: Sequence[Rendered]) -> int:
     return length
 
 
-def _forced_choice(model: Model, prompt: SoftPrompt, texts: Sequence[str], end: int | None) -> ForcedChoice | None:
+def forced_choice(model: Model, prompt: SoftPrompt, texts: Sequence[str], end: int | None) -> ForcedChoice | None:
     """The trie of `texts` as answers; None without texts."""
     if not texts:
         return None
@@ -163,117 +179,7 @@ def _forced_choice(model: Model, prompt: SoftPrompt, texts: Sequence[str], end: 
     return ForcedChoice.among([answer_tokens(model, prompt, text) for text in texts], stop)
 
 
-class _Writer:
-    """Writes answers. Queries enter free slots, then a generation loop runs until enough slots are free again."""
-
-    on_answer: Callable[[int, Generation], None] | None = None
-    on_token: Callable[[int, int], None] | None = None
-    on_prefill: Callable[[int, KeyValueCache, Tensor], None] | None = None
-
-    def __init__(
-        self,
-        model: Model,
-        prompt: SoftPrompt,
-        rendered: Sequence[Rendered],
-        sampling: Sampling,
-        size: int,
-        prefix: Tensor,
-    ) -> None:
-        self._model, self._rendered, self._sampling, self._prefix = model, rendered, sampling, prefix
-        self._embeddings = prompt.embeddings.to(model.device)
-        self._next = 0  # index of the next query to enter
-        self.answers: dict[int, Generation] = {}
-        end = end_token(model, prompt)
-        limits = Limits(
-            frozenset(model.tokenizer.eos_ids) | ({end} if end is not None else set()), model.config.max_position
-        )
-        self._slots = Slots(
-            size, model.config.vocab_size, sampling, limits, _forced_choice(model, prompt, sampling.choices, end)
-        )
-        # A stop text may begin inside a token and span several tokens. The last `_tail` tokens always contain it.
-        self._tail = max((len(text.encode()) for text in sampling.stop), default=0) + 1
-        self._seen = [0] * size  # length of each slot's answer after the last step
-
-    def write(self, interrupt: StopRequest) -> None:
-        """Answers all queries. Raises KeyboardInterrupt when `interrupt` is set."""
-        each_token = bool(self._sampling.stop) or self.on_token is not None
-        self._loop = loop_for(self._model, self._slots, each_token=each_token)
-        while len(self.answers) < len(self._rendered):
-            self._enter()
-            waiting = self._next < len(self._rendered)
-            refill = max(1, self._slots.size // REFILL) if waiting else 0
-            self._loop.run(lambda: self._after_step(interrupt), refill)
-            if interrupt.requested:
-                raise KeyboardInterrupt
-
-    def _enter(self) -> None:
-        """Puts queries into the free slots and computes their prefill."""
-        free = self._slots.free()
-        first = self._next
-        batch = self._rendered[first : first + len(free)]
-        if not batch:
-            return
-        slots = free[: len(batch)]
-        self._next += len(batch)
-        cache, logits = prefill_suffixes(self._model, self._embeddings, batch, self._prefix)
-        if self.on_prefill is not None:
-            self.on_prefill(first, cache, logits)
-        for n, (slot, sequence) in enumerate(zip(slots, batch, strict=True)):
-            self._slots.enter(slot, first + n, sequence.ids)
-            self._seen[slot] = 0
-        self._loop.enter(cache, logits, slots)
-
-    def _after_step(self, interrupt: StopRequest) -> bool:
-        """Handles the tokens of the last step. Returns True to stop the loop."""
-        slots = self._slots
-        if self._sampling.stop or self.on_token is not None:
-            for slot in np.flatnonzero(slots.lengths != self._seen).tolist():
-                self._seen[slot] = int(slots.lengths[slot])
-                if slots.reasons[slot] != FREE:
-                    self._look_at(slot)
-        ended = np.flatnonzero((slots.reasons != RUNNING) & (slots.reasons != FREE)).tolist()
-        slots.check(ended)
-        for slot in ended:
-            self._finish(slot, None)
-        return interrupt.requested
-
-    def _look_at(self, slot: int) -> None:
-        """Handles a slot's new token: calls on_token, and ends the answer at a stop text."""
-        slots = self._slots
-        index, ids = int(slots.streams[slot]), slots.ids[slot, : slots.lengths[slot]]
-        if self.on_token is not None:
-            self.on_token(index, int(ids[-1]))
-        text = self._stopped_text(ids.tolist())
-        if text is not None:
-            if slots.reasons[slot] == RUNNING:
-                slots.stop(slot)
-            slots.reasons[slot] = STOP
-            self._finish(slot, text)
-
-    def _finish(self, slot: int, text: str | None) -> None:
-        """Stores the answer of a slot that has ended, and frees the slot. text: the answer's text; None: decode it."""
-        slots = self._slots
-        index, length = int(slots.streams[slot]), int(slots.lengths[slot])
-        ids, numbers = slots.ids[slot, :length].tolist(), int(slots.steps[slot])
-        answer = Generation(
-            self._model.tokenizer.decode(ids) if text is None else text,
-            ids,
-            STOP_REASONS[int(slots.reasons[slot])],
-            slots.log_probability[slot, :numbers].tolist(),
-            slots.entropy[slot, :numbers].tolist(),
-        )
-        slots.reasons[slot] = FREE
-        self.answers[index] = answer
-        if self.on_answer is not None:
-            self.on_answer(index, answer)
-
-    def _stopped_text(self, ids: list[int]) -> str | None:
-        """The text before the first stop text; None where there is no stop text."""
-        if not self._sampling.stop:
-            return None
-        tail = self._model.tokenizer.decode(ids[-self._tail :])
-        if not any(stop in tail for stop in self._sampling.stop):
-            return None
-        text = self._model.tokenizer.decode(ids)
-        places = [at for at in (text.find(stop) for stop in self._sampling.stop) if at >= 0]
-        return text[: min(places)] if places else None
+def limits_of(model: Model, end: int | None) -> Limits:
+    """The limits of answers that the token `end` ends, besides the model's own end tokens."""
+    stop = frozenset(model.tokenizer.eos_ids) | ({end} if end is not None else set())
+    return Limits(stop, model.config.max_position)

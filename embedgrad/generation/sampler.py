@@ -24,6 +24,8 @@ PROBLEMS = {
     1: "the logits hold NaN; the model's weights or its prompt are not usable.",
     2: "the logits hold +inf, which is no distribution; a bias or a penalty may be too large.",
     3: "every token is forbidden: all logits are -inf after bias and penalties.",
+    4: "a forced choice that is complete leaves no token to choose.",
+    5: "the sampler refuses its settings.",
 }
 """Message for each status of the compiled samplers (SamplingStatus in csrc/common/sampling.h)."""
 

@@ -44,3 +44,7 @@ class TrainingError(EmbedGradError):
 
 class SaveError(EmbedGradError):
     """A file could not be written. The file that was there before is unchanged."""
+
+
+class ExportError(EmbedGradError):
+    """A target of an export cannot express what it should hold, or its check failed."""

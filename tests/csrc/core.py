@@ -23,7 +23,7 @@ from embedgrad.generation.sampling import Sampling
 
 CSRC = Path(__file__).parents[2] / "csrc"
 KERNELS = ("cuda/sampler.cu", "cuda/token_entropy.cu", "cuda/advance.cu", "cuda/device_check.cu")
-STATUS = ("sampled", "NaN", "+inf", "all -inf", "no candidate")
+STATUS = ("sampled", "NaN", "+inf", "all -inf", "no candidate", "bad settings")
 P = ctypes.c_void_p
 
 
@@ -57,7 +57,7 @@ class Call:
     steps: Sequence[int] | np.ndarray | None = None  # default: 0
     penalties: Penalties | None = None
     counts: np.ndarray | None = None  # [B, V]
-    bias: np.ndarray | None = None  # [V]
+    bias: np.ndarray | None = None  # [V], of every row
     choice: ForcedChoice | None = None
     nodes: Sequence[int] | None = None  # [B], -1: free
     reasons: Sequence[int] | None = None  # [B], not 0: the row has ended
@@ -76,6 +76,12 @@ class Call:
             "bias": self.bias,
             "candidates": None if self.choice is None or node < 0 else self.choice.candidates(node),
         }
+
+
+def params_of(s: Sampling, penalties: Penalties | None = None) -> SamplingParams:
+    """The settings of one row."""
+    p = penalties or Penalties()
+    return SamplingParams(s.temperature, s.top_k, s.top_p, s.min_p, p.repetition, p.presence, p.frequency, s.seed)
 
 
 def pointer(array: np.ndarray | None) -> int | None:
@@ -99,10 +105,10 @@ class Core:
         self.lib.embedgrad_emulation_error(message, len(message))
         return message.value.decode()
 
-    def raw_sample(self, device: str, params: SamplingParams, batch: SamplingBatch) -> int:
+    def raw_sample(self, device: str, batch: SamplingBatch) -> int:
         if device == "cpu":
-            return self.lib.embedgrad_sample_cpu(ctypes.byref(params), ctypes.byref(batch))
-        return self.lib.embedgrad_sample_cuda(ctypes.byref(params), ctypes.byref(batch), None)
+            return self.lib.embedgrad_sample_cpu(ctypes.byref(batch))
+        return self.lib.embedgrad_sample_cuda(ctypes.byref(batch), None)
 
     def sample(self, device: str, call: Call) -> tuple[list[int], list[str]]:
         """The tokens and the statuses of all rows."""
@@ -117,29 +123,20 @@ class Core:
         nodes = None if call.nodes is None else np.asarray(call.nodes, np.int32)
         reasons = None if call.reasons is None else np.asarray(call.reasons, np.int32)
         tree = call.choice
-        penalties = call.penalties or Penalties()
-        s = call.sampling
-        params = SamplingParams(
-            s.temperature,
-            s.top_k,
-            s.top_p,
-            s.min_p,
-            penalties.repetition,
-            penalties.presence,
-            penalties.frequency,
-            s.seed,
-        )
+        params = (SamplingParams * rows)(*[params_of(call.sampling, call.penalties)] * rows)
+        bias_rows = None if bias is None else np.zeros(rows, np.int32)
         batch = SamplingBatch(
+            ctypes.addressof(params),
             pointer(call.logits),
             call.logits.strides[0] // 4 if rows > 1 else vocabulary,
             rows,
             vocabulary,
-            *(pointer(a) for a in (streams, steps, counts, bias, nodes)),
+            *(pointer(a) for a in (streams, steps, counts, bias, bias_rows, nodes)),
             pointer(None if tree is None else tree.children),
             pointer(None if tree is None else tree.child_tokens),
             *(pointer(a) for a in (reasons, tokens, status)),
         )
-        error = self.raw_sample(device, params, batch)
+        error = self.raw_sample(device, batch)
         fault = self.emulation_error()
         assert not fault, fault
         assert error == 0

@@ -105,13 +105,16 @@ void write_answers(void* decoder, float temperature, int32_t threads, std::vecto
     ids.assign(kSlots * kMost, -1);
     Loop loop{};
     loop.cache = {prefix, own, kPrefix, kSlots, kCapacity, cos, sin};
-    loop.params.temperature = temperature;
-    loop.params.seed = 3;
-    loop.sampling = {logits.data(), kVocabulary, kSlots, kVocabulary, streams.data(), steps.data(), nullptr, nullptr,
-                     nullptr, nullptr, nullptr, reasons.data(), tokens.data(), status.data()};
-    loop.advance = {kSlots, kVocabulary, kMost, kMost, 4096, 1, &stop, tokens.data(), status.data(), nullptr, nullptr,
-                    nullptr, ids.data(), lengths.data(), inputs.data(), positions.data(), steps.data(), nullptr, nullptr,
-                    reasons.data(), &running};
+    SamplingParams settings{};
+    settings.temperature = temperature;
+    settings.seed = 3;
+    const std::vector<SamplingParams> params(kSlots, settings);
+    const std::vector<int32_t> most(kSlots, kMost);
+    loop.sampling = {params.data(), logits.data(), kVocabulary, kSlots, kVocabulary, streams.data(), steps.data(),
+                     nullptr, nullptr, nullptr, nullptr, nullptr, nullptr, reasons.data(), tokens.data(), status.data()};
+    loop.advance = {kSlots, kVocabulary, kMost, 4096, 1, &stop, most.data(), tokens.data(), status.data(), nullptr,
+                    nullptr, nullptr, ids.data(), lengths.data(), inputs.data(), positions.data(), steps.data(), nullptr,
+                    nullptr, reasons.data(), &running};
     loop.fresh = fresh.data();
     loop.entropy = entropy.data();
     loop.log_probability = log_p.data();

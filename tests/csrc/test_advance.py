@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -13,7 +14,7 @@ from embedgrad.backends.native_core import AdvanceBatch, SamplingBatch, Sampling
 from embedgrad.generation.constrained import ForcedChoice
 from embedgrad.generation.sampler import Penalties, choose_token
 from embedgrad.generation.sampling import Sampling
-from tests.csrc.core import STATUS, Core, P, pointer
+from tests.csrc.core import STATUS, Core, P, params_of, pointer
 
 V, CAPACITY = 12, 10
 REASONS = ("running", "stop", "length", "context", "failed")
@@ -87,8 +88,8 @@ def on_device(core: Core, device: str, setup: Setup) -> list[tuple[list[int], st
     tree = setup.tree
     nodes = None if tree is None else np.array(setup.nodes, np.int32)
     streams, stop = np.arange(rows, dtype=np.uint64), np.array(STOP, np.int32)
-    s, p = setup.sampling, setup.penalties
-    params = SamplingParams(s.temperature, s.top_k, s.top_p, s.min_p, p.repetition, p.presence, p.frequency, s.seed)
+    params = (SamplingParams * rows)(*[params_of(setup.sampling, setup.penalties)] * rows)
+    most = np.full(rows, setup.max_new_tokens, np.int32)
     at = {name: pointer(array) for name, array in state.items()}
     shared = {
         "sequences": rows, "vocabulary": V, "nodes": pointer(nodes),
@@ -97,7 +98,7 @@ def on_device(core: Core, device: str, setup: Setup) -> list[tuple[list[int], st
         **{name: at[name] for name in ("tokens", "status", "counts", "steps", "reasons")},
     }  # fmt: skip
     advance = AdvanceBatch(
-        **shared, capacity=CAPACITY, max_new_tokens=setup.max_new_tokens, max_position=setup.max_position,
+        **shared, capacity=CAPACITY, max_new_tokens=pointer(most), max_position=setup.max_position,
         stop_size=len(STOP), stop_tokens=P(stop.ctypes.data),
         child_nodes=None if tree is None else pointer(tree.child_nodes),
         **{name: at[name] for name in ("ids", "lengths", "inputs", "positions", "running")},
@@ -106,8 +107,10 @@ def on_device(core: Core, device: str, setup: Setup) -> list[tuple[list[int], st
         if state["running"][0] == 0:
             break
         logits = model(state["inputs"], state["positions"])
-        batch = SamplingBatch(**shared, logits=pointer(logits), logits_stride=V, streams=pointer(streams))
-        assert core.raw_sample(device, params, batch) == 0
+        batch = SamplingBatch(
+            **shared, params=ctypes.addressof(params), logits=pointer(logits), logits_stride=V, streams=pointer(streams)
+        )
+        assert core.raw_sample(device, batch) == 0
         core.advance(device, advance)
         assert core.emulation_error() == ""
     assert state["running"][0] == 0
@@ -157,11 +160,11 @@ def test_forced_answers_are_continuations(core: Core) -> None:
 def test_a_row_that_cannot_be_sampled_ends_alone(core: Core, device: str) -> None:
     state = {name: np.zeros(2, np.int32) for name in ("ids", "lengths", "inputs", "positions", "steps", "reasons")}
     tokens, status = np.array([-1, 6], np.int32), np.array([STATUS.index("NaN"), 0], np.int32)
-    running = np.array([2], np.int32)
+    running, most = np.array([2], np.int32), np.ones(2, np.int32)
     core.advance(
         device,
         AdvanceBatch(
-            sequences=2, vocabulary=V, capacity=1, max_new_tokens=1, max_position=9, stop_size=0,
+            sequences=2, vocabulary=V, capacity=1, max_new_tokens=pointer(most), max_position=9, stop_size=0,
             tokens=pointer(tokens), status=pointer(status), running=pointer(running),
             **{name: pointer(array) for name, array in state.items()},
         ),

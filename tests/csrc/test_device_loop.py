@@ -235,8 +235,8 @@ def test_one_row_that_fails_late(core: Core, model: Model, monkeypatch: pytest.M
 
 
 def test_settings_are_refused_by_the_library(core: Core, model: Model) -> None:
-    slots = Slots(1, VOCABULARY, Sampling(), Limits(frozenset(), 9), None)
+    slots = Slots(1, VOCABULARY, 8, Limits(frozenset(), 9))
     loop = DeviceLoop(model, slots, declared(core.lib))
     loop._sampling.vocabulary = 1 << 20
-    with pytest.raises(BackendError, match=r"sample failed \(number 6"):
+    with pytest.raises(BackendError, match=r"sample failed \(number 1"):
         loop._choose()

@@ -23,7 +23,7 @@ FAULTS = [  # file, what stands there, what is put in its place
     (MATHS, "k == key && place <= last", "k == key"),
     (MATHS, "k == key && place <= last", "false"),
     (MATHS, "(missing + unit - 1) / unit", "missing / unit + 1"),
-    (MATHS, "params.seed, batch.streams[s]", "params.seed, 0"),
+    (MATHS, "params[s].seed, batch.streams[s]", "params[s].seed, 0"),
     (MATHS, "least ? least : 1", "least + (uint64_t{1} << 36)"),
     (MATHS, "(total >> 32) * part", "(total >> 32) * part / 2"),
     (MATHS, "batch.child_tokens + batch.children[node]", "batch.child_tokens"),

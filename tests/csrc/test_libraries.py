@@ -13,7 +13,6 @@ from embedgrad.backends import BackendWarning, cuda_core, native_core
 from embedgrad.cli import doctor
 from embedgrad.generation.loops import loop_for
 from embedgrad.generation.loops.plain import PlainLoop
-from embedgrad.generation.sampling import Sampling
 from embedgrad.generation.slots import Limits, Slots
 from embedgrad.util.errors import BackendError
 from tests.engine.drawn import pair
@@ -54,7 +53,7 @@ def test_what_of_a_version_counts(version: str, minor: str) -> None:
 def test_a_gpu_without_the_library_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """The plain loop serves."""
     model = pair("llama", {}, dtype=torch.float64).model
-    slots = Slots(1, model.config.vocab_size, Sampling(), Limits(frozenset(), 9), None)
+    slots = Slots(1, model.config.vocab_size, 8, Limits(frozenset(), 9))
     monkeypatch.setattr(model, "device", torch.device("cuda"))
     monkeypatch.setattr(cuda_core, "__file__", str(tmp_path / "backends" / "cuda_core.py"))
     cuda_core.library.cache_clear()

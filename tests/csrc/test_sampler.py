@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 
 import numpy as np
@@ -14,7 +15,7 @@ from embedgrad.generation.constrained import ForcedChoice
 from embedgrad.generation.sampler import MAX_VOCABULARY, Penalties, choose_token, weights
 from embedgrad.generation.sampling import Sampling
 from embedgrad.util.errors import ConfigError
-from tests.csrc.core import Call, Core
+from tests.csrc.core import STATUS, Call, Core, params_of, pointer
 
 DEVICES = ("cpu", "cuda")
 
@@ -189,29 +190,77 @@ def test_ended_rows_are_left_alone(core: Core, device: str) -> None:
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize(
-    ("wrong", "number"),
-    [
-        ({"temperature": -1}, 1),
-        ({"temperature": np.nan}, 1),
-        ({"temperature": np.inf}, 1),
-        ({"top_k": -1}, 2),
-        ({"top_p": 0}, 3),
-        ({"top_p": np.nan}, 3),
-        ({"min_p": 1.5}, 4),
-        ({"repetition": 0}, 5),
-        ({"presence": np.nan}, 5),
-        ({"vocabulary": 0}, 6),
-        ({"vocabulary": (1 << 18) + 1}, 6),
-        ({"logits_stride": 3}, 6),
-    ],
-)
-def test_unusable_calls_are_refused_by_number(core: Core, device: str, wrong: dict, number: int) -> None:
-    params = SamplingParams(1, 0, 1, 0, 1, 0, 0, 0)
+@pytest.mark.parametrize("wrong", [{"vocabulary": 0}, {"vocabulary": (1 << 18) + 1}, {"logits_stride": 3}])
+def test_unusable_calls_are_refused_by_number(core: Core, device: str, wrong: dict) -> None:
     batch = SamplingBatch(logits_stride=1 << 20, sequences=1, vocabulary=4)
     for name, value in wrong.items():
-        setattr(params if name in dict(SamplingParams._fields_) else batch, name, value)
-    assert core.raw_sample(device, params, batch) == number
+        setattr(batch, name, value)
+    assert core.raw_sample(device, batch) == 1
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -1}, {"temperature": np.nan}, {"temperature": np.inf}, {"top_k": -1}, {"top_p": 0},
+        {"top_p": np.nan}, {"min_p": 1.5}, {"repetition": 0}, {"presence": np.nan}, {"frequency": -np.inf},
+    ],
+)  # fmt: skip
+def test_a_row_with_unusable_settings_fails_alone(core: Core, device: str, wrong: dict) -> None:
+    logits = np.arange(12, dtype=np.float32).reshape(3, 4)
+    params = (SamplingParams * 3)(*[params_of(Sampling())] * 3)
+    for name, value in wrong.items():
+        setattr(params[1], name, value)
+    tokens, status, streams, steps = (np.zeros(3, kind) for kind in (np.int32, np.int32, np.uint64, np.uint32))
+    batch = SamplingBatch(
+        params=ctypes.addressof(params), logits=pointer(logits), logits_stride=4, sequences=3, vocabulary=4,
+        streams=pointer(streams), steps=pointer(steps), tokens=pointer(tokens), status=pointer(status),
+    )  # fmt: skip
+    assert core.raw_sample(device, batch) == 0
+    assert tokens.tolist() == [3, -1, 3]
+    assert [STATUS[n] for n in status] == ["sampled", "bad settings", "sampled"]
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), order=st.integers(1, 2**32))
+def test_every_row_has_settings_of_its_own(core: Core, data: st.DataObject, order: int) -> None:
+    """Rows with different temperatures, cuts, penalties, seeds and rows of bias, in one call."""
+    core.lib.embedgrad_emulation_seed(order)
+    vocabulary, rows = data.draw(st.sampled_from([3, 33, 129])), data.draw(st.integers(2, 5))
+    random = np.random.default_rng(data.draw(st.integers(0, 2**32)))
+    logits = random.normal(0, 2, (rows, vocabulary)).astype(np.float32)
+    counts = random.integers(0, 3, (rows, vocabulary)).astype(np.int32)
+    bias = random.normal(0, 1, (2, vocabulary)).astype(np.float32)
+    bias_rows = random.integers(-1, 2, rows).astype(np.int32)
+    drawn = [
+        (
+            Sampling(
+                temperature=data.draw(st.sampled_from([0, 0.5, 2.0])), top_k=data.draw(st.sampled_from([0, 2])),
+                top_p=data.draw(st.sampled_from([1.0, 0.7])), min_p=data.draw(st.sampled_from([0.0, 0.2])), seed=row,
+            ),
+            Penalties(data.draw(st.sampled_from([1.0, 1.5])), data.draw(st.sampled_from([0.0, 0.5])), 0.1),
+        )
+        for row in range(rows)
+    ]  # fmt: skip
+    expected = [
+        choose_token(
+            logits[row], sampling, stream=7 + row, step=row, penalties=penalties, counts=counts[row],
+            bias=None if bias_rows[row] < 0 else bias[bias_rows[row]],
+        )
+        for row, (sampling, penalties) in enumerate(drawn)
+    ]  # fmt: skip
+    params = (SamplingParams * rows)(*[params_of(*each) for each in drawn])
+    streams, steps = np.arange(7, 7 + rows, dtype=np.uint64), np.arange(rows, dtype=np.uint32)
+    for device in DEVICES:
+        tokens, status = np.full((2, rows), -7, np.int32)
+        batch = SamplingBatch(
+            ctypes.addressof(params), pointer(logits), vocabulary, rows, vocabulary,
+            *(pointer(a) for a in (streams, steps, counts, bias, bias_rows)), None, None, None, None,
+            pointer(tokens), pointer(status),
+        )  # fmt: skip
+        assert core.raw_sample(device, batch) == 0
+        assert core.emulation_error() == ""
+        assert (tokens.tolist(), status.tolist()) == (expected, [0] * rows), device
 
 
 def test_weights_are_the_exponential(core: Core) -> None:

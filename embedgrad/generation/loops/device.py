@@ -27,7 +27,8 @@ from embedgrad.generation.slots import RUNNING, Slots
 LOOK = 8
 
 _READ = ("ids", "lengths", "positions", "steps", "reasons", "running", "status", "entropy", "log_probability")
-_ENTERING = ("lengths", "positions", "steps", "streams", "reasons", "nodes", "counts")  # set when a query enters
+# Set when a query enters.
+_ENTERING = ("params", "most", "lengths", "positions", "steps", "streams", "reasons", "nodes", "counts", "bias_rows")
 _SIGNED = {np.dtype(np.uint32): np.int32, np.dtype(np.uint64): np.int64}  # torch's types with the same bits
 
 
@@ -41,15 +42,10 @@ class DeviceLoop:
     def __init__(self, model: Model, slots: Slots, core: ctypes.CDLL, *, each_token: bool = False) -> None:
         self._model, self._slots, self._core = model, slots, core
         self._look = 1 if each_token else LOOK
-        device, tree = model.device, slots.choice
-        names = {*_READ, *_ENTERING, "inputs", "tokens"}
-        arrays = {name: getattr(slots, name) for name in names} | {"bias": slots.bias, "stop": slots.stop_tokens}
-        if tree is not None:
-            arrays |= {name: getattr(tree, name) for name in ("children", "child_tokens", "child_nodes")}
-        self._state = {name: _tensor(x).to(device, copy=True) for name, x in arrays.items() if x is not None}
+        device = model.device
         self._logits = torch.zeros(slots.size, slots.vocabulary, device=device)
         self._token_entropy, self._token_log_p = torch.zeros(2, slots.size, device=device)
-        self._params, self._sampling, self._advance = slots.params(), self._sampling_batch(), self._advance_batch()
+        self._place_state()
         self._cache: KeyValueCache | None = None
         self._longest = 0  # upper bound for the tokens of a running sequence after the prefix
         self._chosen = True  # whether tokens have been chosen from `_logits`
@@ -57,22 +53,47 @@ class DeviceLoop:
         self._warm = False  # whether a step with the present addresses has run, so that all kernels are compiled
         self._capturable = device.type == "cuda" and isinstance(model.weights.layers, list)  # layers are not streamed
 
+    def _place_state(self) -> None:
+        """Copies all arrays of `Slots` to the device. Their addresses change, so the captured graph is dropped."""
+        slots, tree = self._slots, self._slots.choice
+        names = {*_READ, *_ENTERING, "inputs", "tokens"}
+        arrays = {name: getattr(slots, name) for name in names} | {"bias": slots.bias, "stop": slots.stop_tokens}
+        if tree is not None:
+            arrays |= {name: getattr(tree, name) for name in ("children", "child_tokens", "child_nodes")}
+        device = self._model.device
+        self._state = {name: _tensor(x).to(device, copy=True) for name, x in arrays.items() if x is not None}
+        self._sampling, self._advance = self._sampling_batch(), self._advance_batch()
+        self._version = slots.version
+
+    def logits(self, slot: int) -> Tensor:
+        """The logits [V] from which the slot's last token was chosen; inside `on_step` only, with each_token."""
+        return self._logits[slot].cpu()
+
     def enter(self, cache: KeyValueCache, logits: Tensor, slots: Sequence[int]) -> None:
         """Takes over n sequences for `slots`, with their KV cache and the logits [n, V] for their next tokens."""
         longest = int(cache.lengths.max())
-        if self._cache is None:
-            assert len(slots) == self._slots.size, "the first queries fill all slots"
+        if self._cache is None and len(slots) == self._slots.size:
             self._cache = cache
         else:
+            if self._cache is None:
+                lengths = torch.ones(self._slots.size, dtype=torch.int64)
+                self._cache = KeyValueCache(self._model, cache.prefix, lengths)
+                self._cache.own.zero_()  # an empty slot is decoded, too
             if self._slots.running[0] > len(slots):  # other slots are running; they are decoded first
                 self._decode()
             if longest >= self._cache.own.shape[3]:
                 self._grow(longest + GROWTH)
             self._cache.own[:, :, list(slots), :longest] = cache.own[:, :, :, :longest]
+        if self._version != self._slots.version:
+            self._settle()
+            self._graph, self._warm = None, False
+            self._place_state()
         for name in _ENTERING:
             array = getattr(self._slots, name)
             if array is not None:
                 self._state[name][list(slots)] = _tensor(array[list(slots)]).to(self._model.device)
+        if self._slots.bias is not None:
+            self._state["bias"].copy_(_tensor(self._slots.bias))
         self._write("running")
         self._logits[list(slots)] = logits.float()
         self._longest, self._chosen = max(self._longest, longest), False
@@ -169,7 +190,7 @@ class DeviceLoop:
         state, (size, vocabulary) = self._state, self._logits.shape
         numbers = (self._token_entropy, self._token_log_p)
         asked = (state["tokens"], *numbers)
-        self._call("sample", ctypes.byref(self._params), ctypes.byref(self._sampling))
+        self._call("sample", ctypes.byref(self._sampling))
         self._call(
             "token_entropy", self._logits.data_ptr(), vocabulary, size, vocabulary, *(x.data_ptr() for x in asked)
         )
@@ -205,25 +226,31 @@ class DeviceLoop:
     def _sampling_batch(self) -> native_core.SamplingBatch:
         slots = self._slots
         names = (
-            "streams", "steps", "counts", "bias", "nodes", "children", "child_tokens", "reasons", "tokens", "status",
+            "streams", "steps", "counts", "bias", "bias_rows", "nodes", "children", "child_tokens", "reasons", "tokens",
+            "status",
         )  # fmt: skip
         return native_core.SamplingBatch(
-            self._logits.data_ptr(), slots.vocabulary, slots.size, slots.vocabulary, *map(self._address, names)
-        )
+            self._address("params"), self._logits.data_ptr(), slots.vocabulary, slots.size, slots.vocabulary,
+            *map(self._address, names),
+        )  # fmt: skip
 
     def _advance_batch(self) -> native_core.AdvanceBatch:
         slots = self._slots
         names = (
-            "stop", "tokens", "status", "children", "child_tokens", "child_nodes", "ids", "lengths", "inputs",
+            "stop", "most", "tokens", "status", "children", "child_tokens", "child_nodes", "ids", "lengths", "inputs",
             "positions", "steps", "counts", "nodes", "reasons", "running",
         )  # fmt: skip
-        most = slots.capacity  # sampling.max_new_tokens, or the model's context length if that is less
         return native_core.AdvanceBatch(
-            slots.size, slots.vocabulary, slots.capacity, most, slots.limits.max_position,
-            len(slots.stop_tokens), *map(self._address, names),
+            slots.size, slots.vocabulary, slots.capacity, slots.limits.max_position, len(slots.stop_tokens),
+            *map(self._address, names),
         )  # fmt: skip
 
 
 def _tensor(array: np.ndarray) -> Tensor:
-    """A tensor that shares the array's memory; unsigned integers become signed ones with the same bits."""
+    """A tensor that shares the array's memory.
+
+    Unsigned integers become signed ones with the same bits, and an array of structs [n] becomes bytes [n, size].
+    """
+    if array.dtype.fields is not None:
+        return torch.from_numpy(array.view(np.uint8).reshape(len(array), array.dtype.itemsize))
     return torch.from_numpy(array.view(_SIGNED.get(array.dtype, array.dtype)))

@@ -41,6 +41,10 @@ class NativeLoop:
             self._grow(longest + GROWTH)
         self._own[:, :, list(slots), :longest] = cache.own[:, :, :, :longest]
 
+    def logits(self, slot: int) -> Tensor:
+        """The logits [V] from which the slot's last token was chosen; inside `on_step` only."""
+        return self._logits[slot]
+
     def run(self, on_step: Callable[[], bool], refill: int) -> None:
         """Writes tokens until all answers have ended, `refill` slots are free (0: ignored), or `on_step` returns True.
 
@@ -68,17 +72,17 @@ class NativeLoop:
     def _state(self, callback: object, refill: int) -> native_core.Loop:
         slots = self._slots
         tree = slots.choice
-        arrays = (slots.streams, slots.steps, slots.counts, slots.nodes)
+        names = ("params", "streams", "steps", "counts", "bias_rows", "nodes", "reasons", "tokens", "status")
+        arrays = {name: getattr(slots, name) for name in names}
         advance = native_core.AdvanceBatch(
-            slots.size, slots.vocabulary, slots.capacity, slots.sampling.max_new_tokens, slots.limits.max_position,
-            len(slots.stop_tokens), address(slots.stop_tokens), address(slots.tokens), address(slots.status),
+            slots.size, slots.vocabulary, slots.capacity, slots.limits.max_position, len(slots.stop_tokens),
+            *(address(x) for x in (slots.stop_tokens, slots.most, slots.tokens, slots.status)),
             *((None, None, None) if tree is None else _addresses(tree)),
             *(address(x) for x in (slots.ids, slots.lengths, slots.inputs, slots.positions, slots.steps)),
             address(slots.counts), address(slots.nodes), address(slots.reasons), address(slots.running),
         )  # fmt: skip
         return native_core.Loop(
-            self._decoder.cache(self._prefix, self._own), slots.params(),
-            slots.batch(self._logits.numpy(), slots.tokens, slots.status, arrays, slots.reasons), advance,
+            self._decoder.cache(self._prefix, self._own), slots.batch(self._logits.numpy(), arrays), advance,
             address(self._fresh), address(slots.entropy), address(slots.log_probability), refill, callback, None,
         )  # fmt: skip
 

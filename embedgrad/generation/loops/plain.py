@@ -22,6 +22,7 @@ class PlainLoop:
         self._cache: KeyValueCache | None = None
         self._running: list[int] = []  # the slot of each sequence in the cache
         self._logits: Tensor | None = None  # [sequences, V] from which tokens must still be chosen
+        self._chosen = torch.empty(0)  # [sequences, V] from which the last tokens were chosen
 
     def enter(self, cache: KeyValueCache, logits: Tensor, slots: Sequence[int]) -> None:
         """Takes over n sequences for `slots`, with their KV cache and the logits [n, V] for their next tokens."""
@@ -49,6 +50,10 @@ class PlainLoop:
             if stopped or (refill and slots.size - len(self._running) >= refill):
                 return
 
+    def logits(self, slot: int) -> Tensor:
+        """The logits [V] from which the slot's last token was chosen; inside `on_step` only."""
+        return self._chosen[self._running.index(slot)]
+
     def _decode(self) -> Tensor:
         assert self._cache is not None
         ids = torch.tensor(self._slots.inputs[self._running], dtype=torch.int64, device=self._model.device)
@@ -56,8 +61,9 @@ class PlainLoop:
 
     def _choose(self, logits: Tensor) -> None:
         slots, running = self._slots, self._running
-        sampling = slots.sampling
-        plain = not (sampling.temperature or slots.counts is not None or slots.bias is not None or slots.choice)
+        self._chosen = logits
+        greedy = not slots.params["temperature"][running].any()
+        plain = greedy and slots.counts is None and slots.bias is None and slots.choice is None
         if plain and logits.device.type != "cpu" and bool(logits.amax(dim=1).isfinite().all()):
             slots.tokens[running], slots.status[running] = logits.argmax(dim=1).cpu().numpy(), 0
         else:

@@ -28,8 +28,8 @@ _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F
 # stay in the second-level cache.
 _BLOCKS_PER_ROW = 64
 
-_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-_LAYER_NAMES = {
+NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
+LAYER_NAMES = {
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",
@@ -42,7 +42,7 @@ _LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
-_ROPE_DIVISORS = "rope_freqs.weight"
+ROPE_DIVISORS = "rope_freqs.weight"
 _MOST_DIVISORS = 65536
 
 
@@ -52,6 +52,16 @@ class _Entry:
     shape: tuple[int, ...]  # in torch's order: the number of matrix rows first
     start: int  # bytes from the beginning of the file
     size: int  # bytes
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A tensor as the file has it: its name there, type, shape in torch's order, and bytes as uint8 [n]."""
+
+    name: str
+    kind: str
+    shape: tuple[int, ...]
+    data: torch.Tensor
 
 
 class GgufFile:
@@ -69,7 +79,7 @@ class GgufFile:
         self._mapped = mapped
         self._data = torch.empty(0) if mapped is None else torch.frombuffer(mapped, dtype=torch.uint8)
         try:
-            self.metadata, entries = _parse(memoryview(b"" if mapped is None else mapped))
+            self.metadata, entries, self._spans = _parse(memoryview(b"" if mapped is None else mapped))
         except (_Malformed, struct.error, UnicodeDecodeError, OverflowError) as error:
             raise ModelError(f"{path} is not a complete GGUF file ({error}); fetch it again.") from error
         except _Unsupported as error:
@@ -77,7 +87,8 @@ class GgufFile:
         if str(self.metadata.get("split.count", 0)) not in ("0", "1"):
             raise ModelError(f"{path} is one part of a split model; join the parts with llama-gguf-split --merge.")
         self._check_kinds(entries)
-        self._rope = entries.pop(_ROPE_DIVISORS, None)
+        self._stored = dict(entries)
+        self._rope = entries.pop(ROPE_DIVISORS, None)
         self._entries = {_canonical(name): entry for name, entry in entries.items()}
         if len(self._entries) != len(entries):
             raise ModelError(f"{path} holds two tensors of the same name.")
@@ -100,7 +111,7 @@ class GgufFile:
             return ()
         if len(self._rope.shape) > 1 or self._rope.shape[0] > _MOST_DIVISORS:
             shape = list(self._rope.shape)
-            raise ModelError(f"{self.path}: {_ROPE_DIVISORS} has shape {shape}; it should be a vector of half a head.")
+            raise ModelError(f"{self.path}: {ROPE_DIVISORS} has shape {shape}; it should be a vector of half a head.")
         return tuple(self._values(self._rope, self._blocks(self._rope)).flatten().tolist())
 
     def get(self, name: str) -> torch.Tensor:
@@ -128,6 +139,17 @@ class GgufFile:
         quantised = entry.kind.name not in _PLAIN
         if self._mapped is not None and last > first and quantised and hasattr(mmap, "MADV_DONTNEED"):
             self._mapped.madvise(mmap.MADV_DONTNEED, first, last - first)
+
+    def pairs(self) -> dict[str, bytes]:
+        """For each key of the metadata the bytes of its value, which begin with the number of its type."""
+        return {key: self._data[begin:end].numpy().tobytes() for key, (begin, end) in self._spans.items()}
+
+    def stored(self) -> list[StoredTensor]:
+        """All tensors in the file's order, with the file's names and order of rows."""
+        return [
+            StoredTensor(name, e.kind.name, e.shape, self._data[e.start : e.start + e.size])
+            for name, e in self._stored.items()
+        ]
 
     def _blocks(self, entry: _Entry) -> torch.Tensor:
         rows = _product(entry.shape[:-1])
@@ -246,7 +268,8 @@ class _Reader:
         return found
 
 
-def _parse(data: memoryview) -> tuple[dict[str, Any], dict[str, _Entry]]:
+def _parse(data: memoryview) -> tuple[dict[str, Any], dict[str, _Entry], dict[str, tuple[int, int]]]:
+    """(metadata, tensors, for each key the place of its type and value)."""
     reader = _Reader(data)
     if bytes(data[:4]) != GGUF_MAGIC:
         raise _Malformed("it does not begin with GGUF")
@@ -261,11 +284,14 @@ def _parse(data: memoryview) -> tuple[dict[str, Any], dict[str, _Entry]]:
         )
     tensors, pairs = reader.scalar("<Q"), reader.scalar("<Q")
     metadata: dict[str, Any] = {}
+    spans: dict[str, tuple[int, int]] = {}
     for _ in _counted(pairs, 12, reader):
         key = reader.string()
         if key in metadata:
             raise _Malformed(f"key {key!r} twice")
+        begin = reader.at
         metadata[key] = reader.value(reader.scalar("<I"))
+        spans[key] = begin, reader.at
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
         raise _Malformed(f"general.alignment is {alignment!r}")
@@ -282,7 +308,7 @@ def _parse(data: memoryview) -> tuple[dict[str, Any], dict[str, _Entry]]:
         if name in entries:
             raise _Malformed(f"tensor {name!r} twice")
         entries[name] = _entry(name, shape, kind, offset, alignment, begin, len(data))
-    return metadata, entries
+    return metadata, entries, spans
 
 
 def _counted(count: int, least: int, reader: _Reader) -> range:
@@ -319,10 +345,10 @@ def _product(shape: tuple[int, ...]) -> int:
 def _canonical(name: str) -> str:
     """The Hugging Face name of a tensor. A name without counterpart stays unchanged; `read_checkpoint` refuses it."""
     stem, dot, suffix = name.rpartition(".")
-    if stem in _NAMES:
-        return f"{_NAMES[stem]}{dot}{suffix}"
+    if stem in NAMES:
+        return f"{NAMES[stem]}{dot}{suffix}"
     block, _, rest = stem.partition(".")
     layer, _, part = rest.partition(".")
-    if block == "blk" and layer.isdecimal() and part in _LAYER_NAMES:
-        return f"model.layers.{int(layer)}.{_LAYER_NAMES[part]}{dot}{suffix}"
+    if block == "blk" and layer.isdecimal() and part in LAYER_NAMES:
+        return f"model.layers.{int(layer)}.{LAYER_NAMES[part]}{dot}{suffix}"
     return name

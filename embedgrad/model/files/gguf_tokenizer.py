@@ -34,7 +34,7 @@ def _byte_level(use_regex: bool) -> pre_tokenizers.PreTokenizer:
     return pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=use_regex)
 
 
-_SPLITS = {
+SPLITS = {
     "gpt-2": lambda: [_byte_level(True)],
     "smollm": lambda: [pre_tokenizers.Digits(individual_digits=True), _byte_level(True)],
     "qwen2": lambda: [_split(_QWEN2), _byte_level(False)],
@@ -72,15 +72,15 @@ def build_backend(metadata: Mapping[str, Any], where: str) -> Tokenizer:
 def _byte_level_bpe(metadata: Mapping[str, Any], vocabulary: dict[str, int], where: str) -> Tokenizer:
     name = metadata.get("tokenizer.ggml.pre", "default")
     name = _ALIASES.get(name, name) if isinstance(name, str) else name
-    if name not in _SPLITS:
+    if name not in SPLITS:
         raise ModelError(
-            f"{where}: the text splitting {name!r} is not supported; supported are {', '.join([*_SPLITS, *_ALIASES])}."
+            f"{where}: the text splitting {name!r} is not supported; supported are {', '.join([*SPLITS, *_ALIASES])}."
         )
     merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in _table(metadata, "merges", where))]
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=name == "llama-bpe"))
     if name == "qwen2":
         backend.normalizer = normalizers.NFC()
-    backend.pre_tokenizer = pre_tokenizers.Sequence(_SPLITS[name]())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(SPLITS[name]())
     backend.decoder = decoders.ByteLevel()
     return backend
 

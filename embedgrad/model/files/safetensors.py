@@ -22,7 +22,7 @@ DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F
 # model-00001-of-00002.fp16.safetensors.
 _VARIANT = re.compile(r"model(?:\.(\w+))?(?:-\d{5}-of-\d{5})?(?:\.(\w+))?\.safetensors")
 # Old versions of transformers stored these frequencies. They follow from the configuration and are ignored.
-_DERIVED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+DERIVED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
 
 
 class ModelFilesWarning(UserWarning):
@@ -36,10 +36,10 @@ class SafetensorsFiles:
         """Opens the files and checks all headers. Raises ModelError."""
         self._files: dict[str, Any] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
-        paths, listed = _files_of(folder)
+        paths, listed = files_of(folder)
         for path in paths:
             self._add(path)
-        absent = [name for name in listed if name not in self._files and not _DERIVED.fullmatch(name)]
+        absent = [name for name in listed if name not in self._files and not DERIVED.fullmatch(name)]
         if absent:
             raise ModelError(
                 f"{folder / INDEX} lists {absent[0]} and {len(absent) - 1} more tensors that the files do not hold; "
@@ -72,7 +72,7 @@ class SafetensorsFiles:
         try:
             file = safe_open(path, framework="pt", device="cpu")
             for name in file.keys():  # noqa: SIM118 (no mapping)
-                if _DERIVED.fullmatch(name):
+                if DERIVED.fullmatch(name):
                     continue
                 header = file.get_slice(name)
                 if header.get_dtype() not in DTYPES:
@@ -89,7 +89,7 @@ class SafetensorsFiles:
             raise ModelError(f"{path} {found}.") from error
 
 
-def _files_of(folder: Path) -> tuple[list[Path], Iterable[str]]:
+def files_of(folder: Path) -> tuple[list[Path], Iterable[str]]:
     """(files to open, names of the tensors that an index lists). Raises ModelError.
 
     A single file comes before an index, as in transformers, which leaves the index of an earlier save behind. Of
@@ -122,7 +122,7 @@ def _files_of(folder: Path) -> tuple[list[Path], Iterable[str]]:
 
 
 def _listed(folder: Path, index: Path) -> tuple[list[Path], Iterable[str]]:
-    """`_files_of` by an index."""
+    """`files_of` by an index."""
     try:
         weights = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = sorted(set(weights.values()))

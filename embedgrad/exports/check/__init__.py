@@ -1,0 +1,1 @@
+"""Holds an export against our own engine, by the target's own program."""

@@ -1,0 +1,1 @@
+"""Evaluation harnesses of others on our engine."""
