@@ -25,7 +25,7 @@ from bench.harness.verify import verify
 HERE = Path(__file__).parent
 ALL = (
     ("step",), ("decode",), ("load",), ("ops",), ("scale",), ("ablation",), ("quality",), ("memory",), ("predict",),
-    ("kernels", "--static"),
+    ("host",), ("kernels", "--static"),
 )  # fmt: skip
 
 

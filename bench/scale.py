@@ -112,13 +112,13 @@ class _Measure:
         import torch
 
         from bench.harness import resident
-        from bench.harness.models import random_model
+        from bench.harness.models import config_of, random_model
 
         where = torch.device("cpu")
         key = (request["model"], request["layers"])
         if key != self._key:
             self._model = None
-            self._model, self._key = random_model(key[0], key[1] or None), key
+            self._model, self._key = random_model(config_of(key[0], key[1] or None), key[0]), key
             our_step(self._model, Case(4, 4, 1), "all")()
             self._model.release_memory()
             self._base = resident.used(where)
