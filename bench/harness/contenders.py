@@ -135,14 +135,14 @@ def our_step(model: Any, case: Case, policy: str, **options: Any) -> Step:
     return step
 
 
-def others(name: str, ours: Any, where: torch.device) -> tuple[Build, str]:
-    """One of OTHERS on the weights of `ours`."""
+def others(name: str, ours: Any, where: torch.device, twin: Any = None) -> tuple[Build, str]:
+    """One of OTHERS on the weights of `ours`. twin: a transformers model of these weights, where there is one."""
     import transformers
 
     from embedgrad.compare.twin import transformers_twin
 
     vocabulary = ours.config.vocab_size
-    model: Any = transformers_twin(ours, attention="sdpa")
+    model: Any = transformers_twin(ours, attention="sdpa") if twin is None else twin
     with torch.no_grad():
         model(input_ids=torch.tensor([list(range(100, 108))], device=where))
     version = f"transformers {transformers.__version__}, torch {torch.__version__}"

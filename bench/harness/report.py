@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bench.harness import rows
-from bench.harness.rows import ROOT, Row
+from bench.harness.rows import ROOT, Row, Run
 from embedgrad.util.files import write_atomic
 
 DOCUMENTS = tuple(ROOT / name for name in ("bench/README.md", "docs/kernels.md", "docs/performance.md"))
@@ -57,15 +57,31 @@ def rebuild(questions: Sequence[Question]) -> None:
 
 
 def tables_of(question: Question) -> dict[str, str]:
-    """The tables of a question's recorded rows, by name; below each, where the rows come from."""
-    found = recorded(question)
-    tables = question.tables(found) if found else {}
-    return {name: f"{text.strip()}\n\n{_source(found)}" for name, text in tables.items()}
+    """The tables of a question's recorded rows, by name; below each, where the rows come from.
+
+    A question that measures CPUs and GPUs has those of the last run on a GPU as well, as NAME-cuda.
+    """
+    name, found = _name(question), recorded(question)
+    measured = {"": found} if found else {}
+    if not getattr(question, "HISTORY", False):
+        measured |= {"-cuda": rows.newest(name, card=card) for card in rows.cards(name)[:1]}
+    return {
+        f"{key}{end}": f"{text.strip()}\n\n{_source(own)}"
+        for end, own in measured.items()
+        for key, text in question.tables(own).items()
+    }
 
 
 def recorded(question: Question) -> list[Row]:
-    """The rows that count of a question."""
-    return rows.newest(question.__name__.rpartition(".")[2])
+    """The rows that count of a question: those of its last run on a CPU, or of all runs if it has a HISTORY."""
+    name = _name(question)
+    if getattr(question, "HISTORY", False):
+        return [one for found in rows.runs(name) for one in found]
+    return rows.newest(name)
+
+
+def _name(question: Question) -> str:
+    return question.__name__.rpartition(".")[2]
 
 
 def filled(text: str, tables: dict[str, str]) -> str:
@@ -89,19 +105,26 @@ def _documents(questions: Sequence[Question]) -> list[tuple[Path, str]]:
 
 
 def _source(found: list[Row]) -> str:
-    run = found[0].run
-    assert run is not None
-    return f"<sub>`{run.command}`, {run.started[:10]}, commit {run.commit}, {run.machine}</sub>"
+    told = (_told(one.run) for one in found if one.run is not None)
+    return "<br>\n".join(dict.fromkeys(told))
+
+
+def _told(run: Run) -> str:
+    command = f"`{run.command}`" if run.command.startswith("python") else run.command
+    return f"<sub>{command}, {run.started[:10]}, commit {run.commit}, {run.machine}</sub>"
 
 
 def _draw(question: Question) -> None:
-    import matplotlib.pyplot as plt
-
-    from bench.harness import pictures
-
     found = recorded(question)
     if not found:
         return
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("matplotlib is not installed, so the pictures stay as they are.")
+        return
+    from bench.harness import pictures
+
     with pictures.style():
         for name, figure in question.pictures(found).items():
             pictures.save(figure, PICTURES / f"{name}.svg")
