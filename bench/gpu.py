@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness.clock import device
+from bench.harness.markdown import table
 from bench.harness.rows import Row, Run, this_run
 from bench.on_gpu import attention, ceilings, correct, decoding, losses, profiles, quantized, row_wise, steps
 from bench.on_gpu.device import Device, Rehearsal
@@ -185,8 +186,10 @@ def page(rows: Sequence[Row], notes: Sequence[Note], run: Run) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in run.versions.items())
     parts = [f"# embedgrad on {run.machine.gpu or 'no GPU'}", f"`{run.command}`, {run.started}, commit {run.commit}. "
              f"{run.machine}. {versions}."]  # fmt: skip
+    tables_ = tables(rows)
+    tables_.pop("gpu-runs")
     titles = {one.name: one.title for one in SECTIONS} | {"decode profile": "Which kernels do answers consist of?"}
-    for name, text in tables(rows).items():
+    for name, text in tables_.items():
         parts.append(f"## {titles[name.removeprefix('gpu-').replace('_', ' ')]}\n\n{text}")
     if notes:
         parts.append("## Left out, or failed\n\n" + "\n".join(f"- {note}" for note in notes))
@@ -204,13 +207,23 @@ def _value(one: Row) -> str:
 
 
 def tables(rows: Sequence[Row]) -> dict[str, str]:
-    """`gpu-SECTION`, one for each section that has rows (spaces in its name are underscores)."""
-    found = {}
+    """`gpu-runs`, and `gpu-SECTION` for each section that has rows (spaces in its name are underscores)."""
+    found = {"gpu-runs": _runs(rows)}
     for name, make in TABLES.items():
         own = [one for one in rows if one.case["section"] == name]
         if own:
             found[f"gpu-{name.replace(' ', '_')}"] = of_cards(own, make)
     return found
+
+
+def _runs(rows: Sequence[Row]) -> str:
+    cells = []
+    for run in dict.fromkeys(one.run.model_dump_json() for one in rows if one.run is not None):
+        one = Run.model_validate_json(run)
+        command = f"`{one.command}`" if one.command.startswith("python") else one.command
+        versions = ", ".join(f"{name} {one.versions[name]}" for name in ("torch", "triton") if name in one.versions)
+        cells.append((one.commit, one.started[:10], str(one.machine), versions, command))
+    return table(("commit", "date", "machine", "with", "measured by"), cells)
 
 
 def pictures(rows: Sequence[Row]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from bench.harness import rows
-from bench.harness.rows import ROOT, Row, Run
+from bench.harness.rows import ROOT, Row
 from embedgrad.util.files import write_atomic
 
 DOCUMENTS = tuple(ROOT / name for name in ("bench/README.md", "docs/kernels.md", "docs/performance.md"))
@@ -59,12 +59,14 @@ def rebuild(questions: Sequence[Question]) -> None:
 def tables_of(question: Question) -> dict[str, str]:
     """The tables of a question's recorded rows, by name; below each, where the rows come from.
 
-    A question that measures CPUs and GPUs has those of the last run on a GPU as well, as NAME-cuda.
+    A question that measures CPUs and GPUs has those of the last run on a GPU as well, as NAME-cuda. One with a HISTORY
+    says itself where its rows come from.
     """
     name, found = _name(question), recorded(question)
+    if getattr(question, "HISTORY", False):
+        return question.tables(found) if found else {}
     measured = {"": found} if found else {}
-    if not getattr(question, "HISTORY", False):
-        measured |= {"-cuda": rows.newest(name, card=card) for card in rows.cards(name)[:1]}
+    measured |= {end: rows.newest(name, card=card) for end, card in zip(("-cuda",), rows.cards(name), strict=False)}
     return {
         f"{key}{end}": f"{text.strip()}\n\n{_source(own)}"
         for end, own in measured.items()
@@ -105,13 +107,9 @@ def _documents(questions: Sequence[Question]) -> list[tuple[Path, str]]:
 
 
 def _source(found: list[Row]) -> str:
-    told = (_told(one.run) for one in found if one.run is not None)
-    return "<br>\n".join(dict.fromkeys(told))
-
-
-def _told(run: Run) -> str:
-    command = f"`{run.command}`" if run.command.startswith("python") else run.command
-    return f"<sub>{command}, {run.started[:10]}, commit {run.commit}, {run.machine}</sub>"
+    run = found[0].run
+    assert run is not None
+    return f"<sub>`{run.command}`, {run.started[:10]}, commit {run.commit}, {run.machine}</sub>"
 
 
 def _draw(question: Question) -> None:

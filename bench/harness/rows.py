@@ -29,14 +29,15 @@ class Machine(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     cpu: str
-    instruction_set: str  # what the native backend uses
+    instruction_set: str  # what the native backend uses; empty: unknown
     cores: int
     memory_bytes: int | None  # None: unknown
     gpu: str | None
     system: str
 
     def __str__(self) -> str:
-        parts = [f"{self.cores} cores of {self.cpu} ({self.instruction_set})"]
+        told = f" ({self.instruction_set})" if self.instruction_set else ""
+        parts = [f"{self.cores} cores of {self.cpu}{told}"]
         if self.memory_bytes is not None:
             parts.append(f"{self.memory_bytes / 2**30:.0f} GiB")
         return ", ".join(parts if self.gpu is None else [self.gpu, *parts])
@@ -168,21 +169,21 @@ def card_of(rows: Iterable[Row]) -> str | None:
     return next((one.run.machine.gpu for one in rows if one.run and one.case.get("device") == "cuda"), None)
 
 
-def runs(question: str, folder: Path = RESULTS) -> list[list[Row]]:
+def runs(question: str, folder: Path | None = None) -> list[list[Row]]:
     """The rows of a question by run, from the first on; without `--quick` runs, unless all were quick."""
     by_run: dict[str, list[Row]] = {}
-    for one in read(folder / f"{question}.jsonl"):
+    for one in read((RESULTS if folder is None else folder) / f"{question}.jsonl"):
         by_run.setdefault("" if one.run is None else one.run.model_dump_json(), []).append(one)
     found = list(by_run.values())
     return [rows for rows in found if rows[0].run is not None and not rows[0].run.quick] or found
 
 
-def newest(question: str, folder: Path = RESULTS, card: str | None = None) -> list[Row]:
+def newest(question: str, folder: Path | None = None, card: str | None = None) -> list[Row]:
     """The rows of a question's last run on a CPU, or on the GPU `card`, that was not `--quick`."""
     return next((rows for rows in reversed(runs(question, folder)) if card_of(rows) == card), [])
 
 
-def cards(question: str, folder: Path = RESULTS) -> list[str]:
+def cards(question: str, folder: Path | None = None) -> list[str]:
     """The GPUs that a question has rows of, the one of the last run first."""
     found = (card_of(rows) for rows in reversed(runs(question, folder)))
     return list(dict.fromkeys(card for card in found if card is not None))
@@ -198,6 +199,9 @@ def take(path: Path) -> list[Path]:
         raise ValueError(f"{path} holds no rows; give the gpu.jsonl that `python -m bench gpu` has written.")
     if any(one.run is None for one in given):
         raise ValueError(f"{path} has rows that do not say which run they come from; only whole rows are taken.")
+    for name in {one.question for one in given}:
+        if not (ROOT / "bench" / f"{name}.py").is_file() or not name.isidentifier():
+            raise ValueError(f"{path} names the question {name!r}, which is none of `python -m bench`.")
     known = {one for name in {one.question for one in given} for one in _lines(RESULTS / f"{name}.jsonl")}
     return append(one for one in given if one.model_dump_json() not in known)
 

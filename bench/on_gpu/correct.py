@@ -29,6 +29,8 @@ from bench.on_gpu.section import OURS, Bench, Job, Section, figure, relative_err
 from bench.on_gpu.show import grouped
 from embedgrad.backends.reference import OPS as reference
 from embedgrad.backends.triton import OPS as ours
+from embedgrad.maths.optimizer import ADAMW
+from embedgrad.maths.trust_region import MeanCosine
 
 FOLDERS = {"tests/engine/test_on_a_gpu.py": 0.5, "tests/kernels": 1.0}
 """Tests, and the share of the time that is left which they may take."""
@@ -117,6 +119,7 @@ def _every_operation(bench: Bench, dtype: torch.dtype) -> list[Row]:
         forward, backward = attention.truth()
         errors["tree_attention"] = _worst(attention.forward[ours.name](), forward)
         errors["tree_attention_backward"] = _worst(attention.backward[ours.name](), backward)
+        errors["prompt_step, mean cosine"] = _mean_cosine(bench)
         errors["decode_attention"] = _decode_attention(bench, dtype)
         for kind, quantise in (("int8", quantize_int8), ("int4", quantize_int4)):
             errors |= {f"{name}, {kind}": error for name, error in _products(bench, dtype, quantise).items()}
@@ -130,6 +133,17 @@ def _every_operation(bench: Bench, dtype: torch.dtype) -> list[Row]:
 
 def _worst(found: Sequence[torch.Tensor], truth: Sequence[torch.Tensor]) -> float:
     return max(relative_error(x, y) for x, y in zip(found, truth, strict=True))
+
+
+def _mean_cosine(bench: Bench) -> float:
+    """The region that needs a pass over the whole prompt; float32 in every model."""
+    e0, e, g = (bench.device.random(5, 48, dtype=torch.float32) for _ in range(3))
+    found = e.clone(), torch.zeros_like(e), torch.zeros_like(e)
+    truth = tuple(x.double() for x in found)
+    region, factors = MeanCosine(0.9), ADAMW.factors(1, 1e-2)
+    ours.prompt_step(found[0], e0, found[1], found[2], g, factors=factors, region=region)
+    reference.prompt_step(truth[0], e0.double(), truth[1], truth[2], g.double(), factors=factors, region=region)
+    return _worst(found, truth)
 
 
 def _decode_attention(bench: Bench, dtype: torch.dtype) -> float:

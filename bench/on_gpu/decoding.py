@@ -14,7 +14,7 @@ from bench.harness.markdown import table
 from bench.harness.rows import Row
 from bench.on_gpu.others import NEEDS, Twins
 from bench.on_gpu.section import Bench, Job, Section, figure, installed
-from bench.on_gpu.show import grouped, pick
+from bench.on_gpu.show import grouped, pick, short
 
 ROUNDS = 3
 TOP = 24
@@ -118,13 +118,9 @@ def _profiles(rows: Sequence[Row]) -> str:
     cells: list[Sequence[object]] = []
     for (count, at), found in grouped(rows, lambda one: int(one.case["queries"])).items():
         one = found[-1]
-        top = "; ".join(f"{_short(name)} {s * 1e3:.1f} ({n:,})" for name, s, n in one.more["top"][:14])
+        top = "; ".join(f"{short(name)} {s * 1e3:.1f} ({n:,})" for name, s, n in one.more["top"][:14])
         cells.append((count, at, f"{one.median * 1e3:.0f}", top))
     return table(("queries", "commit", "kernels, ms", "most of it, ms (launches)"), cells)
-
-
-def _short(name: str) -> str:
-    return name.removeprefix("void ").partition("<")[0].split("::")[-1].removesuffix("_kernel")[:48]
 
 
 SECTION = Section("decode", "How fast are answers written?", 60, _jobs, _table)

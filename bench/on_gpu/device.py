@@ -14,6 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 
 Run = Callable[[], Any]
 FEWEST, MOST = 5, 60  # timings of one operation
+WAIT, WAIT_CYCLES = 1e-3, 2_000_000  # seconds, and cycles of the device for some so many: enough for 20 launches
 
 
 @dataclass(frozen=True)
@@ -45,11 +46,13 @@ class Device:
         torch.cuda.synchronize(self.where)
 
     def seconds(self, run: Run, budget: float = 0.06) -> list[float]:
-        """Seconds of `run` on the device, some `budget` seconds long, L2 overwritten before each; called from Python,
-        so that a run of less than its launches' time takes these."""
+        """Seconds of `run` on the device, some `budget` seconds long, L2 overwritten before each.
+
+        The device waits until the host has queued the run, so that the time to launch it does not count.
+        """
         run()
         once = self._once(run)
-        return [self._once(run) for _ in range(max(FEWEST, min(MOST, int(budget / max(once, 1e-5)))))]
+        return [self._once(run) for _ in range(max(FEWEST, min(MOST, int(budget / max(once + WAIT, 1e-5)))))]
 
     def graph_seconds(self, run: Run, calls: int = 20) -> list[float]:
         """Seconds of one of `calls` calls in a CUDA graph: without the host, and with data in L2 where it fits."""
@@ -110,6 +113,7 @@ class Device:
 
     def _once(self, run: Run) -> float:
         self._flushed.zero_()
+        torch.cuda._sleep(WAIT_CYCLES)  # torch's own tests wait so, too
         return self._timed(run)
 
     def _timed(self, run: Run) -> float:

@@ -112,7 +112,7 @@ def _table(rows: Sequence[Row]) -> str:
         assert isinstance(size, tuple)
         told = f"{size[0]:,} of {size[1]:,}, width {size[2]:,}"
         cells.append((told, at, _cell(pick(found, "embedgrad")), *(_cell(pick(found, name)) for name in names)))
-    return table(("targets", "commit", "ours", *names), cells)
+    return table(("ms (MiB that it needs)", "commit", "ours", *names), cells)
 
 
 def _cell(one: Row | None) -> str | None:

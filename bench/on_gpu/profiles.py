@@ -9,7 +9,7 @@ from bench.harness.contenders import Case
 from bench.harness.markdown import table
 from bench.harness.rows import Row
 from bench.on_gpu.section import Bench, Job, Section, figure
-from bench.on_gpu.show import grouped, ms
+from bench.on_gpu.show import grouped, ms, short
 from bench.on_gpu.steps import WARM, OurStep
 
 TOP, SHOWN = 30, 12  # kernels that are recorded, and in the table
@@ -42,16 +42,11 @@ def _table(rows: Sequence[Row]) -> str:
     for (shape, at), found in grouped(rows, lambda one: str(one.case["shape"])).items():
         one = found[-1]
         wall = one.more.get("wall_seconds")
-        top = "; ".join(f"{_short(name)} {s * 1e3:.2f} ({n})" for name, s, n in one.more["top"][:SHOWN])
+        top = "; ".join(f"{short(name)} {s * 1e3:.2f} ({n})" for name, s, n in one.more["top"][:SHOWN])
         share = f"{one.median / wall:.0%}" if wall else None
         cells.append((shape, at, ms(one), share, one.more["launches"], top))
     heads = ("prompt/query/batch", "commit", "kernels, ms", "of the step", "launches", "most of it, ms (launches)")
     return table(heads, cells)
-
-
-def _short(name: str) -> str:
-    """A kernel's name without what no reader needs."""
-    return name.removeprefix("void ").partition("<")[0].split("::")[-1].removesuffix("_kernel")[:48]
 
 
 SECTION = Section("profile", "Which kernels does a step consist of?", 25, _jobs, _table)

@@ -12,7 +12,7 @@ from embedgrad.kernels.packing import quantize_int4, quantize_int8
 from bench.harness.markdown import table
 from bench.harness.rows import Row
 from bench.on_gpu.section import OURS, Bench, Job, Section, figure, relative_error, torch_version
-from bench.on_gpu.show import grouped, pick, us
+from bench.on_gpu.show import TIMED, grouped, pick, us
 from embedgrad.backends.triton import OPS as ours
 from embedgrad.model.frozen import Widening
 from embedgrad.model.packed import PackedMatrix
@@ -22,7 +22,7 @@ WAYS = ("forward", "backward")
 
 
 def _case(kind: str, matrix: tuple[int, int], way: str, rows: int) -> dict[str, Any]:
-    return {"kind": kind, "outputs": matrix[0], "inputs": matrix[1], "rows": rows, "pass": way}
+    return {"kind": kind, "outputs": matrix[0], "inputs": matrix[1], "rows": rows, "pass": way, "timed": "cold"}
 
 
 def _products(bench: Bench, kind: str, matrix: tuple[int, int]) -> list[Row]:
@@ -74,18 +74,19 @@ def _table(rows: Sequence[Row]) -> str:
     cells: list[Sequence[object]] = []
     for (case, at), found in grouped(rows, _asked).items():
         assert isinstance(case, tuple)
-        matrix, kind, count = case
+        matrix, kind, count, timed = case
         told = f"{count:,}" if count else "dequantise"
         ways = WAYS if count else ("dequantize",)
         pairs = [us(pick(found, name, **{"pass": way})) for way in ways for name in ("embedgrad", "cuBLAS, bf16")]
-        cells.append((kind, matrix, told, at, *pairs[: 4 if count else 1]))
-    heads = ("", "outputs × inputs", "rows", "commit", "forward", "cuBLAS on bf16", "backward", "cuBLAS on bf16")
+        cells.append((kind, matrix, told, at, TIMED[timed], *pairs[: 4 if count else 1]))
+    heads = ("µs", "outputs × inputs", "rows", "commit", "timed", "forward", "cuBLAS", "backward", "cuBLAS on bf16")
     return table(heads, [[*cell, *[None] * (len(heads) - len(cell))] for cell in cells])
 
 
-def _asked(one: Row) -> tuple[str, str, int]:
+def _asked(one: Row) -> tuple[str, str, int, str]:
     case = one.case
-    return f"{int(case['outputs']):,} × {int(case['inputs']):,}", str(case["kind"]), int(case["rows"])
+    matrix = f"{int(case['outputs']):,} × {int(case['inputs']):,}"
+    return matrix, str(case["kind"]), int(case["rows"]), str(case["timed"])
 
 
 SECTION = Section("quantized", "How long are products with int8 and int4 weights?", 35, _jobs, _table)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from bench.harness.markdown import table
 from bench.harness.rows import Row
 from bench.on_gpu.section import OURS, Bench, Job, Section, figure, installed, relative_error, torch_version
-from bench.on_gpu.show import grouped, pick, us
+from bench.on_gpu.show import TIMED, grouped, pick, us
 from embedgrad.backends.triton import OPS as ours
 from embedgrad.maths.optimizer import ADAMW
 from embedgrad.maths.trust_region import CosineCone
@@ -112,8 +112,8 @@ def _row_table(rows: Sequence[Row]) -> str:
         share = f"{copy.median / mine.median:.0%}" if mine and copy else None
         others = (us(pick(found, name)) for name in ("Liger", "torch.compile"))
         cells.append((case[0], f"{case[1]:,} × {case[2]:,}", at, us(mine), rate, share, *others))
-    heads = ("operation", "tokens × width", "commit", "ours", "GB/s", "of a copy's rate", "Liger", "`torch.compile`")
-    return table(heads, cells)
+    heads = ("operation, µs", "tokens × width", "commit", "ours", "GB/s", "of a copy's rate")
+    return table((*heads, "Liger", "`torch.compile`"), cells)
 
 
 def _asked(one: Row) -> tuple[str, int, int]:
@@ -139,7 +139,7 @@ def _prompt_step(bench: Bench, k: int, d: int) -> list[Row]:
     case = {"op": "prompt_step", "size": f"{k} × {d}"}
     return [
         *_timed(bench, "embedgrad", OURS, case, run),
-        figure("small", "torch's fused AdamW, no projection", device.seconds(adamw.step), {**case, "timed": "events"},
+        figure("small", "torch's fused AdamW, no projection", device.seconds(adamw.step), {**case, "timed": "cold"},
                version=torch_version()),
     ]  # fmt: skip
 
@@ -175,7 +175,7 @@ def _decode_attention(bench: Bench, count: int) -> list[Row]:
 
 
 def _timed(bench: Bench, contender: str, version: str, case: dict[str, Any], run: Run, **more: Any) -> list[Row]:
-    ways = {"graph": bench.device.graph_seconds, "events": bench.device.seconds}
+    ways = {"graph": bench.device.graph_seconds, "cold": bench.device.seconds}
     return [
         figure("small", contender, clock(run), {**case, "timed": way}, version=version, **more)
         for way, clock in ways.items()
@@ -194,8 +194,8 @@ def _small_table(rows: Sequence[Row]) -> str:
     for (case, at), found in grouped(rows, lambda r: (str(r.case["op"]), str(r.case["size"]))).items():
         assert isinstance(case, tuple)
         for name in dict.fromkeys(one.contender for one in found):
-            cells.append((*case, at, name, *(us(pick(found, name, timed=way)) for way in ("graph", "events"))))
-    return table(("operation", "size", "commit", "", "in a CUDA graph", "from Python"), cells)
+            cells.append((*case, at, name, *(us(pick(found, name, timed=way)) for way in TIMED)))
+    return table(("operation, µs", "size", "commit", "", *TIMED.values()), cells)
 
 
 SECTION = Section("row-wise", "How close do row-wise operations come to a copy?", 30, _row_jobs, _row_table)

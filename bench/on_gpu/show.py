@@ -7,6 +7,9 @@ from collections.abc import Callable, Hashable, Iterable, Sequence
 from bench.harness.rows import Row
 
 Cell = str | None
+TIMED = {"graph": "in a CUDA graph", "cold": "L2 cold", "python": "from Python"}
+"""How an operation was timed: in a graph, with its data in L2 where it fits; queued behind a wait, L2 overwritten; and
+in older rows between two events around a call from Python, so that slow launches count."""
 
 
 def commit(one: Row) -> str:
@@ -50,6 +53,12 @@ def _scaled(one: Row | None, scale: float) -> Cell:
         return str(one.more["error"])
     value = one.median * scale
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def short(kernel: str) -> str:
+    """A kernel's name without namespaces, template and arguments."""
+    name = kernel.removeprefix("void ").replace("(anonymous namespace)::", "")
+    return name.partition("(")[0].partition("<")[0].split("::")[-1].strip().removesuffix("_kernel")[:48]
 
 
 def of_cards(rows: Sequence[Row], make: Callable[[Sequence[Row]], str]) -> str:

@@ -180,7 +180,7 @@ def _more_jobs(bench: Bench) -> Iterator[Job]:
 
 
 def _table(rows: Sequence[Row]) -> str:
-    heads = ("model, weights", "prompt/query/batch", "policy", "commit", "PEFT", "transformers", "`loss_and_grad`",
+    heads = ("ms", "prompt/query/batch", "policy", "commit", "PEFT", "transformers", "`loss_and_grad`",
              "step", "pipelined", "device alone", "floor", "peak MiB: PEFT / transformers / ours")  # fmt: skip
     cells: list[Sequence[object]] = []
     mine = [one for one in rows if one.contender == "embedgrad"]
