@@ -165,7 +165,7 @@ def _peft(model: Any, vocabulary: int, case: Case, where: torch.device) -> Step:
         model, peft.PromptTuningConfig(task_type=peft.TaskType.CAUSAL_LM, num_virtual_tokens=case.prompt)
     )
     weight: Any = tuned.get_parameter("prompt_encoder.default.embedding.weight")
-    weight.data = model.get_input_embeddings().weight[prompt].clone()
+    weight.data = model.get_input_embeddings().weight[prompt].float()
     inputs = torch.tensor([q + t for q, t in zip(queries, targets, strict=True)], device=where)
     labels = torch.tensor([[-100] * case.query + t for t in targets], device=where)
 

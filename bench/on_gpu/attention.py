@@ -22,7 +22,7 @@ from embedgrad.prompt.rendering import Rendered
 Heads = tuple[int, int, int]
 Shape = tuple[int, int, int]  # shared tokens, own tokens of a branch, branches
 EACH = {"forward": 4, "backward": 10}  # operations for a visible pair, head and dimension, as FlashAttention counts
-FLEX_TOKENS = 5200  # of the largest tree that FlexAttention's mask is made for
+COMPILED = 2  # trees for which FlexAttention is compiled, which takes some 20 s each
 
 
 def tree_of(shape: Shape) -> TokenTree:
@@ -128,10 +128,11 @@ def _flex(bench: Bench, heads: Heads, shape: Shape) -> list[Row]:
 
     mask = create_block_mask(cast(Any, sees), None, None, tokens, tokens, device=str(bench.device.where))
     attend: Any = flex_attention if bench.device.interpreted else torch.compile(flex_attention)
-    leaves, do = _leaves(on.q, on.k, on.v), on.do.transpose(0, 1)[None].contiguous()
+    q, k, v, do = (x.transpose(0, 1)[None].contiguous() for x in (on.q, on.k, on.v, on.do))
+    leaves = [x.requires_grad_(not bench.device.interpreted) for x in (q, k, v)]  # on a CPU it has no backward
     forward: Callable[[], Any] = lambda: attend(*leaves, block_mask=mask, scale=on.scale, enable_gqa=True)  # noqa: E731
-    if bench.device.interpreted:  # on a CPU it has no backward
-        timed = {("forward", "cold"): bench.device.seconds(torch.no_grad()(forward))}
+    if bench.device.interpreted:
+        timed = {("forward", "cold"): bench.device.seconds(forward)}
     else:
         with functorch_config.patch(donated_buffer=False):  # else its backward may run only once
             timed = _both(bench, forward, leaves, do)
@@ -153,10 +154,6 @@ def _dense(bench: Bench, heads: Heads, shape: Shape, backend: str) -> list[Row]:
     return _rows(name, torch_version(), heads, shape, pairs, timed)
 
 
-def _leaves(*tensors: Tensor) -> list[Tensor]:
-    return [x.transpose(0, 1)[None].contiguous().requires_grad_() for x in tensors]
-
-
 def _both(
     bench: Bench, forward: Callable[[], Any], leaves: list[Tensor], do: Tensor
 ) -> dict[tuple[str, str], list[float]]:  # fmt: skip
@@ -173,9 +170,8 @@ def _jobs(bench: Bench) -> Iterator[Job]:
     for heads, shape in every:
         for backend in dense:
             yield Job(f"{backend} {shape}, {heads}", partial(_dense, bench, heads, shape, backend), 1)
-    for heads, shape in every[: len(bench.sizes.trees)]:
-        if tree_of(shape).num_tokens <= FLEX_TOKENS:
-            yield Job(f"FlexAttention {shape}, {heads}", partial(_flex, bench, heads, shape), 10)
+    for heads, shape in every[:COMPILED]:
+        yield Job(f"FlexAttention {shape}, {heads}", partial(_flex, bench, heads, shape), 15)
 
 
 def _table(rows: Sequence[Row]) -> str:

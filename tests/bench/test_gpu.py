@@ -168,9 +168,9 @@ def test_tables_of_a_card_have_names_of_their_own(results: Path) -> None:
         def tables(self, found: list[Row]) -> dict[str, str]:
             return {"x": "".join(f"| {r.median} |" for r in found)}
 
-    for value, device in ((1.0, "cpu"), (2.0, "cuda")):
+    for commit, value, device in (("a", 1.0, "cpu"), ("b", 2.0, "cuda")):
         found = rows.row("x", "us", "1", [value], case={"device": device})
-        rows.append([found.model_copy(update={"run": run("a")})])
+        rows.append([found.model_copy(update={"run": run(commit)})])
     made = report.tables_of(Question())  # type: ignore[arg-type]
     assert made["x"].startswith("| 1.0 |")
     assert made["x-cuda"].startswith("| 2.0 |")
