@@ -22,6 +22,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
+from bench.harness.arguments import positive
 from bench.harness.clock import device, take_turns
 from bench.harness.markdown import table
 from bench.harness.rows import Row, row
@@ -44,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--queries", nargs="*", type=int, default=None, help="default: 1 8 32")
     parser.add_argument("--tokens", type=int, default=64, help="longest answer (default 64)")
     parser.add_argument(
-        "--repeats", type=int, default=2, help="rounds that count (default 2; in float32 with 8 queries or more 1)"
+        "--repeats", type=positive, default=2, help="rounds that count (default 2; in float32 with 8 queries or more 1)"
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of ours and of transformers")
@@ -69,7 +72,7 @@ def main(args: argparse.Namespace) -> list[Row]:
     with workers("decode", {name: ("--worker", name, *options) for name in names}, args.threads) as running:
         for count in counts:
             rows += _rounds(running, count, 2 if args.quick else args.repeats, args)
-    return [*rows, _floor(args.threads)]
+    return [*rows, _floor(args.threads, device(args.device))]
 
 
 def _takes_part(name: str, count: int) -> bool:
@@ -109,21 +112,19 @@ def _queries(count: int, number: int) -> list[str]:
     ]
 
 
-def _floor(threads: int) -> Row:
-    """The bytes that the machine reads per second, and the rate that the stored bytes allow."""
-    import torch
-
+def _floor(threads: int, where: torch.device) -> Row:
+    """The bytes that the device reads per second, and the rate that the stored bytes allow."""
     from embedgrad.engine.model import load_model
     from embedgrad.tasks import smollm2
 
     torch.set_num_threads(threads)
     model = load_model(smollm2.path(), weights="stored")
     stored = sum(x.nbytes for x in model.weights.tensors())
-    data = torch.ones(1 << 27)
-    rates = [data.nbytes / seconds for seconds in take_turns([data.sum], 7, torch.device("cpu"))[0]]
+    data = torch.ones(1 << 27, device=where)
+    rates = [data.nbytes / seconds for seconds in take_turns([data.sum], 7, where)[0]]
     return row(
         "decode", "byte floor", f"torch {torch.__version__}", [rate / stored for rate in rates],
-        case={"queries": 1, "threads": threads, "device": "cpu"}, unit="tokens/s",
+        case={"queries": 1, "threads": threads, "device": where.type}, unit="tokens/s",
         stored_bytes=stored, bytes_per_second=statistics.median(rates),
     )  # fmt: skip
 

@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.harness.arguments import folder, minutes
 from bench.harness.clock import device
 from bench.harness.markdown import table
 from bench.harness.rows import Row, Run, this_run
@@ -53,8 +54,8 @@ Found = tuple[list[Row], list[Note]]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this question."""
     names = [one.name for one in SECTIONS]
-    parser.add_argument("--minutes", type=float, default=10.0, help="no section goes on after so long (default 10)")
-    parser.add_argument("--out", type=Path, default=Path("gpu-results"), metavar="DIR", help="default: gpu-results")
+    parser.add_argument("--minutes", type=minutes, default=10.0, help="no section goes on after so long (default 10)")
+    parser.add_argument("--out", type=folder, default=Path("gpu-results"), metavar="DIR", help="default: gpu-results")
     parser.add_argument("--sections", nargs="*", choices=names, default=names, metavar="NAME", help=", ".join(names))
     parser.add_argument("--rehearse", action="store_true", help="tiny and interpreted, without a GPU; records nothing")
     parser.add_argument("--worker", choices=names, help=argparse.SUPPRESS)

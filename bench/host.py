@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 import embedgrad
+from bench.harness.arguments import positive
 from bench.harness.contenders import Case, task
 from bench.harness.markdown import table
 from bench.harness.models import QWEN_1_5B, config_of
@@ -31,7 +32,7 @@ from bench.harness.rows import Row, row
 from bench.harness.stopwatch import Stopwatch, replaced
 from bench.harness.unlaunched import META, TorchCalls, launches, model_without_memory, nothing_computed
 from embedgrad.backends.triton import Triton
-from embedgrad.engine import gradient, packed_pass, prompt_trainer, runner
+from embedgrad.engine import gradient, memory, packed_pass, prompt_trainer, runner
 from embedgrad.engine.attention import Attention
 from embedgrad.engine.decoder import Decoder
 from embedgrad.engine.mlp import Mlp
@@ -53,7 +54,7 @@ SHAPES = ("64/64/8", "200/50/32", "512/120/64")
 POLICIES = ("all", "layer")
 QUERIES = (1, 32)
 PROMPT_TOKENS, QUERY_TOKENS = 190, 20
-ARCH = "sm_90"
+ARCHITECTURES, ARCH = ("sm_80", "sm_90", "sm_100", "gfx942"), "sm_90"
 BUDGET = 1 << 40  # bytes of activations; none are taken
 
 # Parts of a step, in the order in which they are shown; a part that another one calls counts by itself.
@@ -91,22 +92,25 @@ class Job:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this question."""
-    parser.add_argument("--shapes", nargs="*", default=None, help=f"prompt/query/batch (default: {' '.join(SHAPES)})")
-    parser.add_argument("--policies", nargs="*", default=list(POLICIES), help="of the eager step (default: all layer)")
-    parser.add_argument("--weights", default="compute", help="form of the weights (default compute: bfloat16)")
-    parser.add_argument("--repeats", type=int, default=9, help="how often each is done (default 9)")
-    parser.add_argument("--arch", default=ARCH, help=f"whose launch parameters (default {ARCH})")
+    parser.add_argument(
+        "--shapes", nargs="*", type=Case.told, default=None, help=f"prompt/query/batch (default: {' '.join(SHAPES)})"
+    )  # fmt: skip
+    parser.add_argument(
+        "--policies", nargs="*", choices=memory.POLICIES, default=list(POLICIES), help="default: all layer"
+    )  # fmt: skip
+    parser.add_argument("--repeats", type=positive, default=9, help="how often each is done (default 9)")
+    parser.add_argument("--arch", choices=ARCHITECTURES, default=ARCH, help=f"whose launch parameters (default {ARCH})")
 
 
 def main(args: argparse.Namespace) -> list[Row]:
     """Count and measure; the rows."""
     torch.set_num_threads(1)
-    model = model_without_memory(config_of(QWEN_1_5B, 4 if args.quick else None), QWEN_1_5B, args.weights)
+    model = model_without_memory(config_of(QWEN_1_5B, 4 if args.quick else None), QWEN_1_5B)
     shapes = args.shapes or (SHAPES[:1] if args.quick else SHAPES)
     repeats = 3 if args.quick else args.repeats
     found = []
     for job in jobs(model, shapes, args.policies, QUERIES[:1] if args.quick else QUERIES):
-        one = measured(job, repeats, args.arch, model, args.weights)
+        one = measured(job, repeats, args.arch, model)
         kernels, torchs = sum(one.more["launches"].values()), one.more["torch"]
         print(f"{_title(one)}: {one.median * 1e3:.1f} ms, {kernels} launches of ours, {torchs}", flush=True)
         found.append(one)
@@ -209,7 +213,7 @@ def counted(act: Act, arch: str = ARCH) -> tuple[dict[str, int], TorchCalls]:
     return dict(kernels.most_common()), calls
 
 
-def measured(job: Job, repeats: int, arch: str, model: Model, weights: str) -> Row:
+def measured(job: Job, repeats: int, arch: str, model: Model) -> Row:
     """The row of a job: seconds without a stopwatch, seconds of parts with one, counts in a turn of their own."""
     kernels, calls = counted(job.act, arch)
     totals, parts = [], []
@@ -229,7 +233,7 @@ def measured(job: Job, repeats: int, arch: str, model: Model, weights: str) -> R
     order = [*dict.fromkeys(name for *_, name in PARTS), OTHER]
     return row(
         "host", "embedgrad", f"embedgrad {embedgrad.__version__}, backend triton", totals,
-        case={**job.case, "model": model.name, "layers": model.config.num_layers, "weights": weights, "arch": arch},
+        case={**job.case, "model": model.name, "layers": model.config.num_layers, "weights": "bf16", "arch": arch},
         launches=kernels, torch=dict(calls.count), others=dict(calls.others.most_common()),
         parts={name: spent[name] for name in order if name in spent},
     )  # fmt: skip

@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.harness.arguments import positive
 from bench.harness.markdown import table
 from bench.harness.rows import Row, row
 from bench.harness.worker import environment
@@ -37,7 +38,7 @@ TOKENS = 16
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this question."""
-    parser.add_argument("--repeats", type=int, default=2, help="warm processes of each (default 2)")
+    parser.add_argument("--repeats", type=positive, default=2, help="warm processes of each (default 2)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--worker", choices=(*OURS, *OTHERS), help=argparse.SUPPRESS)
     parser.add_argument("--point", choices=POINTS, default="step", help=argparse.SUPPRESS)

@@ -7,6 +7,8 @@ embeddings. Embedgrad and the others are imported where they are needed, since a
 from __future__ import annotations
 
 import random
+import re
+from argparse import ArgumentTypeError
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -50,6 +52,13 @@ class Case:
     def of(cls, row: Row) -> Case:
         """The case of a row."""
         return cls(*(int(row.case[name]) for name in ("prompt", "query", "batch")))
+
+    @staticmethod
+    def told(text: str) -> str:
+        """`text`, where `parse` understands it; for argparse, which ends with a sentence where it does not."""
+        if not re.fullmatch(r"[1-9]\d*/[1-9]\d*/[1-9]\d*", text):
+            raise ArgumentTypeError(f"{text!r} is no prompt/query/batch in tokens and examples, such as 64/64/8.")
+        return text
 
     def __str__(self) -> str:
         return f"{self.prompt}/{self.query}/{self.batch}"

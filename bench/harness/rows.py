@@ -152,8 +152,12 @@ def read(path: Path) -> list[Row]:
     """The rows of a file; none where there is no file. ValueError, which names the line, where one is no row."""
     if not path.exists():
         return []
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"{path} cannot be read as text: {error}.") from None
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(lines, 1):
         if line.strip():
             try:
                 rows.append(Row.model_validate_json(line))

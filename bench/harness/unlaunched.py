@@ -31,9 +31,9 @@ IN_PYTHON = ("mm", "addmm", "index_select")  # torch's ways on `meta` that no GP
 NO_LAUNCH = ("empty", "detach", "alias", "sym_")  # operations that are no view and start nothing on a device
 
 
-def model_without_memory(config: ModelConfig, name: str, form: str = "compute") -> Model:
+def model_without_memory(config: ModelConfig, name: str) -> Model:
     """A bfloat16 model of the backend triton on `meta`."""
-    model = random_model(config, name, META, torch.bfloat16, Triton(), form)
+    model = random_model(config, name, META, torch.bfloat16, Triton(), "compute")
     # What it would read is nowhere; a prompt begins with zeros.
     vars(model)["embedding_rows"] = lambda ids: torch.zeros(len(ids), config.hidden_size)
     return model

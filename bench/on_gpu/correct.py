@@ -32,8 +32,6 @@ from embedgrad.backends.triton import OPS as ours
 from embedgrad.maths.optimizer import ADAMW
 from embedgrad.maths.trust_region import MeanCosine
 
-FOLDERS = {"tests/engine/test_on_a_gpu.py": 0.5, "tests/kernels": 1.0}
-"""Tests, and the share of the time that is left which they may take."""
 MOST_SECONDS, MARGIN = 600.0, 3.0  # for one folder; what is left to say how they went
 EXAMPLES = 8  # drawn by each test
 TYPES = {torch.float32: 1e-3, torch.float16: 5e-3, torch.bfloat16: 3e-2}
@@ -184,7 +182,7 @@ def _jobs(bench: Bench) -> Iterator[Job]:
 
 
 def _test_jobs(bench: Bench) -> Iterator[Job]:
-    for folder, share in FOLDERS.items():
+    for folder, share in bench.sizes.tests:
         yield Job(folder, partial(_tested, bench, folder, share), 20, needs=("pytest", "hypothesis"))
 
 

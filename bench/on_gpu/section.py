@@ -28,7 +28,7 @@ class Sizes:
     models: configurations by name. steps: prompt/query/batch of the first model, most telling first. trees: shared
     tokens, own tokens, branches, for attention. heads: query heads, key heads, dimension. losses: targets, vocabulary,
     width. matrices: outputs, inputs; rows: of their activations. widths: width, feed-forward, heads. decoding: queries
-    at once.
+    at once. tests: files or folders, and the share of the time that is left which each may take.
     """
 
     models: dict[str, ModelConfig]
@@ -48,6 +48,7 @@ class Sizes:
     decoding: tuple[int, ...] = (1, 8, 32, 256)
     prompt_tokens: int = 190
     query_tokens: int = 20
+    tests: tuple[tuple[str, float], ...] = (("tests/engine/test_on_a_gpu.py", 0.5), ("tests/kernels", 1.0))
     new_tokens: int = 128
     copied: int = 1 << 30
     squared: int = 8192
@@ -68,6 +69,7 @@ def tiny() -> Sizes:
         models, steps=("4/3/2",), trees=((5, 4, 2), (0, 6, 1)), heads=((4, 2, 16),), losses=((5, 40, 32),),
         matrices=((48, 64),), rows=(2, 40), tokens=(6,), widths=((32, 48, (4, 2, 16)),), prompts=((3, 32),),
         decoding=(2,), prompt_tokens=4, query_tokens=3, new_tokens=3, copied=1 << 10, squared=8, repeats=1,
+        tests=(("tests/kernels/test_launch.py", 1.0),),
     )  # fmt: skip
 
 

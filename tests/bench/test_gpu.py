@@ -211,6 +211,32 @@ def test_a_file_of_something_else_is_refused_in_one_line(
     assert not results.exists()
 
 
+@pytest.mark.parametrize(("given", "told"), [
+    (["gpu", "--minutes", "0"], "'0' is no number of minutes above 0."),
+    (["gpu", "--minutes", "nan"], "'nan' is no number of minutes above 0."),
+    (["gpu", "--out", "README.md"], "'README.md' cannot be a folder, since 'README.md' is a file."),
+    (["gpu", "--out", "README.md/a/b"], "README.md' is a file."),
+    (["gpu", "--sections", "no"], "invalid choice: 'no'"),
+    (["host", "--shapes", "64/64"], "'64/64' is no prompt/query/batch"),
+    (["step", "--shapes", "0/64/8"], "'0/64/8' is no prompt/query/batch"),
+    (["host", "--repeats", "0"], "'0' is no whole number above 0."),
+    (["host", "--policies", "none"], "invalid choice: 'none'"),
+])  # fmt: skip
+def test_an_option_that_is_wrong_is_told_in_a_sentence(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, given: list[str], told: str
+) -> None:
+    monkeypatch.chdir(rows.ROOT)
+    with pytest.raises(SystemExit) as ended:
+        command.main(given)
+    assert ended.value.code == 2
+    assert told in capsys.readouterr().err
+
+
+def test_a_folder_is_no_file_of_rows(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["report", "--take", str(tmp_path)]) == 2
+    assert "cannot be read as text" in capsys.readouterr().err
+
+
 def test_a_file_that_is_not_there_is_named(results: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main(["report", "--take", str(tmp_path / "no.jsonl")]) == 2
     assert "no.jsonl" in capsys.readouterr().err
