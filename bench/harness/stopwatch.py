@@ -14,10 +14,12 @@ REST = ""
 class Stopwatch:
     """Seconds by (part, name). Time inside a nested call counts for the inner call only."""
 
-    def __init__(self, finish: Callable[[], Any] = lambda: None) -> None:
-        """finish: what waits for the work that a call has started."""
+    def __init__(
+        self, finish: Callable[[], Any] = lambda: None, clock: Callable[[], float] = time.perf_counter
+    ) -> None:  # fmt: skip
+        """finish: what waits for the work that a call has started. clock: gives seconds."""
         self.seconds: dict[tuple[str, str], float] = defaultdict(float)
-        self._finish = finish
+        self._finish, self._clock = finish, clock
         self._inner: list[float] = []
         self._parts = [REST]
 
@@ -38,12 +40,12 @@ class Stopwatch:
             if opens:
                 self._parts.append(named[0])
             self._inner.append(0.0)
-            started = time.perf_counter()
+            started = self._clock()
             try:
                 return function(*args, **kwargs)
             finally:
                 self._finish()
-                spent = time.perf_counter() - started
+                spent = self._clock() - started
                 self.seconds[named] += spent - self._inner.pop()
                 if self._inner:
                     self._inner[-1] += spent
