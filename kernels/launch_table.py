@@ -20,6 +20,7 @@ No row has been timed: there was no GPU. A row is chosen by what the compiler ma
 --static`: no spills, matrix instructions, 128-bit loads, occupancy) and by the instructions its gfx942 code executes.
 """
 
+from . import tuned_rows
 from .launch_attention import ATTENTION
 from .launch_row import Fit, Options, Row, power_of_two
 
@@ -101,7 +102,8 @@ _PRODUCTS = (
     ),
 )  # fmt: skip
 
-ROWS: tuple[Row, ...] = _ROWWISE + _PRODUCTS + ATTENTION
+WRITTEN: tuple[Row, ...] = _ROWWISE + _PRODUCTS + ATTENTION
+ROWS: tuple[Row, ...] = tuned_rows.read() + WRITTEN
 
 _ATTENTION = ("tree_attention_forward", "tree_attention_backward_dq", "tree_attention_backward_dkv", "decode_attention")
 _WHOLE_ROW = {"rms_norm": 512, "rms_norm_backward": 512, "prompt_step": 512}
