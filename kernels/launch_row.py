@@ -26,8 +26,8 @@ class Fit:
 class Tuned:
     """Where `python -m bench tune` measured a row.
 
-    triton: the release that compiled it. device: the GPU's name. date: day, UTC. microseconds: of one call, by shape.
-    before: those of the row that had been in use, in the same run.
+    triton: the release that compiled it. device: the GPU's name. date: day and time of day, UTC. microseconds: of one
+    call, by shape. before: those of the row that had been in use, in the same run.
     """
 
     triton: str

@@ -86,7 +86,7 @@ class Checked:
         try:
             first, second = self.result(), self.result()
         except Exception as error:
-            if _lost(error):
+            if is_lost(error):
                 raise DeviceLost(f"{self.case.kernel} with {verdict.options}: {first_line(error)}") from error
             return replace(verdict, fault=f"it cannot be run: {first_line(error)}")
         differing = [name for name in first if not equal_bits(first[name], second[name])]
@@ -146,8 +146,8 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0][:200] if lines else 'no message'}"
 
 
-def _lost(error: BaseException) -> bool:
-    """After an illegal access every call of the CUDA runtime in this process fails with the same error."""
+def is_lost(error: BaseException) -> bool:
+    """Whether the device is lost: after an illegal access every call of the CUDA runtime fails with the same error."""
     text = str(error).lower()
     return any(sign in text for sign in ("illegal memory access", "device-side assert", "misaligned address",
                                          "illegal instruction", "unspecified launch failure"))  # fmt: skip

@@ -96,7 +96,14 @@ def _outcome(futures: list[Future[Any]]) -> Compiled | None:
 
 
 def _key(one: Launch) -> Any:
-    """Launches with one key have the same machine code."""
+    """Launches with one key have the same machine code: Triton looks at no more than this."""
     kernel, _, arguments, constants = one
-    kinds = tuple((x.dtype, x.data_ptr() % 16) if isinstance(x, torch.Tensor) else x for x in arguments)
-    return kernel, kinds, tuple(sorted(constants.items(), key=lambda item: item[0]))
+    return kernel, tuple(map(_kind, arguments)), tuple(sorted(constants.items(), key=lambda item: item[0]))
+
+
+def _kind(x: Any) -> Any:
+    if isinstance(x, torch.Tensor):
+        return x.dtype, x.data_ptr() % 16 == 0
+    if type(x) is int:
+        return "int", x == 1, x % 16 == 0, x.bit_length() > 31
+    return type(x)
