@@ -17,8 +17,8 @@ PROGRAMS: how many programs a long range (queries of a prefix key, keys, rows of
 the attention kernels counts rows, that is (query, head of the group) pairs. BLOCK_H: heads of one token.
 
 Rows that `python -m bench tune` has measured come first (tuned_rows.py). A row written here is chosen by what the
-compiler makes of it (`python -m bench kernels --static`: no spills, matrix instructions, 128-bit loads, occupancy) and by
-the instructions its gfx942 code executes, unless its reason says that it was measured.
+compiler makes of it (`python -m bench kernels --static`: no spills, matrix instructions, 128-bit loads, occupancy) and
+by the instructions its gfx942 code executes, unless its reason says that it was measured.
 """
 
 from . import tuned_rows

@@ -136,7 +136,8 @@ def prompt_step(rows: int, width: int) -> Case:
     def inputs(device: torch.device) -> Tensors:
         g = seeded(device)
         e0, e, m, v, grad = (normal(g, rows, width, dtype=torch.float32) for _ in range(5))
-        return {"e0": e0, "e": e0 + 0.3 * e, "m": 0.1 * m, "v": (0.1 * v).square(), "g": grad}
+        factors = RULE.factors(3, 0.05).to(device)
+        return {"e0": e0, "e": e0 + 0.3 * e, "m": 0.1 * m, "v": (0.1 * v).square(), "g": grad, "factors": factors}
 
     def fresh(a: Tensors) -> Tensors:
         return {name: a[name].clone() for name in ("e", "m", "v", "g")}
@@ -144,9 +145,7 @@ def prompt_step(rows: int, width: int) -> Case:
     def by(ops: Backend) -> Callable[[Tensors, Tensors], None]:
         def run(a: Tensors, out: Tensors) -> None:
             e, m, v, g = (out[name] for name in ("e", "m", "v", "g"))
-            ops.prompt_step(
-                e, a["e0"], m, v, g, factors=RULE.factors(3, 0.05), region=REGION, rule=RULE, clip_norm=1.0
-            )
+            ops.prompt_step(e, a["e0"], m, v, g, factors=a["factors"], region=REGION, rule=RULE, clip_norm=1.0)
             g.zero_()  # the gradient is used up, each backend in its own way
 
         return run
