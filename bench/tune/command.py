@@ -45,6 +45,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                         help=f"only these: {', '.join(kernels)}")  # fmt: skip
     parser.add_argument("--into", type=Path, metavar="FILE", default=tuned_rows.FILE,
                         help="the file of rows to change (kernels/tuned_rows.json)")  # fmt: skip
+    parser.add_argument("--spills", type=int, default=0, metavar="N",
+                        help="registers of a thread that a candidate may spill (0)")  # fmt: skip
     parser.add_argument("--json", type=Path, metavar="FILE", help="append every time measured, a line a question")
     # How a run goes on after a candidate has broken the device: the question to begin with, and what to leave out.
     parser.add_argument("--first", type=int, default=0, help=argparse.SUPPRESS)
@@ -66,7 +68,7 @@ class Tuning:
     """A run over several questions, which share the time.
 
     into: the file of rows, written whenever a row is found. json: what was measured is appended here. clock, compiler:
-    may be stand-ins. without: names of candidates to leave out. found: the outcomes so far. number: of the question at
+    may be stand-ins. without: names of candidates to leave out. spills: what each may spill. found: the outcomes so far. number: of the question at
     hand.
     """
 
@@ -75,6 +77,7 @@ class Tuning:
     clock: Clock
     compiler: Compiler = compile_calls
     without: Sequence[str] = ()
+    spills: int = 0
     told: Callable[[str], None] = print
     json: Path | None = None
     found: list[Found] = field(default_factory=list)
@@ -100,7 +103,7 @@ class Tuning:
         try:
             found = search(
                 question, self.device, self.clock, seconds=seconds, compiler=self.compiler, without=self.without,
-                told=self.told,
+                spills=self.spills, told=self.told,
             )  # fmt: skip
         except Stopped as stopped:
             if stopped.found is not None:
@@ -201,7 +204,7 @@ def main(args: argparse.Namespace) -> int:
 
 def _tune(args: argparse.Namespace, device: torch.device, before: str) -> int:
     started, status = time.monotonic(), 0
-    tuning = Tuning(device, args.into, CudaClock(device), without=args.without, json=args.json)
+    tuning = Tuning(device, args.into, CudaClock(device), without=args.without, spills=args.spills, json=args.json)
     try:
         tuning.run([one for one in questions() if one.kernel in args.kernel][args.first :], 60 * args.minutes)
     except KeyboardInterrupt:
@@ -224,7 +227,7 @@ def go_on(args: argparse.Namespace, broken: Broken, number: int, minutes: float)
     if broken.candidate.startswith("in use"):
         without, first = list(args.without), first + 1
     command = ["-m", "bench", "tune", "--device", args.device, "--minutes", f"{minutes:.3f}", "--into", str(args.into)]
-    command += ["--kernel", *args.kernel, "--first", str(first)]
+    command += ["--kernel", *args.kernel, "--first", str(first), "--spills", str(args.spills)]
     command += [word for name in without for word in ("--without", name)]
     command += ["--json", str(args.json)] if args.json else []
     print(f"going on without it: python {shlex.join(command)}", flush=True)

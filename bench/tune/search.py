@@ -90,22 +90,24 @@ def search(
     seconds: float,
     compiler: Compiler = compile_calls,
     without: Sequence[str] = (),
+    spills: int = 0,
     told: Callable[[str], None] = print,
 ) -> Found | None:
     """The best parameters; None where the time did not suffice for one round. `told` hears each dropped candidate.
 
-    without: names of candidates to leave out. Raises Broken where a candidate has broken the device, and Stopped on
+    without: names of candidates to leave out. spills: registers of a thread that a candidate may spill. Raises Broken where a candidate has broken the device, and Stopped on
     Ctrl-C.
     """
-    return _Search(question, device, clock, seconds, compiler, without, told).run()
+    return _Search(question, device, clock, seconds, compiler, without, spills, told).run()
 
 
 class _Search:
     def __init__(
         self, question: Question, device: torch.device, clock: Clock, seconds: float, compiler: Compiler,
-        without: Sequence[str], told: Callable[[str], None],
+        without: Sequence[str], spills: int, told: Callable[[str], None],
     ) -> None:  # fmt: skip
         self._question, self._device, self._clock, self._compiler, self._told = question, device, clock, compiler, told
+        self._spills = spills
         started = time.monotonic()
         self._until_compiled = started + COMPILE_SHARE * seconds
         self._until_checked = started + CHECK_SHARE * seconds
@@ -154,7 +156,7 @@ class _Search:
                     faults.setdefault(one.name, "not compiled in time")
             elif made.fault is not None:
                 faults[one.name] = made.fault
-            elif made.spills and own and one is not self._present:
+            elif made.spills > self._spills and own and one is not self._present:
                 faults.setdefault(one.name, f"{made.spills} registers spill")
         for one in list(self._alive):
             if one.name in faults:

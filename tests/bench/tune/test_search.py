@@ -89,6 +89,14 @@ def test_what_spills_or_does_not_compile_is_dropped_with_a_line() -> None:
     ]
 
 
+def test_spills_can_be_allowed() -> None:
+    compiler = Compiler(lambda options: Compiled(spills={64: 5, 128: 4}.get(options["BLOCK"], 0)))
+    best = found(swiglu(64, 128, 256), Clock(lambda case, options: options["BLOCK"]), compiler, spills=4)
+    assert best is not None
+    assert best.options is not None
+    assert best.options["BLOCK"] == 128
+
+
 def test_every_call_is_compiled_with_its_stages_and_with_one() -> None:
     compiler = Compiler()
     found(swiglu(64), compiler=compiler)
