@@ -68,8 +68,8 @@ class Tuning:
     """A run over several questions, which share the time.
 
     into: the file of rows, written whenever a row is found. json: what was measured is appended here. clock, compiler:
-    may be stand-ins. without: names of candidates to leave out. spills: what each may spill. found: the outcomes so far. number: of the question at
-    hand.
+    may be stand-ins. without: names of candidates to leave out. spills: registers that each may spill. found: the
+    outcomes so far. number: of the question at hand.
     """
 
     device: torch.device

@@ -95,8 +95,8 @@ def search(
 ) -> Found | None:
     """The best parameters; None where the time did not suffice for one round. `told` hears each dropped candidate.
 
-    without: names of candidates to leave out. spills: registers of a thread that a candidate may spill. Raises Broken where a candidate has broken the device, and Stopped on
-    Ctrl-C.
+    without: names of candidates to leave out. spills: registers of a thread that a candidate may spill.
+    Raises Broken where a candidate has broken the device, and Stopped on Ctrl-C.
     """
     return _Search(question, device, clock, seconds, compiler, without, spills, told).run()
 
