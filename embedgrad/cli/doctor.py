@@ -101,6 +101,8 @@ def launch_rows(device: torch.device, **how: Any) -> list[dict[str, Any]]:
         from embedgrad.kernels import launch
     except ImportError as error:
         raise BackendError(f"the launch rows cannot be checked without Triton: {error}.") from None
+    if device.type != "cpu" and launch.interpreted():
+        raise BackendError("TRITON_INTERPRET is set, so no launch row can be checked on a GPU; unset it.")
     found = table.subjects(launch.architecture(device), **how)
     told = []
     for outcome in table.check(found, device, told=lambda text: print(text, file=sys.stderr, flush=True)):

@@ -107,6 +107,11 @@ def test_a_device_that_is_not_there_is_refused() -> None:
             doctor.run(as_json=False, device=name)
 
 
+def test_interpreted_kernels_are_no_check_of_a_gpu() -> None:
+    with pytest.raises(BackendError, match="TRITON_INTERPRET is set"):
+        doctor.launch_rows(torch.device("cuda:0"))
+
+
 def test_a_wrong_launch_row_is_named_and_the_exit_code_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import ast
 import itertools
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from embedgrad.kernels import launch
 from embedgrad.kernels.launch_row import Row
-from embedgrad.kernels.launch_table import ROWS, WRITTEN
+from embedgrad.kernels.launch_table import ROWS, WRITTEN, heuristic
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedgrad.backends.launch_check import attention, check, compiled, products, rowwise, table
 from embedgrad.backends.launch_check.case import Case, poisoned
 
+ROOT = Path(__file__).parents[3]
 CPU, HALF = torch.device("cpu"), torch.float16  # the interpreter's products of bfloat16 are wrong
 ARCHES = ("sm_80", "sm_90", "sm_100", "gfx942", "sm_86")
 SWIGLU = Row("swiglu", "sm_90", {"BLOCK": 64, "num_warps": 4, "num_stages": 3}, "planted")
@@ -29,6 +32,21 @@ def quiet(_: str) -> None:
 def checked(case: Case, **options: int) -> check.Verdict:
     one = check.Checked(case, CPU)
     return one.verdict({**case.options(CPU), **options})
+
+
+def test_every_kernel_that_asks_the_launch_table_has_cases() -> None:
+    """Of all words in the kernels' sources, those that the launch table's heuristic knows."""
+
+    def known(word: str) -> bool:
+        try:
+            return bool(heuristic(word, "sm_90", 2, {"width": 64, "head_dim": 64, "rows": 1}))
+        except KeyError:
+            return False
+
+    trees = [ast.parse(path.read_text()) for path in (ROOT / "kernels").glob("*.py")]
+    nodes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant)]
+    words = {node.value for node in nodes if isinstance(node.value, str)}
+    assert {word for word in words if known(word)} == table.KERNELS.keys()
 
 
 @pytest.mark.parametrize("arch", ARCHES)
