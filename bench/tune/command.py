@@ -123,12 +123,13 @@ class Tuning:
                 file.write(json.dumps(_measured(found, self.device)) + "\n")
         ended = "" if found.finished else " (cut short)"
         times = "; ".join(
-            f"{text}: {1e6 * us:.1f} us (in use {1e6 * found.before[text]:.1f})" for text, us in found.seconds.items()
+            f"{text}: {1e6 * us:.1f} us" + (f" (in use {1e6 * found.before[text]:.1f})" if found.before else "")
+            for text, us in found.seconds.items()
         )
         if found.options is None:
             self.told(f"  the rows in use stay, one for each shape{ended}: {times}")
             return
-        self.told(f"  {found.options}, {found.gained:.0%} less time{ended}: {times}")
+        self.told(f"  {found.options}, {found.gained:.1%} less time{ended}: {times}")
         row = row_of(found, launch.architecture(self.device), device_name(self.device))
         rows = tuned_rows.merged(read(self.into), [row])
         write_atomic(self.into, tuned_rows.text_of(rows).encode())

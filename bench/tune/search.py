@@ -53,8 +53,8 @@ class Found:
     """The best parameters of a question.
 
     options: of the winner; None where those in use stay and differ from shape to shape. seconds, before: of the winner
-    and of the parameters in use, by shape. gained: 1 − the geometric mean of their ratios. finished: no round was cut
-    short. measured: medians of everything timed, by parameters and shape.
+    and of the parameters in use, by shape; {} where these cannot be run. gained: 1 − the geometric mean of their
+    ratios. finished: no round was cut short. measured: medians of everything timed, by parameters and shape.
     """
 
     question: Question
@@ -121,6 +121,7 @@ class _Search:
             if options != in_use and named(candidate) not in without:
                 self._others.append(Contestant(named(candidate), options))
         self._alive = [self._present, *self._others]
+        self._base = self._present
         self._wrong_in_use = False
         self._rounds = 0
 
@@ -188,17 +189,20 @@ class _Search:
                 self._drop(one, f"it cannot be timed: {first_line(error)}")
                 continue
             one.seconds = [[] for _ in self._checked]
-        while self._present.timers:
+        self._alive = [one for one in self._alive if one.timers]
+        if not self._alive:
+            return False
+        self._base = self._alive[0]
+        while True:
             if not self._round(repeats):
                 return False
-            others = sorted((one for one in self._alive if one is not self._present), key=self._score)
+            others = sorted((one for one in self._alive if one is not self._base), key=self._score)
             if len(others) <= 1:
                 return self._round(LAST_REPEATS)
             for slower in others[len(others) // 2 :]:
                 slower.timers = []
-            self._alive = [self._present, *others[: len(others) // 2]]
+            self._alive = [self._base, *others[: len(others) // 2]]
             repeats *= 2
-        return False
 
     def _round(self, repeats: int) -> bool:
         """Everyone takes turns on every shape. False where the time was over; a first turn is always finished."""
@@ -225,8 +229,11 @@ class _Search:
         return self._clock.timer(checked.case, options, call)
 
     def _score(self, one: Contestant) -> float:
-        """The geometric mean over the shapes of its time relative to that of the parameters in use."""
-        ratios = [one.median(i) / self._present.median(i) for i in range(len(self._checked))]
+        """The geometric mean over the shapes of its time relative to that of the parameters in use.
+
+        Where those cannot be run on this GPU, the first candidate stands in for them.
+        """
+        ratios = [one.median(i) / self._base.median(i) for i in range(len(self._checked))]
         return math.exp(statistics.fmean(math.log(ratio) for ratio in ratios))
 
     def _found(self, *, finished: bool) -> Found | None:
@@ -244,10 +251,12 @@ class _Search:
             return {text: one.median(i) for i, text in enumerate(texts)}
 
         same = all(options == best.options[0] for options in best.options)
+        comparable = all(self._present.seconds) and bool(self._present.seconds)
         timed = [one for one in (self._present, *self._others) if one.seconds and all(one.seconds)]
         return Found(
-            self._question, best.options[0] if same else None, medians(best), medians(self._present),
-            1 - self._score(best), finished, {one.name: medians(one) for one in timed},
+            self._question, best.options[0] if same else None, medians(best),
+            medians(self._present) if comparable else {}, 1 - self._score(best) if comparable else 0.0, finished,
+            {one.name: medians(one) for one in timed},
         )  # fmt: skip
 
 

@@ -227,3 +227,19 @@ def test_what_cannot_be_timed_is_dropped() -> None:
     assert best.options is not None
     assert best.options["BLOCK"] == 64
     assert "it cannot be timed: RuntimeError: operation not permitted" in lines[0]
+
+
+def test_parameters_in_use_that_cannot_be_run_here_are_replaced() -> None:
+    question, lines = swiglu(32, 64, 128), []
+
+    def run(given: Any, out: Any) -> None:
+        if launch.options("swiglu", "sm_90", dtype=question.cases[0].dtype, width=70)["BLOCK"] == 1024:
+            raise RuntimeError("out of resource: shared memory")
+        question.cases[0].run(given, out)
+
+    best = found(replace(question, cases=(replace(question.cases[0], run=run),)), lines=lines)
+    assert best is not None
+    assert best.options is not None
+    assert best.options["BLOCK"] == 128
+    assert best.before == {}
+    assert "out of resource" in lines[0]
