@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kernels = sorted({question.kernel for question in questions()})
     parser.add_argument("--device", default="cuda", help="the GPU: cuda, or cuda:1 (cuda)")
     parser.add_argument("--minutes", type=_minutes, default=10.0, help="for all kernels together (10)")
-    parser.add_argument("--kernel", nargs="+", choices=kernels, metavar="NAME", default=kernels,
+    parser.add_argument("--kernel", nargs="+", action="extend", choices=kernels, metavar="NAME",
                         help=f"only these: {', '.join(kernels)}")  # fmt: skip
     parser.add_argument("--into", type=Path, metavar="FILE", default=tuned_rows.FILE,
                         help="the file of rows to change (kernels/tuned_rows.json)")  # fmt: skip
@@ -206,8 +206,9 @@ def main(args: argparse.Namespace) -> int:
 def _tune(args: argparse.Namespace, device: torch.device, before: str) -> int:
     started, status = time.monotonic(), 0
     tuning = Tuning(device, args.into, CudaClock(device), without=args.without, spills=args.spills, json=args.json)
+    asked = [one for one in questions() if args.kernel is None or one.kernel in args.kernel]
     try:
-        tuning.run([one for one in questions() if one.kernel in args.kernel][args.first :], 60 * args.minutes)
+        tuning.run(asked[args.first :], 60 * args.minutes)
     except KeyboardInterrupt:
         status = INTERRUPTED
     except Broken as broken:
@@ -228,7 +229,8 @@ def go_on(args: argparse.Namespace, broken: Broken, number: int, minutes: float)
     if broken.candidate.startswith("in use"):
         without, first = list(args.without), first + 1
     command = ["-m", "bench", "tune", "--device", args.device, "--minutes", f"{minutes:.3f}", "--into", str(args.into)]
-    command += ["--kernel", *args.kernel, "--first", str(first), "--spills", str(args.spills)]
+    command += ["--kernel", *args.kernel] if args.kernel else []
+    command += ["--first", str(first), "--spills", str(args.spills)]
     command += [word for name in without for word in ("--without", name)]
     command += ["--json", str(args.json)] if args.json else []
     print(f"going on without it: python {shlex.join(command)}", flush=True)

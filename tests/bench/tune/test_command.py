@@ -151,6 +151,58 @@ def test_after_a_lost_device_a_new_process_goes_on_without_the_candidate(monkeyp
     assert command.go_on(args, search.Broken("BLOCK 64", "illegal"), 2, 0.1) == 1
 
 
+def on_a_stand_in(monkeypatch: pytest.MonkeyPatch, clock: Clock, *words: str) -> int:
+    """The whole command, its own compiler included, where only the GPU, its clock and the questions are stand-ins."""
+    monkeypatch.setattr(command, "device_of", lambda name: CPU)
+    monkeypatch.setattr(command.torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(command, "CudaClock", lambda device: clock)
+    monkeypatch.setattr(command, "questions", lambda: ASKED)
+    with launch.pretending("sm_90"):
+        return bench_command.main(["tune", "--kernel", "swiglu", "swiglu_backward", *words])
+
+
+def test_the_command_writes_rows_and_prints_the_change_as_a_patch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "rows.json"
+    assert on_a_stand_in(monkeypatch, Clock(smaller_is_faster), "--into", str(path)) == 0
+    assert [row.kernel for row in tuned_rows.read(path)] == ["swiglu", "swiglu_backward"]
+    out = capsys.readouterr().out
+    assert '+{"kernel": "swiglu_backward", "arch": "sm_90"' in out
+    assert "swiglu: 2 candidates" in out
+    assert "93.8% less time" in out
+
+
+def test_ctrl_c_ends_the_command_with_130_and_the_rows_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    path, counted = tmp_path / "rows.json", Clock(smaller_is_faster)
+    tuned(path, ASKED[:1], counted)
+    path.unlink()
+    clock = Clock(smaller_is_faster, {counted.read + 1: interrupt})
+    assert on_a_stand_in(monkeypatch, clock, "--into", str(path)) == 130
+    assert [row.kernel for row in tuned_rows.read(path)] == ["swiglu"]
+
+
+def test_a_lost_device_keeps_the_rows_found_and_goes_on_with_the_kernel_at_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    started: list[Any] = []
+    monkeypatch.setattr(command.os, "execv", lambda program, words: started.append(words) or sys.exit(7))
+    path, counted = tmp_path / "rows.json", Clock(smaller_is_faster)
+    tuned(path, ASKED[:1], counted)
+    path.unlink()
+    with pytest.raises(SystemExit):
+        on_a_stand_in(monkeypatch, Clock(smaller_is_faster, {counted.read + 2: lose}), "--into", str(path))
+    assert [row.kernel for row in tuned_rows.read(path)] == ["swiglu"]
+    _, again = bench_command.parse(started[0][3:])
+    assert (again.first, again.without, again.into) == (1, ["BLOCK 256 num_warps 4 num_stages 2"], path)
+
+
 def test_every_kernel_of_the_table_has_a_question_and_every_row_found_would_be_used() -> None:
     from embedgrad.backends.launch_check.table import KERNELS
 
