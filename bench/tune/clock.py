@@ -55,7 +55,8 @@ class CudaClock:
             call()
         torch.cuda.current_stream(self._device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
+        # Threads that still compile for the search may call the driver meanwhile.
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
             for _ in range(times):
                 call()
         graph.replay()
