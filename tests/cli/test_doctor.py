@@ -10,6 +10,7 @@ import pytest
 import torch
 from embedgrad.kernels import launch
 from embedgrad.kernels.launch_row import Row, Tuned
+from embedgrad.kernels.launch_table import WRITTEN
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -118,13 +119,14 @@ def test_a_wrong_launch_row_is_named_and_the_exit_code_says_so(
     """The command with a device "cuda:0" that is the interpreter, and one kernel whose launches do nothing."""
     device = torch.device("cpu")
     real = doctor.launch_rows
+    monkeypatch.setattr(launch, "ROWS", WRITTEN)
+    launch._looked_up.cache_clear()
 
     def here(_: Any) -> list[dict[str, Any]]:
         with launch.pretending("sm_90"):
-            found = [
-                one for one in table.subjects("sm_90", half=torch.float16, scale=table.TINY) if "swiglu" in one.kernel
-            ]
-            monkeypatch.setattr(table, "subjects", lambda arch, **how: found)
+            made = table.subjects("sm_90", WRITTEN, half=torch.float16, scale=table.TINY)
+            found = [one for one in made if "swiglu" in one.kernel]
+            monkeypatch.setattr(table, "subjects", lambda *_, **how: found)
             return real(device)
 
     monkeypatch.setattr(doctor, "_present", lambda name: "cuda:0")
@@ -141,5 +143,6 @@ def test_a_wrong_launch_row_is_named_and_the_exit_code_says_so(
     (line,) = (line for line in out.splitlines() if "DO NOT TRUST" in line)
     assert "swiglu_backward, the row for sm_*" in line
     assert "BLOCK 1024" in line
+    launch._looked_up.cache_clear()
     report = json.loads(capsys.readouterr().out)
     assert [row["trusted"] for row in report["launch_rows"]] == [True, False]
