@@ -3,7 +3,7 @@
 A question is a module `bench/NAME.py` that has what `bench.harness.report.Question` names. Its rows are appended to
 bench/results/NAME.jsonl, and the tables and pictures made from them are made anew, in README.md and bench/README.md too
 (`python -m bench report` does that alone). Rows of a `--quick` run are marked, and its documents are left alone.
-`python -m bench all` asks all questions.
+`python -m bench all` asks all questions. `python -m bench tune` is no question: it writes launch parameters.
 """
 
 from __future__ import annotations
@@ -54,6 +54,9 @@ def parse(argv: Sequence[str]) -> tuple[Question | None, argparse.Namespace]:
     again = commands.add_parser("report", help="make every table and picture anew from bench/results")
     again.add_argument("--check", action="store_true", help="only say which documents are out of date")
     again.add_argument("--take", type=Path, metavar="FILE", help="append rows that were measured elsewhere first")
+    tuning = commands.add_parser("tune", help="find the fastest launch parameters on this GPU, and write their rows")
+    if argv[:1] == ["tune"]:
+        importlib.import_module("bench.tune.command").add_arguments(tuning)
     module = None
     for name in names():
         command = commands.add_parser(name, help=asked(name), description=asked(name))
@@ -136,6 +139,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     _, args = parse(argv)
     if args.name == "report":
         return report_all(check=args.check, take=args.take)
+    if args.name == "tune":
+        return int(importlib.import_module("bench.tune.command").main(args))
     found = ask_all(args) if args.name == "all" else ask(argv)
     if args.json:
         args.json.write_text(json.dumps([row.model_dump() for row in found], indent=1) + "\n")
