@@ -78,7 +78,7 @@ def test_kernels_compile_side_by_side(kernels: list[dict[str, Any]]) -> None:
     assert all(kernel["code"] > 1000 for kernel in kernels)
     with_products = {kernel["name"] for kernel in kernels if dots(kernel)}
     assert {name.removesuffix("_kernel") for name in with_products} == {
-        "tree_attention_forward", "tree_attention_dq", "tree_attention_dkv", "decode_prefix", "decode_own",
+        "tree_attention_forward", "tree_attention_dq", "tree_attention_dkv", "decode_parts",
         "quantized_linear", "quantized_linear_backward",
     }  # fmt: skip
 
