@@ -88,8 +88,9 @@ def _work(backend: str, where: torch.device) -> None:
     import embedgrad
     from bench.harness import resident
     from embedgrad.engine.gradient import _Omit
+    from embedgrad.tasks import smollm2
 
-    model = load(where, backend=backend, weights="compute")
+    model = load(smollm2.path(), where, backend=backend, weights="compute")
     base = resident.used(where)
     prepared: dict[str, Any] = {}
 

@@ -1,15 +1,18 @@
 """How long from a model's file to the first step and to the first token, cold and warm, against transformers?
 
 SmolLM2-135M-Instruct from its Q4_1 GGUF file, and from a safetensors folder with the same weights in bfloat16 that is
-made first. Every measurement is a process of its own: it starts, imports, loads, and takes one step (prompt and query
-of 16 tokens, one example) or writes one token behind a short chat. Seconds are from the call that loads to the result;
-the imports before that call have a column of their own. "Cold": the file's pages were dropped from the page cache
-first, those of the programs' own libraries were not. "Warm": they are in the cache.
+made first; or the files that `--model` names. llama.cpp takes no step and writes its first token beside ours. Every
+measurement is a process of its own: it starts, imports, loads, and takes one step (prompt and query of 16 tokens, one
+example) or writes one token behind a short chat. Seconds are from the call that loads to the result; the imports
+before that call have a column of their own. "Cold": the file's pages were dropped from the page cache first, those of
+the programs' own libraries were not. "Warm": they are in the cache.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
+import importlib.util
 import json
 import os
 import statistics
@@ -22,6 +25,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from bench.harness import files
+from bench.harness.files import ModelFile
 from bench.harness.markdown import table
 from bench.harness.rows import Row, row
 from bench.harness.worker import environment
@@ -30,16 +35,19 @@ CHECKS = ("tests/engine/test_gradient.py::test_smollm2_equals_transformers",)
 OURS = {"embedgrad, GGUF as stored": ("gguf", "stored"), "embedgrad, GGUF to float32": ("gguf", "compute"),
         "embedgrad, safetensors": ("safetensors", "compute")}  # fmt: skip
 OTHERS = {"transformers, GGUF": "gguf", "transformers, safetensors": "safetensors"}
+LLAMA = "llama.cpp, GGUF"  # writes, and takes no step
 POINTS = ("step", "token")
 ONCE = ("transformers, GGUF",)  # slow, so measured once: warm, to the first step
 TOKENS = 16
+MESSAGES = (("system", "You are a helpful assistant."), ("user", "What is a river?"))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this question."""
+    files.add_argument(parser)
     parser.add_argument("--repeats", type=int, default=2, help="warm processes of each (default 2)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--worker", choices=(*OURS, *OTHERS), help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=(*OURS, *OTHERS, LLAMA), help=argparse.SUPPRESS)
     parser.add_argument("--point", choices=POINTS, default="step", help=argparse.SUPPRESS)
     parser.add_argument("--path", type=Path, help=argparse.SUPPRESS)
 
@@ -49,29 +57,54 @@ def main(args: argparse.Namespace) -> list[Row]:
     if args.worker:
         print(json.dumps(_measure(args.worker, args.point, args.path)), flush=True)
         return []
-    from embedgrad.tasks import smollm2
+    with files.model_files(args.model) as found:
+        return [one for file in found for one in _of_file(file, args)]
 
+
+def _of_file(file: ModelFile, args: argparse.Namespace) -> list[Row]:
     found: dict[tuple[str, str, str], list[dict[str, Any]]] = defaultdict(list)
     with tempfile.TemporaryDirectory() as folder:
-        files = {"gguf": smollm2.path(), "safetensors": write_safetensors(Path(folder))}
+        paths = _contenders(file, Path(folder))
         for point in POINTS[:1] if args.quick else POINTS:
-            slow = ONCE if point == POINTS[-1] else ()
-            for name in OURS if args.quick else (n for n in (*OURS, *OTHERS) if n not in slow):
-                path = files[OURS[name][0] if name in OURS else OTHERS[name]]
+            for name, path in paths.items():
+                if _left_out(name, point, args.quick):
+                    continue
                 few = args.quick or name in ONCE
                 for state in (*(() if name in ONCE else ("cold",)), *["warm"] * (1 if few else args.repeats)):
                     if state == "cold":
                         _forget(path)
                     found[name, point, state].append(_ask(name, point, path, args.threads))
-                print(f"{name}, first {point}: {found[name, point, 'warm'][-1]['seconds']:.2f} s warm", flush=True)
+                seconds = found[name, point, "warm"][-1]["seconds"]
+                print(f"{file.title}: {name}, first {point}: {seconds:.2f} s warm", flush=True)
     return [
         row("load", name, answers[0]["version"], [a["seconds"] for a in answers],
-            case={"point": point, "state": state, "threads": args.threads},
+            case={"model": file.title, "types": file.types, "point": point, "state": state, "threads": args.threads},
             import_seconds=statistics.median(a["import_seconds"] for a in answers),
             load_seconds=statistics.median(a["load_seconds"] for a in answers),
             whole_seconds=statistics.median(a["whole_seconds"] for a in answers))
         for (name, point, state), answers in found.items()
     ]  # fmt: skip
+
+
+def _contenders(file: ModelFile, folder: Path) -> dict[str, Path]:
+    """Who takes part, with the path that each loads. SmolLM2 is there as safetensors as well, in `folder`."""
+    from embedgrad.tasks import smollm2
+
+    if file.path == smollm2.path():
+        paths = {"gguf": file.path, "safetensors": write_safetensors(folder)}
+    else:
+        paths = {"gguf" if file.path.suffix == ".gguf" else "safetensors": file.path}
+    names = {**{name: kind for name, (kind, _) in OURS.items()}, **OTHERS}
+    found = {name: paths[kind] for name, kind in names.items() if kind in paths}
+    if "gguf" in paths and importlib.util.find_spec("xllamacpp") is not None:
+        found[LLAMA] = file.path
+    return found
+
+
+def _left_out(name: str, point: str, quick: bool) -> bool:
+    if quick and name not in OURS:
+        return True
+    return (name in ONCE and point == "token") or (name == LLAMA and point == "step")
 
 
 def write_safetensors(folder: Path) -> Path:
@@ -130,6 +163,8 @@ def _ask(name: str, point: str, path: Path, threads: int) -> dict[str, Any]:
 
 def _measure(name: str, point: str, path: Path) -> dict[str, Any]:
     started = time.monotonic()
+    if name == LLAMA:
+        return _llama(path, started)
     ours = name in OURS
     if ours:
         import embedgrad
@@ -151,6 +186,24 @@ def _measure(name: str, point: str, path: Path) -> dict[str, Any]:
             "seconds": finished - imported, "finished": finished}  # fmt: skip
 
 
+def _llama(path: Path, started: float) -> dict[str, Any]:
+    import xllamacpp
+
+    imported = time.monotonic()
+    params = xllamacpp.CommonParams()
+    params.model.path = str(path)
+    params.n_parallel, params.n_ctx, params.verbosity = 1, 512, -1
+    threads = int(os.environ["OMP_NUM_THREADS"])
+    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+    server = xllamacpp.Server(params)
+    loaded = time.monotonic()
+    messages = [{"role": role, "content": text} for role, text in MESSAGES]
+    server.handle_chat_completions({"messages": messages, "max_tokens": 1, "temperature": 0.0})
+    finished = time.monotonic()
+    return {"version": f"xllamacpp {importlib.metadata.version('xllamacpp')}", "import_seconds": imported - started,
+            "load_seconds": loaded - imported, "seconds": finished - imported, "finished": finished}  # fmt: skip
+
+
 def _load_ours(path: Path, weights: str) -> Any:
     import embedgrad
 
@@ -164,8 +217,9 @@ def _our_result(model: Any, point: str) -> None:
     if point == "step":
         our_step(model, Case(TOKENS, TOKENS, 1), "all")()
     else:
-        prompt = embedgrad.SoftPrompt.from_text(model, "You are a helpful assistant.")
-        embedgrad.generate(model, prompt, ["What is a river?"], embedgrad.Sampling(max_new_tokens=1))
+        (_, system), (_, query) = MESSAGES
+        prompt = embedgrad.SoftPrompt.from_text(model, system)
+        embedgrad.generate(model, prompt, [query], embedgrad.Sampling(max_new_tokens=1))
 
 
 def _load_transformers(path: Path, point: str) -> Any:
@@ -189,8 +243,7 @@ def _their_result(loaded: Any, point: str) -> None:
     if point == "step":
         autograd_step(model, model, model.config.vocab_size, Case(TOKENS, TOKENS, 1), torch.device("cpu"))()
         return
-    messages = [{"role": "system", "content": "You are a helpful assistant."},
-                {"role": "user", "content": "What is a river?"}]  # fmt: skip
+    messages = [{"role": role, "content": text} for role, text in MESSAGES]
     text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     with torch.no_grad():
         model.generate(**tokenizer(text, return_tensors="pt"), max_new_tokens=1, do_sample=False)
@@ -201,6 +254,13 @@ def _their_result(loaded: Any, point: str) -> None:
 
 def tables(rows: Sequence[Row]) -> dict[str, str]:
     """`load`: from the call that loads to the first step and the first token."""
+    parts = []
+    for title, of_model in files.by_model(rows).items():
+        parts += [f"**{title}**", _table(of_model)]
+    return {"load": "\n\n".join(parts)}
+
+
+def _table(rows: Sequence[Row]) -> str:
     found = {(one.contender, one.case["point"], one.case["state"]): one for one in rows}
     names = list(dict.fromkeys(one.contender for one in rows))
     cells = []
@@ -210,19 +270,22 @@ def tables(rows: Sequence[Row]) -> dict[str, str]:
             for state in ("cold", "warm"):
                 one = found.get((name, point, state))
                 line.append(f"{one.median:.2f} s" if one else None)
-        one = found[name, "step", "warm"]
-        cells.append([*line, f"{one.more['import_seconds']:.2f} s", f"{one.more['whole_seconds']:.2f} s"])
+        one = found.get((name, "step", "warm"), found.get((name, "token", "warm")))
+        assert one is not None
+        whole = f"{one.more['whole_seconds']:.2f} s" if one.case["point"] == "step" else None
+        cells.append([*line, f"{one.more['import_seconds']:.2f} s", whole])
     heads = ("", "first step, cold", "warm", "first token, cold", "warm", "imports before it", "whole process to the "
              "first step, warm")  # fmt: skip
-    return {"load": table(heads, cells)}
+    return table(heads, cells)
 
 
 def pictures(rows: Sequence[Row]) -> dict[str, Any]:
-    """Imports, loading and the first result, warm."""
+    """Of the first model: imports, loading and the first result, warm."""
     import matplotlib.pyplot as plt
 
     from bench.harness import pictures as draw
 
+    rows = next(iter(files.by_model(rows).values()))
     points = list(dict.fromkeys(str(one.case["point"]) for one in rows))
     names = list(dict.fromkeys(one.contender for one in rows))
     figure, panels = plt.subplots(1, len(points), figsize=(4.4 * len(points), 2.6), sharey=True, squeeze=False)

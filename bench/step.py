@@ -1,12 +1,13 @@
 """How fast, and in how much memory, is one optimisation step against PEFT prompt tuning and plain transformers?
 
-All contenders compute one step, forward and backward, on SmolLM2-135M-Instruct with the same ids and targets: PEFT
-prompt tuning; autograd on `inputs_embeds` of a transformers model; the same under `torch.compile`, compiled before
-anything counts; and embedgrad with two memory policies and, at the first shape, two kinds of weights. Every contender
-is a process of its own and they take turns, so that a noisy machine is noisy for all. The first step of each is not
-timed. Memory is the peak of the resident size during any step, the first one too, above its size after the model was
-loaded and used once. The peak of the whole process stands beside it. The floor (`bench/harness/floor.py`) is the time
-that BLAS needs for the step's necessary operations, measured in the same turns.
+All contenders compute one step, forward and backward, of the same model (`--model`; by default SmolLM2-135M-Instruct)
+with the same ids and targets: PEFT prompt tuning; autograd on `inputs_embeds` of a transformers model; the same under
+`torch.compile`, compiled before anything counts; and embedgrad with two memory policies and, at the first shape, two
+kinds of weights. Every contender is a process of its own and they take turns, so that a noisy machine is noisy for
+all. The first step of each is not timed. Memory is the peak of the resident size during any step, the first one too,
+above its size after the model was loaded and used once. The peak of the whole process stands beside it. The floor
+(`bench/harness/floor.py`) is the time that BLAS needs for the step's necessary operations, measured in the same
+turns.
 
 The grid has cases in which examples share little, and batches of one, with fewer contenders.
 """
@@ -18,14 +19,16 @@ import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
-from bench.harness import resident
+from bench.harness import files, resident
 from bench.harness.breakdown import breakdown
 from bench.harness.clock import device
 from bench.harness.contenders import OTHERS, OURS, TITLES, Case, Step, contender, load, our_step, our_version, tree_of
+from bench.harness.files import ModelFile
 from bench.harness.markdown import seconds as shown
 from bench.harness.markdown import table
 from bench.harness.rows import Row, row
@@ -37,7 +40,7 @@ FEWEST = 2  # steps that count
 UNSHOWN = ("floor", "breakdown")  # in the tables of contenders
 # How many of the shapes a contender takes part in, where not in all. Compiling takes more than a minute a shape; stored
 # weights take the time of `layer`; plain autograd at the largest shape says what PEFT says.
-AT_FIRST = {"transformers-compiled": 1, "embedgrad-stored": 1, "transformers": 2}
+AT_FIRST = {"transformers-compiled": 1, "embedgrad-stored": 1, "embedgrad-all-stored": 1, "transformers": 2}
 GRID = ("16/512/1", "128/128/1", "16/16/8", "128/16/8")
 GRID_CONTENDERS = ("floor", "peft", "embedgrad")
 CHECKS = (
@@ -48,6 +51,7 @@ CHECKS = (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this question."""
+    files.add_argument(parser)
     parser.add_argument("--shapes", nargs="*", default=None, help=f"prompt/query/batch (default: {' '.join(SHAPES)})")
     parser.add_argument("--grid", nargs="*", default=None, help=f"with fewer contenders (default: {' '.join(GRID)})")
     parser.add_argument("--contenders", nargs="*", choices=CONTENDERS, default=None, help="default: all")
@@ -57,14 +61,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--backend", default="auto", help="of embedgrad (default auto)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
+    parser.add_argument("--path", type=Path, help=argparse.SUPPRESS)
 
 
 def main(args: argparse.Namespace) -> list[Row]:
     """Measure; the rows."""
     where = device(args.device)
     if args.worker:
-        _work(args.worker, args.backend, where)
+        _work(args.worker, args.path, args.backend, where)
         return []
+    with files.model_files(args.model) as found:
+        return [one for file in found for one in _of_file(file, args)]
+
+
+def _of_file(file: ModelFile, args: argparse.Namespace) -> list[Row]:
+    print(f"{file.title} ({file.types})", flush=True)
     shapes = args.shapes if args.shapes is not None else SHAPES[:1] if args.quick else SHAPES
     grid = args.grid if args.grid is not None else () if args.quick or args.shapes is not None else GRID
     repeats = 2 if args.quick else args.repeats
@@ -72,19 +83,20 @@ def main(args: argparse.Namespace) -> list[Row]:
     rows: list[Row] = []
     for number, shape in enumerate(shapes):  # each shape has new processes, without memory of another shape
         names = [name for name in chosen if args.contenders or number < AT_FIRST.get(name, len(shapes))]
-        rows += _compare("step", [shape], names, repeats, args)
+        rows += _compare("step", file, [shape], names, repeats, args)
     ascending = sorted(grid, key=lambda text: Case.parse(text).tokens)
-    rows += _compare("grid", ascending, [n for n in GRID_CONTENDERS if n in chosen], min(repeats, 2), args)
+    rows += _compare("grid", file, ascending, [n for n in GRID_CONTENDERS if n in chosen], min(repeats, 2), args)
     return rows
 
 
 def _compare(
-    part: str, shapes: Sequence[str], contenders: Iterable[str], repeats: int, args: argparse.Namespace
+    part: str, file: ModelFile, shapes: Sequence[str], contenders: Iterable[str], repeats: int,
+    args: argparse.Namespace,
 ) -> list[Row]:
     if not shapes:
         return []
     rows: list[Row] = []
-    options = ("--backend", args.backend, "--device", args.device)
+    options = ("--backend", args.backend, "--device", args.device, "--path", str(file.path))
     with workers("step", {name: ("--worker", name, *options) for name in contenders}, args.threads) as running:
         versions = {name: worker.ready["version"] for name, worker in running.items()}
         for shape in shapes:
@@ -96,14 +108,15 @@ def _compare(
                 for name, worker in running.items():
                     if name != "breakdown" or number == FEWEST:
                         answers[name].append(worker.ask(case=shape, first=number == 0))
-            found = _rows(part, Case.parse(shape), args, answers, versions)
+            found = _rows(part, file, Case.parse(shape), args, answers, versions)
             print(f"{part} {shape}: " + ", ".join(f"{r.contender} {shown(r.median)}" for r in found), flush=True)
             rows += found
     return rows
 
 
 def _rows(
-    part: str, case: Case, args: argparse.Namespace, answers: dict[str, list[dict[str, Any]]], versions: dict[str, str]
+    part: str, file: ModelFile, case: Case, args: argparse.Namespace, answers: dict[str, list[dict[str, Any]]],
+    versions: dict[str, str],
 ) -> list[Row]:
     found = []
     losses = {name: steps[-1]["loss"] for name, steps in answers.items() if "loss" in steps[-1]}
@@ -119,7 +132,8 @@ def _rows(
         more |= {key: max(s[key] for s in held) for key in ("process_bytes", "torch_bytes") if key in last}
         found.append(row(
             "step", name, versions[name], [s["seconds"] for s in steps],
-            case={"part": part, **vars(case), "threads": args.threads, "device": args.device},
+            case={"model": file.title, "types": file.types, "part": part, **vars(case), "threads": args.threads,
+                  "device": args.device},
             peak_bytes=max((s["peak_bytes"] for s in held if "peak_bytes" in s), default=None), **more,
         ))  # fmt: skip
     return found
@@ -128,13 +142,13 @@ def _rows(
 # ---- the contenders' side --------------------------------------------------------------------------------------------
 
 
-def _work(name: str, backend: str, where: torch.device) -> None:
+def _work(name: str, path: Path, backend: str, where: torch.device) -> None:
     torch_bytes = resident.resident()  # before anything else is imported
     if name == "floor":
-        return _serve_floor(where)
+        return _serve_floor(path, where)
     if name == "breakdown":
-        return _serve_breakdown(backend, where)
-    build, version = contender(name, backend, where)
+        return _serve_breakdown(path, backend, where)
+    build, version = contender(name, path, backend, where)
     base = resident.used(where)
     steps: dict[Case, Step] = {}
 
@@ -159,12 +173,11 @@ def _measured(step: Step, where: torch.device, base: int, torch_bytes: int) -> d
             "process_bytes": peak, "torch_bytes": torch_bytes}  # fmt: skip
 
 
-def _serve_floor(where: torch.device) -> None:
+def _serve_floor(path: Path, where: torch.device) -> None:
     import embedgrad
     from bench.harness.floor import seconds
-    from embedgrad.tasks import smollm2
 
-    model = embedgrad.load_model(smollm2.path(), weights="stored")
+    model = embedgrad.load_model(path, weights="stored")
 
     def measure(request: dict[str, Any]) -> dict[str, Any]:
         tree = tree_of(model, Case.parse(request["case"]))
@@ -173,8 +186,8 @@ def _serve_floor(where: torch.device) -> None:
     serve({"version": f"torch {torch.__version__}"}, measure)
 
 
-def _serve_breakdown(backend: str, where: torch.device) -> None:
-    model = load(where, backend=backend, weights="compute")
+def _serve_breakdown(path: Path, backend: str, where: torch.device) -> None:
+    model = load(path, where, backend=backend, weights="compute")
 
     def measure(request: dict[str, Any]) -> dict[str, Any]:
         parts = breakdown(model, our_step(model, Case.parse(request["case"]), "all"))
@@ -197,12 +210,32 @@ def _by_case(rows: Iterable[Row], part: str) -> ByCase:
 
 
 def tables(rows: Sequence[Row]) -> dict[str, str]:
-    """`step`: the shapes with all contenders; `step-grid`: speed-ups over the grid."""
-    found = {}
+    """`step`: the shapes with all contenders; `step-grid`: speed-ups over the grid. Both for every model."""
+    found: dict[str, list[str]] = defaultdict(list)
+    columns = ("prompt/query/batch", "PEFT, s", "embedgrad, s", "against PEFT", "ideal",
+               "of the floor", "memory of PEFT's")  # fmt: skip
+    for title, of_model in files.by_model(rows).items():
+        shapes, grid = _by_case(of_model, "step"), _by_case(of_model, "grid")
+        if shapes:
+            found["step"] += [f"**{title}**", _shapes_table(shapes)]
+        if grid:
+            cells = (_grid_cells(case, grid[case]) for case in sorted(grid, key=_order))
+            found["step-grid"] += [f"**{title}**", table(columns, cells)]
+    if "step" in found:
+        torch_bytes = [r.more["torch_bytes"] for r in rows if "torch_bytes" in r.more]
+        repeats = max(r.repeats for r in rows if r.case["part"] == "step")
+        found["step"].append(
+            f"Medians of {repeats}, {rows[0].case['threads']} threads. A process that has only imported torch "
+            f"holds {sorted(torch_bytes)[len(torch_bytes) // 2] / 1e6:.0f} MB."
+        )
+    return {name: "\n\n".join(parts) for name, parts in found.items()}
+
+
+def _shapes_table(found: ByCase) -> str:
     heads = ("prompt/query/batch", "", "seconds", "20..80 %", "against PEFT", "of the floor", "peak MB", "of PEFT's",
              "whole process, MB")  # fmt: skip
     cells: list[Sequence[object]] = []
-    for case, named in _by_case(rows, "step").items():
+    for case, named in found.items():
         floor, peft = named.get("floor"), named.get("peft")
         for number, (name, one) in enumerate((n, r) for n, r in named.items() if n not in UNSHOWN):
             assert one.peak_bytes is not None
@@ -213,19 +246,7 @@ def tables(rows: Sequence[Row]) -> dict[str, str]:
                 f"{one.peak_bytes / peft.peak_bytes:.3f}" if peft and peft.peak_bytes and name != "peft" else None,
                 f"{one.more['process_bytes'] / 1e6:.0f}",
             ))  # fmt: skip
-    if cells:
-        torch_bytes = [r.more["torch_bytes"] for r in rows if "torch_bytes" in r.more]
-        repeats = max(r.repeats for r in rows if r.case["part"] == "step")
-        found["step"] = table(heads, cells) + (
-            f"\n\nMedians of {repeats}, {rows[0].case['threads']} threads. A process that has only imported torch "
-            f"holds {sorted(torch_bytes)[len(torch_bytes) // 2] / 1e6:.0f} MB."
-        )
-    grid = _by_case(rows, "grid")
-    if grid:
-        columns = ("prompt/query/batch", "PEFT, s", "embedgrad, s", "against PEFT", "ideal",
-                   "of the floor", "memory of PEFT's")  # fmt: skip
-        found["step-grid"] = table(columns, (_grid_cells(case, grid[case]) for case in sorted(grid, key=_order)))
-    return found
+    return table(heads, cells)
 
 
 def _order(case: Case) -> tuple[int, ...]:
@@ -244,8 +265,9 @@ def _grid_cells(case: Case, named: Mapping[str, Row]) -> Sequence[object]:
 
 
 def pictures(rows: Sequence[Row]) -> dict[str, Any]:
-    """Time and memory at the shapes; the grid's speed-up against the ideal, and its share of the floor."""
+    """Of the first model: time and memory at the shapes; the grid's speed-up against the ideal and the floor."""
     found = {}
+    rows = next(iter(files.by_model(rows).values()))
     shapes, grid = _by_case(rows, "step"), _by_case(rows, "grid")
     if shapes:
         found["step-time"] = _bars(shapes, "seconds", "%.3g", lambda one: one.median)

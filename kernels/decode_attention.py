@@ -9,9 +9,9 @@ prefix and on through the sequence's own.
 
 A new token meets every key once, so that the time is that of reading K and V, and the prefix is the longest part:
 
-    prefix     rows are (sequence, head of the group) pairs, BLOCK_Q of them to a program: the prefix is read once for
+    prefix    rows are (sequence, head of the group) pairs, BLOCK_Q of them to a program: the prefix is read once for
               that many, and its products have the shape of a matrix core instead of one row.
-    own       one sequence and one group to a program.
+    own       one sequence and one group to a program. Both kinds of program are one launch.
     merge     both are split over the keys, so that a few sequences still fill the device; every split leaves (m, l, o),
               o not yet divided by l, and a row's parts p are put together (FlashAttention-2, arXiv 2307.08691, 3.1):
               M = max_p m_p,   o = Σ_p exp2(m_p − M) o_p / Σ_p exp2(m_p − M) l_p.
@@ -45,17 +45,16 @@ def _store_part(
     tl.store(part_o + o_at[:, None] * D + o_d[None, :], b_o, mask=m_o)
 
 
-@triton.jit(do_not_specialize=["num_sequences", "num_keys", "keys_per_split"])
-def decode_prefix_kernel(
-    q, k, v, first_seen, part_o, part_m, part_l,
+@triton.jit
+def _prefix_part(
+    pid, q, k, v, first_seen, part_o, part_m, part_l,
     stride_qb, stride_qh, stride_qd, stride_ks, stride_kg, stride_kd, stride_vs, stride_vg, stride_vd,
-    num_sequences, num_keys, keys_per_split, scale, softcap,
+    num_sequences, num_keys, splits, keys_per_split, scale, softcap,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr, BF16_IN_BITS: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BF16_IN_BITS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (row blocks, splits, G). One program: BLOCK_Q rows of one group against one split of the prefix."""
-    i_r, i_p, i_g = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    """One program: BLOCK_Q rows of one group against one split of the prefix. pid counts (row block, split, group)."""
+    i_r, i_p, i_g = pid // (splits * GROUPS), pid // GROUPS % splits, (pid % GROUPS).to(tl.int64)
     num_rows = num_sequences * GROUP
     o_d, o_j = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_K)
     # [BLOCK_Q]
@@ -83,9 +82,7 @@ def decode_prefix_kernel(
         # [BLOCK_K, BLOCK_D]
         b_k = load_tile(k + p_s * stride_ks, o_j, o_d, stride_ks, stride_kd, o_j >= 0, D, BLOCK_D, False)
         b_v = load_tile(v + p_s * stride_vs, o_j, o_d, stride_vs, stride_vd, o_j >= 0, D, BLOCK_D, False)
-        b_o, b_m, b_l = online_softmax(
-            b_q, b_k, b_v, b_o, b_m, b_l, True, scale, softcap, PRECISION, BF16_IN_BITS, False
-        )
+        b_o, b_m, b_l = online_softmax(b_q, b_k, b_v, b_o, b_m, b_l, True, scale, softcap, BF16_IN_BITS, False)
     for i_s in range(whole_end, end, BLOCK_K):
         p_s = tl.cast(i_s, tl.int64)
         m_k = i_s + o_j < end
@@ -94,24 +91,21 @@ def decode_prefix_kernel(
         m_seen = m_k[None, :]
         if first_seen is not None:
             m_seen = m_seen & (i_s + o_j[None, :] >= b_first[:, None])
-        b_o, b_m, b_l = online_softmax(
-            b_q, b_k, b_v, b_o, b_m, b_l, m_seen, scale, softcap, PRECISION, BF16_IN_BITS, True
-        )
+        b_o, b_m, b_l = online_softmax(b_q, b_k, b_v, b_o, b_m, b_l, m_seen, scale, softcap, BF16_IN_BITS, True)
     _store_part(b_o, b_m, b_l, part_o, part_m, part_l, i_p * GROUPS + i_g, o_r, m_r, num_rows, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["num_sequences", "prefix_keys", "keys_per_split", "first_part"])
-def decode_own_kernel(
-    q, k, v, own_lengths, first_seen, part_o, part_m, part_l,
+@triton.jit
+def _own_part(
+    pid, q, k, v, own_lengths, first_seen, part_o, part_m, part_l,
     stride_qb, stride_qh, stride_qd,
     stride_kb, stride_ks, stride_kg, stride_kd, stride_vb, stride_vs, stride_vg, stride_vd,
-    num_sequences, prefix_keys, keys_per_split, first_part, scale, softcap,
+    num_sequences, prefix_keys, splits, keys_per_split, first_part, scale, softcap,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
-    BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr, BF16_IN_BITS: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr, BF16_IN_BITS: tl.constexpr,
 ):  # fmt: skip
-    """Grid (B, splits, G). One program: one sequence's rows of one group against one split of its own keys."""
-    i_b, i_p, i_g = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    """One program: one sequence's rows of one group against one split of its own keys. pid counts (B, split, group)."""
+    i_b, i_p, i_g = pid // (splits * GROUPS), pid // GROUPS % splits, (pid % GROUPS).to(tl.int64)
     length = tl.load(own_lengths + i_b).to(tl.int32)
     o_d, o_j = tl.arange(0, BLOCK_D), tl.arange(0, BLOCK_K)
     # [BLOCK_H]
@@ -140,11 +134,47 @@ def decode_own_kernel(
         b_k = load_tile(k + p_s * stride_ks, o_j, o_d, stride_ks, stride_kd, m_k, D, BLOCK_D, True)
         b_v = load_tile(v + p_s * stride_vs, o_j, o_d, stride_vs, stride_vd, m_k, D, BLOCK_D, True)
         b_o, b_m, b_l = online_softmax(
-            b_q, b_k, b_v, b_o, b_m, b_l, m_k[None, :], scale, softcap, PRECISION, BF16_IN_BITS, True
-        )
+            b_q, b_k, b_v, b_o, b_m, b_l, m_k[None, :], scale, softcap, BF16_IN_BITS, True
+        )  # fmt: skip
     i_part = (first_part + i_p) * GROUPS + i_g
     num_rows = num_sequences * GROUP
     _store_part(b_o, b_m, b_l, part_o, part_m, part_l, i_part, i_b * GROUP + o_h, m_h, num_rows, D, BLOCK_D)
+
+
+@triton.jit(do_not_specialize=[
+    "prefix_programs", "num_sequences", "prefix_keys", "prefix_splits", "prefix_split_keys", "own_splits",
+    "own_split_keys",
+])  # fmt: skip
+def decode_parts_kernel(
+    q, prefix_k, prefix_v, own_k, own_v, own_lengths, first_seen, part_o, part_m, part_l,
+    stride_qb, stride_qh, stride_qd, stride_ks, stride_kg, stride_kd, stride_vs, stride_vg, stride_vd,
+    stride_kb, stride_kc, stride_kh, stride_ke, stride_vb, stride_vc, stride_vh, stride_ve,
+    prefix_programs, num_sequences, prefix_keys, prefix_splits, prefix_split_keys, own_splits, own_split_keys,
+    scale, softcap,
+    GROUPS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
+    BF16_IN_BITS: tl.constexpr,
+):  # fmt: skip
+    """Grid (prefix_programs + B · own_splits · G): the longer programs, those of the prefix, come first.
+
+    Strides of the own keys and values: b sequence, c position, h group, e element.
+    """
+    pid = tl.program_id(0)
+    if pid < prefix_programs:
+        _prefix_part(
+            pid, q, prefix_k, prefix_v, first_seen, part_o, part_m, part_l,
+            stride_qb, stride_qh, stride_qd, stride_ks, stride_kg, stride_kd, stride_vs, stride_vg, stride_vd,
+            num_sequences, prefix_keys, prefix_splits, prefix_split_keys, scale, softcap,
+            GROUPS, GROUP, D, BLOCK_Q, BLOCK_K, BLOCK_D, BF16_IN_BITS,
+        )  # fmt: skip
+    else:
+        _own_part(
+            pid - prefix_programs, q, own_k, own_v, own_lengths, first_seen, part_o, part_m, part_l,
+            stride_qb, stride_qh, stride_qd,
+            stride_kb, stride_kc, stride_kh, stride_ke, stride_vb, stride_vc, stride_vh, stride_ve,
+            num_sequences, prefix_keys, own_splits, own_split_keys, prefix_splits, scale, softcap,
+            GROUPS, GROUP, D, BLOCK_H, BLOCK_K, BLOCK_D, BF16_IN_BITS,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_sequences", "num_parts"])
@@ -219,7 +249,6 @@ def decode_attention(
     first_seen: Tensor | None = None,
     out: Tensor,
     workspace: Tensor | None = None,
-    precision: str = "ieee",
     options: Mapping[str, int] | None = None,
 ) -> None:
     """Writes out [B, H, D] (the type of q).
@@ -262,20 +291,16 @@ def decode_attention(
     where = (flat[2 * stats : needed], flat[:stats], flat[stats : 2 * stats])
     constants = {"GROUPS": groups, "GROUP": group, "D": dim, "BLOCK_D": block_width(dim)}
     usual = {name: options[name] for name in ("num_warps", "num_stages") if name in options}
-    if prefix_splits:
-        row_blocks = triton.cdiv(batch * group, options["BLOCK_Q"])
+    prefix_programs = triton.cdiv(batch * group, options["BLOCK_Q"]) * prefix_splits * groups
+    if parts:
         launch.run(
-            decode_prefix_kernel, (row_blocks, prefix_splits, groups),
-            q, prefix_k, prefix_v, first_seen, *where, *q.stride(), *prefix_k.stride(), *prefix_v.stride(),
-            batch, prefix, prefix_keys, scale, softcap, BLOCK_Q=options["BLOCK_Q"],
-            BLOCK_K=options["BLOCK_K"], PRECISION=precision, BF16_IN_BITS=bf16_in_bits(q), **constants, **usual,
-        )  # fmt: skip
-    if own_splits:
-        launch.run(
-            decode_own_kernel, (batch, own_splits, groups),
-            q, own_k, own_v, lengths, first_seen, *where, *q.stride(), *own_k.stride(), *own_v.stride(),
-            batch, prefix, own_keys, prefix_splits, scale, softcap, BLOCK_H=block_width(group),
-            BLOCK_K=options["BLOCK_K"], PRECISION=precision, BF16_IN_BITS=bf16_in_bits(q), **constants, **usual,
+            decode_parts_kernel, (prefix_programs + batch * own_splits * groups,),
+            q, prefix_k, prefix_v, own_k, own_v, lengths, first_seen, *where,
+            *q.stride(), *prefix_k.stride(), *prefix_v.stride(), *own_k.stride(), *own_v.stride(),
+            prefix_programs, batch, prefix, prefix_splits, prefix_keys, own_splits, own_keys,
+            scale, softcap,
+            BLOCK_Q=options["BLOCK_Q"], BLOCK_H=block_width(group), BLOCK_K=options["BLOCK_K"],
+            BF16_IN_BITS=bf16_in_bits(q), **constants, **usual,
         )  # fmt: skip
     launch.run(
         decode_merge_kernel, (batch * group, groups),

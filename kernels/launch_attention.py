@@ -103,11 +103,16 @@ _CDNA = (
 _IEEE = "exact fp32 products have no matrix instruction on NVIDIA; both operands of a product are held in registers"
 _NVIDIA = (
     *(_row(kernel, "sm_*", _FLOAT, 64, (32, 32, 8, 1), _IEEE) for kernel in (FORWARD, DQ, DKV)),
-    *(_row(kernel, "sm_*", _FLOAT, 128, (32, 16, 8, 1), _IEEE) for kernel in (FORWARD, DQ, DECODE)),
+    *(_row(kernel, "sm_*", _FLOAT, 128, (32, 16, 8, 1), _IEEE) for kernel in (FORWARD, DQ)),
+    _row(DECODE, "sm_*", _FLOAT, 128, (16, 32, 8, 1), "80; 32 rows spill 6"),
     _row(DKV, "sm_*", _FLOAT, 128, (16, 32, 8, 1), _IEEE),
     _row(FORWARD, "sm_*", _FLOAT, 256, (16, 32, 8, 1), "128; with 16 keys ptxas keeps to 80 and on sm_100 spills 6"),
-    *(_row(kernel, "sm_*", _FLOAT, 256, (16, 16, 8, 1), _IEEE) for kernel in (DQ, DKV, DECODE)),
-    _row(DECODE, "sm_*", _HALF, 128, (64, 64, 4, 2), "239 on sm_90, 255 on sm_80, none spilled"),
+    *(_row(kernel, "sm_*", _FLOAT, 256, (16, 16, 8, 1), _IEEE) for kernel in (DQ, DKV)),
+    _row(DECODE, "sm_90", _FLOAT, 256, (16, 16, 4, 1), "174; 8 warps spill 10"),
+    _row(DECODE, "sm_100", _FLOAT, 256, (32, 32, 8, 1), "210; 16 keys spill 8"),
+    _row(DECODE, "sm_80", _FLOAT, 256, (16, 16, 8, 1), _IEEE),
+    _row(DECODE, "sm_90", _HALF, 128, (64, 64, 4, 2), "238"),
+    *(_row(DECODE, arch, _HALF, 128, (64, 32, 4, 2), "227 on sm_80; 64 keys spill 3") for arch in ("sm_80", "sm_100")),
     _row(DECODE, "sm_*", _HALF, 256, (32, 32, 4, 2), "168 on sm_80"),
 )
 

@@ -104,7 +104,7 @@ _PRODUCTS = (
 ROWS: tuple[Row, ...] = _ROWWISE + _PRODUCTS + ATTENTION
 
 _ATTENTION = ("tree_attention_forward", "tree_attention_backward_dq", "tree_attention_backward_dkv", "decode_attention")
-_WHOLE_ROW = {"rms_norm": 512, "rms_norm_backward": 512, "prompt_step": 256}
+_WHOLE_ROW = {"rms_norm": 512, "rms_norm_backward": 512, "prompt_step": 512}
 _ANY_BLOCK = ("swiglu", "swiglu_backward", "embed", "embed_backward")
 _PROGRAMS = 264
 """Two waves over the 132 multiprocessors of an H100; close to one wave over the 304 compute units of an MI300X."""

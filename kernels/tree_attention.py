@@ -90,11 +90,11 @@ def narrowed(b_x, DTYPE: tl.constexpr, BF16_IN_BITS: tl.constexpr):
 @triton.jit
 def online_softmax(
     b_q, b_k, b_v, b_o, b_m, b_l, m_seen, scale, softcap,
-    PRECISION: tl.constexpr, BF16_IN_BITS: tl.constexpr, MASKED: tl.constexpr,
+    BF16_IN_BITS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """(o, m, l) after one more block of keys: the equations of the module's docstring."""
     # [rows, keys]
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
     if softcap is not None:
         b_s = soft_capped(b_s * scale, softcap)
         to_base_2 = LOG2E
@@ -111,7 +111,7 @@ def online_softmax(
     b_l = b_l * b_decay + tl.sum(b_p, 1)
     # [rows, BLOCK_D]
     b_p = narrowed(b_p, b_v.dtype, BF16_IN_BITS)
-    b_o = tl.dot(b_p, b_v, b_o * b_decay[:, None], input_precision=PRECISION)
+    b_o = tl.dot(b_p, b_v, b_o * b_decay[:, None], input_precision="ieee")
     return b_o, b_new, b_l
 
 
@@ -122,7 +122,7 @@ def _forward_step(
     stride_ks, stride_kd, stride_vs, stride_vd,
     num_keys, window, scale, softcap,
     D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr, BF16_IN_BITS: tl.constexpr, MASKED: tl.constexpr,
+    BF16_IN_BITS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One block of keys, from key i_s on, added to (o, m, l)."""
     o_d = tl.arange(0, BLOCK_D)
@@ -142,7 +142,7 @@ def _forward_step(
             b_index[:, None], b_position[:, None], b_begin[None, :], b_length[None, :], b_key_position[None, :],
             window, key_position is not None,
         )  # fmt: skip
-    return online_softmax(b_q, b_k, b_v, b_o, b_m, b_l, m_seen, scale, softcap, PRECISION, BF16_IN_BITS, MASKED)
+    return online_softmax(b_q, b_k, b_v, b_o, b_m, b_l, m_seen, scale, softcap, BF16_IN_BITS, MASKED)
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "num_key_blocks", "window"])
@@ -154,7 +154,7 @@ def tree_attention_forward_kernel(
     stride_ot, stride_oh, stride_od, stride_lt, stride_lh,
     num_queries, num_keys, num_key_blocks, window, scale, softcap,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr, BF16_IN_BITS: tl.constexpr,
+    BF16_IN_BITS: tl.constexpr,
 ):  # fmt: skip
     """Grid (row blocks, G). One program: BLOCK_Q rows of one group against every block of keys they see."""
     # The last blocks of a sequence see the most keys: start them first.
@@ -184,13 +184,13 @@ def tree_attention_forward_kernel(
         b_o, b_m, b_l = _forward_step(
             b_q, b_o, b_m, b_l, b_index, b_position, tl.load(p_order + i) * BLOCK_K,
             k, v, key_begin, key_length, key_position, stride_ks, stride_kd, stride_vs, stride_vd,
-            num_keys, window, scale, softcap, D, BLOCK_K, BLOCK_D, PRECISION, BF16_IN_BITS, False,
+            num_keys, window, scale, softcap, D, BLOCK_K, BLOCK_D, BF16_IN_BITS, False,
         )  # fmt: skip
     for i in range(n_whole, n_whole + n_partial):
         b_o, b_m, b_l = _forward_step(
             b_q, b_o, b_m, b_l, b_index, b_position, tl.load(p_order + i) * BLOCK_K,
             k, v, key_begin, key_length, key_position, stride_ks, stride_kd, stride_vs, stride_vd,
-            num_keys, window, scale, softcap, D, BLOCK_K, BLOCK_D, PRECISION, BF16_IN_BITS, True,
+            num_keys, window, scale, softcap, D, BLOCK_K, BLOCK_D, BF16_IN_BITS, True,
         )  # fmt: skip
 
     # l is 0 in a row that has seen no key, and then m is −∞.
@@ -235,14 +235,13 @@ def tree_attention(
     softcap: float | None = None,
     out: Tensor,
     lse: Tensor,
-    precision: str = "ieee",
     options: Mapping[str, int] | None = None,
 ) -> None:
     """Writes out [Nq, H, D] (the type of q) and lse [Nq, H] (float32, natural logarithm).
 
     q: [Nq, H, D]; k, v: [S, G, D], H a multiple of G; fp32, fp16 or bf16; any strides (views into a fused QKV buffer,
     expanded, transposed). schedule: the mask, with its query_index [Nq] and key_begin, key_end [S]. scale > 0.
-    precision: of products of fp32 inputs, "ieee" or "tf32x3". options: launch parameters instead of the table's.
+    options: launch parameters instead of the table's.
     Allocates nothing but the schedule's lists, on their first use.
     Raises ValueError for shapes or types that do not fit together.
     """
@@ -267,7 +266,7 @@ def tree_attention(
         lists.order, lists.counts,
         *q.stride(), *k.stride(), *v.stride(), *out.stride(), *lse.stride(),
         queries, keys, lists.order.shape[1], schedule.window, scale, softcap,
-        GROUP=group, D=dim, BLOCK_D=block_width(dim), PRECISION=precision, BF16_IN_BITS=bf16_in_bits(q),
+        GROUP=group, D=dim, BLOCK_D=block_width(dim), BF16_IN_BITS=bf16_in_bits(q),
         **options,
     )  # fmt: skip
 

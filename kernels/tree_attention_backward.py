@@ -98,7 +98,7 @@ def _dq_step(
     stride_ks, stride_kd, stride_vs, stride_vd,
     num_keys, window, scale, softcap,
     D: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr, BF16_IN_BITS: tl.constexpr, MASKED: tl.constexpr,
+    BF16_IN_BITS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One block of keys, from key i_s on, added to dq (without the factor σ)."""
     o_d = tl.arange(0, BLOCK_D)
@@ -110,7 +110,7 @@ def _dq_step(
     b_k = load_tile(k + p_s * stride_ks, o_s, o_d, stride_ks, stride_kd, True, D, BLOCK_D, False)
     b_v = load_tile(v + p_s * stride_vs, o_s, o_d, stride_vs, stride_vd, True, D, BLOCK_D, False)
     # [BLOCK_Q, BLOCK_K]
-    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision="ieee")
     m_seen = True
     if MASKED:
         b_begin = tl.load(key_begin + i_s + o_j)
@@ -121,12 +121,12 @@ def _dq_step(
             window, key_position is not None,
         )  # fmt: skip
     b_p, b_s = _weights(b_s, b_lse[:, None], m_seen, scale, softcap, MASKED)
-    b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+    b_dp = tl.dot(b_do, tl.trans(b_v), input_precision="ieee")
     b_ds = b_p * (b_dp - b_delta[:, None])
     if softcap is not None:
         b_ds = b_ds * (1.0 - (b_s / softcap) * (b_s / softcap))
     # [BLOCK_Q, BLOCK_D]
-    return tl.dot(narrowed(b_ds, b_k.dtype, BF16_IN_BITS), b_k, b_dq, input_precision=PRECISION)
+    return tl.dot(narrowed(b_ds, b_k.dtype, BF16_IN_BITS), b_k, b_dq, input_precision="ieee")
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "num_key_blocks", "row_pitch", "window"])
@@ -138,7 +138,7 @@ def tree_attention_dq_kernel(
     stride_ks, stride_kg, stride_kd, stride_vs, stride_vg, stride_vd, stride_gt, stride_gh, stride_gd,
     num_queries, num_keys, num_key_blocks, row_pitch, window, scale, softcap,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr, BF16_IN_BITS: tl.constexpr, ROWS_ALIGNED: tl.constexpr,
+    BF16_IN_BITS: tl.constexpr, ROWS_ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Grid (row blocks, G). One program: dq of BLOCK_Q rows of one group. g in stride_g*: the gradient dq."""
     num_rows = num_queries * GROUP
@@ -167,16 +167,23 @@ def tree_attention_dq_kernel(
         b_dq = _dq_step(
             b_dq, b_q, b_do, b_lse, b_delta, b_index, b_position, tl.load(p_order + i) * BLOCK_K,
             k, v, key_begin, key_length, key_position, stride_ks, stride_kd, stride_vs, stride_vd,
-            num_keys, window, scale, softcap, D, BLOCK_K, BLOCK_D, PRECISION, BF16_IN_BITS, False,
+            num_keys, window, scale, softcap, D, BLOCK_K, BLOCK_D, BF16_IN_BITS, False,
         )  # fmt: skip
     for i in range(n_whole, n_whole + n_partial):
         b_dq = _dq_step(
             b_dq, b_q, b_do, b_lse, b_delta, b_index, b_position, tl.load(p_order + i) * BLOCK_K,
             k, v, key_begin, key_length, key_position, stride_ks, stride_kd, stride_vs, stride_vd,
-            num_keys, window, scale, softcap, D, BLOCK_K, BLOCK_D, PRECISION, BF16_IN_BITS, True,
+            num_keys, window, scale, softcap, D, BLOCK_K, BLOCK_D, BF16_IN_BITS, True,
         )  # fmt: skip
     p_dq = dq + (o_t * stride_gt + o_h * stride_gh)[:, None] + o_d[None, :] * stride_gd
     tl.store(p_dq, (b_dq * scale).to(dq.dtype.element_ty), mask=m_r[:, None] & (o_d < D)[None, :])
+
+
+@triton.jit
+def _from_first_query(o_r, i_r, GROUP: tl.constexpr):
+    """(query, head) of the rows, queries counted from that of row i_r: 32 bits suffice for offsets from there."""
+    o_r -= i_r // GROUP * GROUP
+    return o_r // GROUP, o_r % GROUP
 
 
 @triton.jit
@@ -186,17 +193,19 @@ def _dkv_step(
     stride_dt, stride_dh, stride_dd, stride_qt, stride_qh, stride_qd,
     num_rows, window, scale, softcap,
     GROUP: tl.constexpr, D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr, BF16_IN_BITS: tl.constexpr, MASKED: tl.constexpr,
+    BF16_IN_BITS: tl.constexpr, MASKED: tl.constexpr,
 ):  # fmt: skip
     """One block of rows, from row i_r on, added to dk (without the factor σ) and dv; all but b_* are of one group."""
     o_d = tl.arange(0, BLOCK_D)
     # [BLOCK_Q]; rows after the last have lse = +∞, and any query will do for them
     o_r = i_r + tl.arange(0, BLOCK_Q)
-    o_q = tl.minimum(o_r, num_rows - 1) if MASKED else o_r
-    o_t, o_h = (o_q // GROUP).to(tl.int64), o_q % GROUP
+    o_t, o_h = _from_first_query(tl.minimum(o_r, num_rows - 1) if MASKED else o_r, i_r, GROUP)
+    p_t = tl.cast(i_r // GROUP, tl.int64)
     # [BLOCK_Q, BLOCK_D]
-    b_q = load_tile(q, o_t * stride_qt + o_h * stride_qh, o_d, 1, stride_qd, True, D, BLOCK_D, False)
-    b_do = load_tile(do, o_t * stride_dt + o_h * stride_dh, o_d, 1, stride_dd, True, D, BLOCK_D, False)
+    b_q = load_tile(q + p_t * stride_qt, o_t * stride_qt + o_h * stride_qh, o_d, 1, stride_qd, True, D, BLOCK_D, False)
+    b_do = load_tile(
+        do + p_t * stride_dt, o_t * stride_dt + o_h * stride_dh, o_d, 1, stride_dd, True, D, BLOCK_D, False
+    )
     b_lse = tl.load(row_lse + o_r)
     b_delta = tl.load(row_delta + o_r)
     m_seen = True
@@ -208,15 +217,15 @@ def _dkv_step(
             window, row_position is not None,
         )  # fmt: skip
     # [BLOCK_K, BLOCK_Q]: everything is transposed, so that P and dS enter their products as they are
-    b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
+    b_s = tl.dot(b_k, tl.trans(b_q), input_precision="ieee")
     b_p, b_s = _weights(b_s, b_lse[None, :], m_seen, scale, softcap, MASKED)
     # [BLOCK_K, BLOCK_D]
-    b_dv = tl.dot(narrowed(b_p, b_do.dtype, BF16_IN_BITS), b_do, b_dv, input_precision=PRECISION)
-    b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
+    b_dv = tl.dot(narrowed(b_p, b_do.dtype, BF16_IN_BITS), b_do, b_dv, input_precision="ieee")
+    b_dp = tl.dot(b_v, tl.trans(b_do), input_precision="ieee")
     b_ds = b_p * (b_dp - b_delta[None, :])
     if softcap is not None:
         b_ds = b_ds * (1.0 - (b_s / softcap) * (b_s / softcap))
-    b_dk = tl.dot(narrowed(b_ds, b_q.dtype, BF16_IN_BITS), b_q, b_dk, input_precision=PRECISION)
+    b_dk = tl.dot(narrowed(b_ds, b_q.dtype, BF16_IN_BITS), b_q, b_dk, input_precision="ieee")
     return b_dk, b_dv
 
 
@@ -225,6 +234,15 @@ def _in_window(i_r, b_key_position, row_position, window, BLOCK_Q: tl.constexpr)
     """Whether some row of the block can have some key of the block inside its window."""
     b_position = tl.load(row_position + i_r + tl.arange(0, BLOCK_Q))
     return tl.min(b_position, 0) - tl.max(b_key_position, 0) < window
+
+
+@triton.jit
+def _store_partial(b_dk, b_dv, partial, slot, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr):
+    """A piece's sums, whole tiles: dk, then dv."""
+    o_tile = tl.arange(0, BLOCK_K)[:, None] * BLOCK_D + tl.arange(0, BLOCK_D)[None, :]
+    p_slot = partial + slot * 2 * (BLOCK_K * BLOCK_D)
+    tl.store(p_slot + o_tile, b_dk)
+    tl.store(p_slot + BLOCK_K * BLOCK_D + o_tile, b_dv)
 
 
 @triton.jit(do_not_specialize=["num_queries", "num_keys", "row_pitch", "window"])
@@ -237,7 +255,7 @@ def tree_attention_dkv_kernel(
     num_queries, num_keys, row_pitch, window, scale, softcap,
     GROUPS: tl.constexpr, GROUP: tl.constexpr, D: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_D: tl.constexpr,
-    PRECISION: tl.constexpr, BF16_IN_BITS: tl.constexpr, ROWS_ALIGNED: tl.constexpr,
+    BF16_IN_BITS: tl.constexpr, ROWS_ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """Grid (pieces, G). One program: one block of keys against one piece of the rows that see it.
 
@@ -278,28 +296,23 @@ def tree_attention_dkv_kernel(
             b_dk, b_dv, b_k, b_v, b_begin, b_length, b_key_position, i_r,
             do, q, row_delta, row_lse, row_index, row_position,
             stride_dt, stride_dh, stride_dd, stride_qt, stride_qh, stride_qd,
-            num_rows, window, scale, softcap, GROUP, D, BLOCK_Q, BLOCK_D, PRECISION, BF16_IN_BITS, False,
+            num_rows, window, scale, softcap, GROUP, D, BLOCK_Q, BLOCK_D, BF16_IN_BITS, False,
         )  # fmt: skip
     # The rows before and after those that see the whole block.
     n_before = (whole - row) // BLOCK_Q
     for i in range(0, n_before + tl.cdiv(row_end - whole_end, BLOCK_Q)):
         i_r = tl.where(i < n_before, row + i * BLOCK_Q, whole_end + (i - n_before) * BLOCK_Q)
         i_r = tl.multiple_of(i_r, ROWS_ALIGNED)
-        if row_position is None:
+        inside = True
+        if row_position is not None:
+            inside = _in_window(i_r, b_key_position, row_position, window, BLOCK_Q)
+        if inside:
             b_dk, b_dv = _dkv_step(
                 b_dk, b_dv, b_k, b_v, b_begin, b_length, b_key_position, i_r,
                 do, q, row_delta, row_lse, row_index, row_position,
                 stride_dt, stride_dh, stride_dd, stride_qt, stride_qh, stride_qd,
-                num_rows, window, scale, softcap, GROUP, D, BLOCK_Q, BLOCK_D, PRECISION, BF16_IN_BITS, True,
+                num_rows, window, scale, softcap, GROUP, D, BLOCK_Q, BLOCK_D, BF16_IN_BITS, True,
             )  # fmt: skip
-        else:
-            if _in_window(i_r, b_key_position, row_position, window, BLOCK_Q):
-                b_dk, b_dv = _dkv_step(
-                    b_dk, b_dv, b_k, b_v, b_begin, b_length, b_key_position, i_r,
-                    do, q, row_delta, row_lse, row_index, row_position,
-                    stride_dt, stride_dh, stride_dd, stride_qt, stride_qh, stride_qd,
-                    num_rows, window, scale, softcap, GROUP, D, BLOCK_Q, BLOCK_D, PRECISION, BF16_IN_BITS, True,
-                )  # fmt: skip
 
     if slot < 0:
         m_kd = m_k[:, None] & (o_d < D)[None, :]
@@ -308,11 +321,7 @@ def tree_attention_dkv_kernel(
         tl.store(p_dk, (b_dk * scale).to(dk.dtype.element_ty), mask=m_kd)
         tl.store(p_dv, b_dv.to(dv.dtype.element_ty), mask=m_kd)
     else:
-        TILE: tl.constexpr = BLOCK_K * BLOCK_D
-        o_tile = tl.arange(0, BLOCK_K)[:, None] * BLOCK_D + o_d[None, :]
-        p_slot = partial + (slot.to(tl.int64) * GROUPS + i_g) * 2 * TILE
-        tl.store(p_slot + o_tile, b_dk)
-        tl.store(p_slot + TILE + o_tile, b_dv)
+        _store_partial(b_dk, b_dv, partial, slot.to(tl.int64) * GROUPS + i_g, BLOCK_K, BLOCK_D)
 
 
 @triton.jit(do_not_specialize=["num_keys"])
@@ -413,7 +422,6 @@ def tree_attention_backward(
     dk: Tensor | None = None,
     dv: Tensor | None = None,
     workspace: Tensor | None = None,
-    precision: str = "ieee",
     options: Mapping[str, Options] | None = None,
 ) -> None:
     """Writes dq [Nq, H, D], and dk and dv [S − prefix, G, D]; what is None is not computed (dk and dv go together).
@@ -468,7 +476,7 @@ def tree_attention_backward(
     strides = (*do.stride(), *q.stride(), *k.stride(), *v.stride())
     common = (pitch, schedule.window, scale, softcap)
     constants = {
-        "GROUP": group, "D": dim, "BLOCK_D": width, "PRECISION": precision, "BF16_IN_BITS": bf16_in_bits(q),
+        "GROUP": group, "D": dim, "BLOCK_D": width, "BF16_IN_BITS": bf16_in_bits(q),
         "ROWS_ALIGNED": ROWS_ALIGNED,
     }  # fmt: skip
     if dq is not None:

@@ -1,6 +1,6 @@
 """Who takes an optimisation step: embedgrad in several settings, PEFT, and transformers by itself.
 
-All compute the same loss on SmolLM2-135M-Instruct, of the same ids and targets, and its gradient at the prompt's
+All compute the same loss on one model, of the same ids and targets, and its gradient at the prompt's
 embeddings. Embedgrad and the others are imported where they are needed, since a process holds one of them only.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,13 +21,15 @@ OURS = {
     "embedgrad": ("all", "compute"),
     "embedgrad-layer": ("layer", "compute"),
     "embedgrad-stored": ("layer", "stored"),
+    "embedgrad-all-stored": ("all", "stored"),
 }
 """Memory policy and weights of each of ours."""
 OTHERS = ("peft", "transformers", "transformers-compiled")
 TITLES = {
     "peft": "PEFT prompt tuning", "transformers": "transformers, autograd",
     "transformers-compiled": "the same, `torch.compile`", "embedgrad": "embedgrad, policy `all`",
-    "embedgrad-layer": "embedgrad, policy `layer`", "embedgrad-stored": "embedgrad, `layer`, Q4_1 as stored",
+    "embedgrad-layer": "embedgrad, policy `layer`", "embedgrad-stored": "embedgrad, `layer`, weights as stored",
+    "embedgrad-all-stored": "embedgrad, `all`, weights as stored",
 }  # fmt: skip
 
 Step = Callable[[], tuple[float, float]]  # → loss, norm of the gradient
@@ -66,13 +69,13 @@ class Case:
         return self.tokens / (self.prompt + self.batch * rest)
 
 
-def contender(name: str, backend: str, where: torch.device) -> tuple[Build, str]:
+def contender(name: str, path: Path, backend: str, where: torch.device) -> tuple[Build, str]:
     """What makes the step of a case, on a model that is loaded and has been used once; and the contender's version."""
     if name in OURS:
         policy, weights = OURS[name]
-        model = load(where, backend=backend, weights=weights)
+        model = load(path, where, backend=backend, weights=weights)
         return lambda case: our_step(model, case, policy), our_version(model)
-    return others(name, load(where, weights="compute"), where)
+    return others(name, load(path, where, weights="compute"), where)
 
 
 def task(model: Any, case: Case) -> tuple[Any, list[Any]]:
@@ -103,12 +106,11 @@ def _tokens(vocabulary: int, case: Case) -> tuple[list[int], list[list[int]], li
     return tokens(case.prompt), queries, [tokens(TARGETS) for _ in range(case.batch)]
 
 
-def load(where: torch.device, **options: Any) -> Any:
-    """SmolLM2, loaded and used once."""
+def load(path: Path, where: torch.device, **options: Any) -> Any:
+    """The model at `path`, loaded and used once."""
     import embedgrad
-    from embedgrad.tasks import smollm2
 
-    model = embedgrad.load_model(smollm2.path(), device=where, **options)
+    model = embedgrad.load_model(path, device=where, **options)
     short, _ = task(model, Case(4, 4, 1))
     embedgrad.score(model, short, [embedgrad.Example([100, 101, 102], [103])])
     return model

@@ -61,8 +61,17 @@ class _RandomTensors:
         count = torch.Size(shape).numel()
         return self._numbers.repeat(-(-count // len(self._numbers)))[:count].view(shape)
 
+    def first_row(self, name: str) -> Tensor:
+        return self._numbers[: self._shapes[name][-1]]
+
+    def stored_as(self, name: str) -> None:
+        return None
+
     def raw(self, name: str) -> None:
         return None
+
+    def release(self, name: str) -> None:
+        """Nothing: no tensor is quantised."""
 
 
 def random_model(name: str, layers: int | None = None) -> Any:

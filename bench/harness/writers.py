@@ -1,4 +1,4 @@
-"""Who writes answers behind one prompt: embedgrad, llama.cpp and transformers, on SmolLM2-135M-Instruct, greedily.
+"""Who writes answers behind one prompt: embedgrad, llama.cpp and transformers, from one model file, greedily.
 
 Each is imported where it is needed, since a process holds one of them only.
 """
@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 SYSTEM = "You are a helpful assistant that explains things to people in plain words and short sentences. "
@@ -32,36 +33,42 @@ class Writer:
     judge: Judge | None = None
 
 
-def writer(name: str, threads: int, device: str) -> Writer:
-    """The contender `name`: one of OURS, "transformers", or "llama.cpp SLOTS"."""
+def writer(name: str, path: Path, threads: int, device: str) -> Writer:
+    """The contender `name` (one of OURS, "transformers", or "llama.cpp SLOTS") with the model at `path`."""
     if name.startswith("llama.cpp"):
-        return _llama(int(name.split()[1]), threads)
+        return _llama(path, int(name.split()[1]), threads)
     if name == "transformers":
-        return _transformers(device)
-    return _embedgrad("stored" if name.endswith("stored") else "compute", device)
+        return _transformers(path, device)
+    return _embedgrad(path, "stored" if name.endswith("stored") else "compute", device)
 
 
-def _system(tokenizer: Any) -> str:
-    """The prompt's text, of PROMPT_TOKENS tokens."""
-    return tokenizer.decode(tokenizer.encode(SYSTEM * 40)[:PROMPT_TOKENS])
+def _prompt(model: Any) -> Any:
+    """A prompt of PROMPT_TOKENS tokens."""
+    import embedgrad
+
+    text = model.tokenizer.decode(model.tokenizer.encode(SYSTEM * 40)[:PROMPT_TOKENS])
+    return embedgrad.SoftPrompt.from_text(model, text)
 
 
-def _conversation(system: str, query: str) -> str:
-    """SmolLM2's chat template."""
-    turns = (("system", system), ("user", query))
-    return "".join(f"<|im_start|>{role}\n{text}<|im_end|>\n" for role, text in turns) + "<|im_start|>assistant\n"
+def _inputs(path: Path) -> Callable[[str], list[int]]:
+    """The tokens of a query behind the prompt, the same for every contender. The weights stay mapped."""
+    import embedgrad
+    from embedgrad.prompt.rendering import render_query
+
+    model = embedgrad.load_model(path, weights="stored")
+    prompt = _prompt(model)
+    return lambda query: render_query(model, prompt, query).ids
 
 
-def _embedgrad(weights: str, device: str) -> Writer:
+def _embedgrad(path: Path, weights: str, device: str) -> Writer:
     import torch
 
     import embedgrad
     from embedgrad.generation.prefill import prefill_prefix, prefill_suffixes
     from embedgrad.prompt.rendering import render_query
-    from embedgrad.tasks import smollm2
 
-    model = embedgrad.load_model(smollm2.path(), weights=weights, device=device)
-    prompt = embedgrad.SoftPrompt.from_text(model, _system(model.tokenizer))
+    model = embedgrad.load_model(path, weights=weights, device=device)
+    prompt = _prompt(model)
 
     def write(queries: Sequence[str], tokens: int) -> tuple[list[str], int]:
         answers = embedgrad.generate(model, prompt, queries, embedgrad.Sampling(max_new_tokens=tokens))
@@ -81,21 +88,18 @@ def _embedgrad(weights: str, device: str) -> Writer:
     return Writer(write, f"embedgrad {embedgrad.__version__}, backend {model.backend}", judge)
 
 
-def _llama(slots: int, threads: int) -> Writer:
+def _llama(path: Path, slots: int, threads: int) -> Writer:
     import xllamacpp
 
-    from embedgrad.engine.model import load_model
-    from embedgrad.tasks import smollm2
-
-    system = _system(load_model(smollm2.path(), weights="stored").tokenizer)
+    inputs = _inputs(path)
     params = xllamacpp.CommonParams()
-    params.model.path = str(smollm2.path())
+    params.model.path = str(path)
     params.n_parallel, params.n_ctx, params.cache_prompt, params.verbosity = slots, slots * SEQUENCE_TOKENS, True, -1
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     server = xllamacpp.Server(params)
 
     def one(query: str, tokens: int) -> tuple[str, int]:
-        request = {"prompt": _conversation(system, query), "n_predict": tokens, "temperature": 0.0}
+        request = {"prompt": inputs(query), "n_predict": tokens, "temperature": 0.0}
         answer = server.handle_completions({**request, "cache_prompt": True})
         answer = json.loads(answer) if isinstance(answer, str) else answer
         return answer["choices"][0]["text"], answer["usage"]["completion_tokens"]
@@ -109,21 +113,19 @@ def _llama(slots: int, threads: int) -> Writer:
     return Writer(write, f"xllamacpp {importlib.metadata.version('xllamacpp')}")
 
 
-def _transformers(device: str) -> Writer:
+def _transformers(path: Path, device: str) -> Writer:
     import torch
     import transformers
 
     import embedgrad
     from embedgrad.compare.twin import transformers_twin
-    from embedgrad.tasks import smollm2
 
-    ours = embedgrad.load_model(smollm2.path(), device=device)
-    tokenizer, system = ours.tokenizer, _system(ours.tokenizer)
-    model: Any = transformers_twin(ours, attention="sdpa")
+    inputs, ours = _inputs(path), embedgrad.load_model(path, device=device)
+    tokenizer, model = ours.tokenizer, transformers_twin(ours, attention="sdpa")
     eos = sorted(tokenizer.eos_ids)
 
     def write(queries: Sequence[str], tokens: int) -> tuple[list[str], int]:
-        sequences = [tokenizer.encode(_conversation(system, query)) for query in queries]
+        sequences = [inputs(query) for query in queries]
         longest = max(map(len, sequences))
         padding = [longest - len(sequence) for sequence in sequences]
         padded = [[eos[0]] * n + sequence for n, sequence in zip(padding, sequences, strict=True)]

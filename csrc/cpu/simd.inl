@@ -27,6 +27,19 @@ static inline Vec load(const float* p) { return *reinterpret_cast<const VecAnywh
 static inline void store(float* p, Vec x) { *reinterpret_cast<VecAnywhere*>(p) = x; }
 static inline Vec broadcast(float x) { return x - Vec{}; }  // exact for every x; 0 + x would turn −0 into 0
 
+// a · b + c, rounded once, whatever the compiler makes of a product and a sum.
+#if EMBEDGRAD_ISA == 512
+static inline Vec fma(Vec a, Vec b, Vec c) { return Vec(_mm512_fmadd_ps(__m512(a), __m512(b), __m512(c))); }
+#elif EMBEDGRAD_ISA == 2
+static inline Vec fma(Vec a, Vec b, Vec c) { return Vec(_mm256_fmadd_ps(__m256(a), __m256(b), __m256(c))); }
+#else
+static inline Vec fma(Vec a, Vec b, Vec c) {
+    Vec result = {};
+    for (int i = 0; i < VL; ++i) result[i] = __builtin_fmaf(a[i], b[i], c[i]);
+    return result;
+}
+#endif
+
 // Non-temporal store; p is aligned to a vector. `stream_fence` must follow before another thread reads the data.
 #if EMBEDGRAD_ISA == 512
 static inline void stream(float* p, Vec x) { _mm512_stream_ps(p, __m512(x)); }

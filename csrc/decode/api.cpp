@@ -10,6 +10,8 @@
 #include <thread>
 #endif
 
+#include "repack.h"
+
 namespace {
 
 using namespace embedgrad;
@@ -78,16 +80,38 @@ void embedgrad_decoder_advance(
 void embedgrad_linear(const Matrix* matrix, const float* x, int64_t batch, float* y, int32_t threads) {
     Activations activations(batch, matrix->columns);
     std::memcpy(activations.row(0), x, sizeof(float) * batch * matrix->columns);
-    for (int64_t b = 0; b < batch; ++b) activations.quantise(b, layouts(*matrix, batch));
+    if (takes_quantised(*matrix))
+        for (int64_t b = 0; b < batch; ++b) activations.quantise(b);
     run_on_team(threads, [&](const Team& team) {
-        const auto [begin, end] = team.share(matrix->rows, 8);
+        const auto [begin, end] = team.share(matrix->rows, kTileRows);
         linear(*matrix, activations, batch, nullptr, y, matrix->rows, false, begin, end);
     });
 }
 
 void embedgrad_widen(const Matrix* matrix, int64_t begin, int64_t end, float* out, int32_t threads) {
     run_on_team(threads, [&](const Team& team) {
-        const auto share = team.share(end - begin);
-        for (int64_t i = share.begin; i < share.end; ++i) read_row(*matrix, begin + i, out + i * matrix->columns);
+        const auto share = team.share(end - begin, kTileRows);
+        read_rows(*matrix, begin + share.begin, begin + share.end, out + share.begin * matrix->columns);
+    });
+}
+
+void embedgrad_gather(const Matrix* matrix, const int64_t* rows, int64_t count, float* out, int32_t threads) {
+    run_on_team(threads, [&](const Team& team) {
+        const auto share = team.share(count);
+        for (int64_t i = share.begin; i < share.end; ++i)
+            read_rows(*matrix, rows[i], rows[i] + 1, out + i * matrix->columns);
+    });
+}
+
+int64_t embedgrad_tile_bytes(int32_t stored, int64_t columns) {
+    return format(static_cast<Stored>(stored)).tile_bytes(columns);
+}
+
+void embedgrad_repack(
+    int32_t stored, const uint8_t* blocks, int64_t row_bytes, int64_t rows, int64_t columns, uint8_t* out,
+    int32_t threads) {
+    run_on_team(threads, [&](const Team& team) {
+        const auto [begin, end] = team.share((rows + kTileRows - 1) / kTileRows);
+        repack(static_cast<Stored>(stored), blocks, row_bytes, rows, columns, out, begin, end);
     });
 }

@@ -23,4 +23,16 @@ EMBEDGRAD_API void embedgrad_linear(
 // out [end − begin, columns] = matrix rows [begin, end) in float32, without the bias.
 EMBEDGRAD_API void embedgrad_widen(
     const embedgrad::Matrix*, int64_t begin, int64_t end, float* out, int32_t threads);
+
+// out [count, columns] = the matrix rows `rows` in float32, without the bias.
+EMBEDGRAD_API void embedgrad_gather(
+    const embedgrad::Matrix*, const int64_t* rows, int64_t count, float* out, int32_t threads);
+
+// Bytes of a tile of 16 matrix rows of a quantised type (formats.h).
+EMBEDGRAD_API int64_t embedgrad_tile_bytes(int32_t stored, int64_t columns);
+
+// out [tiles] = blocks [rows, super-blocks], which are as in a file, rows `row_bytes` apart.
+EMBEDGRAD_API void embedgrad_repack(
+    int32_t stored, const uint8_t* blocks, int64_t row_bytes, int64_t rows, int64_t columns, uint8_t* out,
+    int32_t threads);
 }

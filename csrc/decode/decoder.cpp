@@ -49,17 +49,17 @@ void Decoder::advance(const Team& team, const Cache& cache, const Tokens& tokens
     const auto [first, last] = team.share(count);
     for (int64_t b = first; b < last; ++b)
         if (tokens.ids)
-            read_row(spec_.embedding, tokens.ids[b], w.x.row(b));
+            read_rows(spec_.embedding, tokens.ids[b], tokens.ids[b] + 1, w.x.row(b));
         else
             std::memcpy(w.x.row(b), tokens.embeddings + b * d, sizeof(float) * d);
     for (int64_t l = 0; l < spec_.num_layers; ++l) {
         const LayerSpec& layer = spec_.layers[l];
         normalise(team, layer.attention_norm, layer.qkv, count);
-        const auto qkv = team.share(layer.qkv.rows, 8);
+        const auto qkv = team.share(layer.qkv.rows, kTileRows);
         linear(layer.qkv, w.normed, count, nullptr, w.qkv.data(), layer.qkv.rows, false, qkv.begin, qkv.end);
         team.wait();
         attention(team, cache, tokens, l);
-        const auto out = team.share(layer.out.rows, 8);
+        const auto out = team.share(layer.out.rows, kTileRows);
         linear(layer.out, w.attended, count, nullptr, w.x.row(0), d, true, out.begin, out.end);
         team.wait();
         feed_forward(team, layer, count);
@@ -67,10 +67,10 @@ void Decoder::advance(const Team& team, const Cache& cache, const Tokens& tokens
     const auto [begin, end] = team.share(wanted.count);
     for (int64_t i = begin; i < end; ++i) {
         EMBEDGRAD_DISPATCH(rms_norm_row, w.x.row(wanted.tokens[i]), spec_.final_norm, spec_.eps, w.normed.row(i), d)
-        w.normed.quantise(i, layouts(spec_.head, wanted.count));
+        if (takes_quantised(spec_.head)) w.normed.quantise(i);
     }
     team.wait();
-    const auto share = team.share(spec_.head.rows, 8);
+    const auto share = team.share(spec_.head.rows, kTileRows);
     linear(
         spec_.head, w.normed, wanted.count, wanted.target, wanted.logits, spec_.vocabulary, false, share.begin,
         share.end);
@@ -84,7 +84,7 @@ void Decoder::normalise(const Team& team, const float* weight, const Matrix& nex
     const auto [begin, end] = team.share(tokens);
     for (int64_t b = begin; b < end; ++b) {
         EMBEDGRAD_DISPATCH(rms_norm_row, w.x.row(b), weight, spec_.eps, w.normed.row(b), int64_t{spec_.hidden})
-        w.normed.quantise(b, layouts(next, tokens));
+        if (takes_quantised(next)) w.normed.quantise(b);
     }
     team.wait();
 }
@@ -120,6 +120,7 @@ void Decoder::attention(const Team& team, const Cache& cache, const Tokens& toke
     // would be too few items for the team.
     const int64_t together = count * kv_heads >= 2 * team.size ? each : 1;
     const auto items = team.share(count * spec_.heads / together);
+    const bool quantised = takes_quantised(layer.out);
     const bool quantised_apart = d % kQuantGroup != 0;  // a quant group then belongs to several items
     const int64_t items_per_token = spec_.heads / together;
     const auto own_slice = [&](int64_t b, int64_t g, int64_t first_key) {
@@ -140,12 +141,12 @@ void Decoder::attention(const Team& team, const Cache& cache, const Tokens& toke
             prefetch(own_slice((i + 1) / items_per_token, (i + 1) % items_per_token * together / each, first_key), d);
         const float* q = w.qkv.data() + b * layer.qkv.rows + h * d;
         EMBEDGRAD_DISPATCH(attend_heads, q, spec_.scale, slices, d, together, w.attended.row(b) + h * d)
-        if (!quantised_apart) w.attended.quantise(b, layouts(layer.out, count), h * d, (h + together) * d);
+        if (quantised && !quantised_apart) w.attended.quantise(b, h * d, (h + together) * d);
     }
     team.wait();
-    if (quantised_apart) {
+    if (quantised && quantised_apart) {
         const auto [begin, end] = team.share(count);
-        for (int64_t b = begin; b < end; ++b) w.attended.quantise(b, layouts(layer.out, count));
+        for (int64_t b = begin; b < end; ++b) w.attended.quantise(b);
         team.wait();
     }
 }
@@ -162,10 +163,10 @@ void Decoder::feed_forward(const Team& team, const LayerSpec& layer, int64_t tok
     for (int64_t b = 0; b < tokens && begin < end; ++b) {
         const float* gate = gate_up + b * 2 * width;
         EMBEDGRAD_DISPATCH(swiglu_row, gate + begin, gate + width + begin, w.active.row(b) + begin, end - begin)
-        w.active.quantise(b, layouts(layer.down, tokens), begin, end);
+        if (takes_quantised(layer.down)) w.active.quantise(b, begin, end);
     }
     team.wait();
-    const auto down = team.share(layer.down.rows, 8);
+    const auto down = team.share(layer.down.rows, kTileRows);
     linear(layer.down, w.active, tokens, nullptr, w.x.row(0), spec_.hidden, true, down.begin, down.end);
     team.wait();
 }

@@ -13,7 +13,7 @@ on the op's device); without one the operation allocates it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,6 +25,21 @@ from embedgrad.maths.trust_region import TrustRegion
 
 Heads = tuple[int, int, int]
 """H query heads, G key/value heads, and their size D; H or G is 0 in a buffer that has only the others."""
+
+
+class CacheRows(NamedTuple):
+    """Where a KV cache takes the keys and values of T tokens: keys, values [N, G, D], rows [T] int64, all different."""
+
+    keys: Tensor
+    values: Tensor
+    rows: Tensor
+
+
+def split_keys(qkv: Tensor, heads: Heads) -> tuple[Tensor, Tensor]:
+    """Keys and values [T, G, D] in a buffer [T, (H + 2G)·D]."""
+    h, g, size = heads
+    own = qkv[:, h * size :]
+    return own[:, : g * size].unflatten(1, (g, size)), own[:, g * size :].unflatten(1, (g, size))
 
 
 class Head(Protocol):
@@ -65,6 +80,17 @@ class Backend(ABC):
 
         qkv [T, (H + 2G)·D] (the G value heads stay), cos and sin [T, D/2].
         """
+
+    def rope_and_store(
+        self, qkv: Tensor, cos: Tensor, sin: Tensor, heads: Heads, cache: CacheRows,
+        *, q_norm: Tensor | None = None, k_norm: Tensor | None = None, eps: float = 0.0,
+    ) -> Tensor:  # fmt: skip
+        """`rope`, and the rotated keys and the values of token t in row `cache.rows[t]` of the KV cache."""
+        self.rope(qkv, cos, sin, heads, q_norm=q_norm, k_norm=k_norm, eps=eps)
+        keys, values = split_keys(qkv, heads)
+        self.put_rows(cache.keys, cache.rows, keys)
+        self.put_rows(cache.values, cache.rows, values)
+        return qkv
 
     @abstractmethod
     def rope_backward(

@@ -12,8 +12,13 @@ from ctypes import c_double, c_float, c_int32, c_int64, c_uint64, c_void_p
 from functools import lru_cache
 from pathlib import Path
 
-STORED = ("f32", "bf16", "f16", "int8", "int4", "Q5_0", "Q4_K", "Q6_K")
-"""How a part of a matrix is stored; its place is the number that csrc/ knows it by."""
+STORED = (
+    "f32", "bf16", "f16",
+    "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS",
+    "int8", "int8_16", "int4",
+)  # fmt: skip
+"""How a part of a matrix is stored; its place is the number that csrc/ knows it by (decode/formats.h)."""
+FIRST_QUANTISED = STORED.index("Q4_0")
 
 LOOP_ENDS = ("all done", "slots free", "cache full", "stopped")
 STEP = ctypes.CFUNCTYPE(c_int32, c_void_p)
@@ -24,9 +29,9 @@ class Part(ctypes.Structure):
 
     _fields_ = [
         ("stored", c_int32),
-        ("half_scales", c_int32),
-        *((name, c_int64) for name in ("rows", "row_bytes", "quant_groups")),
-        *((name, c_void_p) for name in ("data", "scales", "offsets")),
+        ("in_blocks", c_int32),
+        *((name, c_int64) for name in ("first", "rows", "row_bytes")),
+        ("data", c_void_p),
     ]
 
 
@@ -202,7 +207,9 @@ def declared(core: ctypes.CDLL) -> ctypes.CDLL:
         "embedgrad_decoder_advance": (None, [c_void_p, c_void_p, c_void_p, c_void_p, c_int32]),
         "embedgrad_linear": (None, [c_void_p, c_void_p, c_int64, c_void_p, c_int32]),
         "embedgrad_widen": (None, [c_void_p, c_int64, c_int64, c_void_p, c_int32]),
-        "embedgrad_repack": (None, [c_int32, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_void_p, c_void_p]),
+        "embedgrad_gather": (None, [c_void_p, c_void_p, c_int64, c_void_p, c_int32]),
+        "embedgrad_tile_bytes": (c_int64, [c_int32, c_int64]),
+        "embedgrad_repack": (None, [c_int32, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int32]),
         "embedgrad_sample_cpu": (c_int32, [c_void_p]),
     }
     for name, (result, arguments) in types.items():

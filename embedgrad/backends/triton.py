@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from embedgrad.backends.base import Backend, Head, Heads
+from embedgrad.backends.base import Backend, CacheRows, Head, Heads
 from embedgrad.backends.logits import DEVICE_LOGIT_BYTES, logit_blocks, logit_rows, padded
 from embedgrad.backends.mask import TreeMask
 from embedgrad.kernels import decode_attention as _decode
@@ -75,6 +75,20 @@ class Triton(Backend):
         eps: float = 0.0,
     ) -> Tensor:
         return _rope.rope(qkv, cos, sin, heads, q_norm=q_norm, k_norm=k_norm, eps=eps)
+
+    def rope_and_store(
+        self,
+        qkv: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        heads: Heads,
+        cache: CacheRows,
+        *,
+        q_norm: Tensor | None = None,
+        k_norm: Tensor | None = None,
+        eps: float = 0.0,
+    ) -> Tensor:
+        return _rope.rope(qkv, cos, sin, heads, q_norm=q_norm, k_norm=k_norm, eps=eps, cache=tuple(cache))
 
     def rope_backward(
         self,

@@ -10,6 +10,7 @@ import contextlib
 import io
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
@@ -51,13 +52,16 @@ def optimize(
     set_: Sets = None,
     data: TaskFolder = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume the run in the run folder.")] = False,
+    allow_other_bits: Annotated[
+        bool, typer.Option(help="Resume although backend, device, threads or torch changed, which changes the bits.")
+    ] = False,
     quiet: Quiet = False,
     json: Annotated[bool, typer.Option("--json", help="JSON lines on stdout instead of a progress bar.")] = False,
 ) -> None:
     """Optimise a prompt; the result is in runs/NAME/prompt.safetensors."""
     from embedgrad.cli.commands.optimize import run
 
-    raise typer.Exit(run(config, set_ or [], data, resume, quiet, json))
+    raise typer.Exit(run(config, set_ or [], data, resume, quiet, json, allow_other_bits))
 
 
 @app.command()
@@ -301,8 +305,14 @@ def _model(  # type: ignore[no-untyped-def]
     return open_model(path, dtype, backend, device, weights)
 
 
+def _one_line(message: Warning | str, *_: object, **__: object) -> None:
+    """Prints a warning as people read it, without the line of code that gave it."""
+    print(f"embedgrad: note: {message}", file=sys.stderr)
+
+
 def main() -> None:
     """Entry point of the `embedgrad` command."""
+    warnings.showwarning = _one_line
     if isinstance(sys.stdout, io.TextIOWrapper):  # else answers that the terminal's encoding lacks would be errors
         sys.stdout.reconfigure(errors="backslashreplace")
     try:

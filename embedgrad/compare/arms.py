@@ -43,11 +43,12 @@ def _all(plan: Plan, model: Model) -> tuple[list[Arm], list[str]]:
     template = plan.template(model)
     left_out: list[str] = []
 
-    def start(model: Model) -> SoftPrompt:
+    def original(model: Model) -> SoftPrompt:
         return SoftPrompt.from_text(model, text, template)
 
+    start = plan.start
     found = [
-        Arm(ORIGINAL, "the original text", only(start)),
+        Arm(ORIGINAL, "the original text", only(original)),
         Arm(OPTIMISED, "optimised", only(start), Training(), repeated=True),
         Arm("no-prompt", "no prompt", only(lambda model: absent(model, template))),
         *_templates(model, text, template),
@@ -104,6 +105,9 @@ def _templates(model: Model, text: str, template: Template) -> list[Arm]:
     }
     found = []
     for name, place in places.items():
+        if chat and template.kind == "chat":
+            kept = (template.chat_template, template.variables, template.control_tokens)
+            place = replace(place, chat_template=kept[0], variables=kept[1], control_tokens=kept[2])
         if place == template:
             continue
         try:

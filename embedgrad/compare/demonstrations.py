@@ -29,7 +29,7 @@ def few_shot(
     if template.kind == "plain":
         raise ConfigError("a plain template has no turns in which demonstrations could stand.")
     draw = random.Random(f"{seed}/demonstrations")
-    usable = [example for example in train if _usable(example)]
+    usable = [example for example in train if _usable(example, model)]
     if len(usable) < shots:
         raise ConfigError(f"{shots} demonstrations need as many training examples of text; there are {len(usable)}.")
     found = []
@@ -47,10 +47,12 @@ def few_shot(
     return found
 
 
-def _usable(example: Example) -> bool:
-    """Whether query and target are texts that do not contain a template's slots."""
-    texts = (example.query, example.target)
-    return all(isinstance(text, str) and PROMPT not in text and QUERY not in text for text in texts)
+def _usable(example: Example, model: Model) -> bool:
+    """Whether query and target are texts that hold no slot of a template and no control token."""
+    return all(
+        isinstance(text, str) and PROMPT not in text and QUERY not in text and not model.tokenizer.controls.within(text)
+        for text in (example.query, example.target)
+    )
 
 
 def _evenly(examples: Sequence[Example], shots: int, draw: random.Random) -> list[Example]:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import random
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -22,14 +23,18 @@ from embedgrad.evaluation.evaluate import Evaluation, evaluate
 from embedgrad.prompt.prompt import SoftPrompt
 from embedgrad.prompt.rendering import render
 from embedgrad.tasks.parts import Parts
+from embedgrad.train.checkpoints import tensor_hash
+from embedgrad.train.checks import check_parts
 from embedgrad.train.optimize import OptimizeResult, optimize
 from embedgrad.train.plan import Plan
+from embedgrad.train.progress import Quiet
 from embedgrad.train.run_folder import read_metrics
 from embedgrad.train.settings import OptimizeConfig
-from embedgrad.util.errors import ConfigError
+from embedgrad.util.errors import ConfigError, EmbedGradError
 from embedgrad.util.files import write_atomic
 
 IDENTITY = "identity.json"
+_LONGEST = 4  # examples that are rendered with each further candidate of an arm
 
 
 class Stopped(Exception):
@@ -40,22 +45,32 @@ class Stopped(Exception):
         self.reason = reason
 
 
+class _Notes(Quiet):
+    """Says what a resumed arm does not keep, and nothing else."""
+
+    def note(self, text: str) -> None:
+        """Gives a warning with the text."""
+        warnings.warn(text, stacklevel=2)
+
+
 class Runner:
     """A comparison in `folder`. Raises ConfigError where the folder belongs to other settings or another model."""
 
     def __init__(self, plan: Plan, model: Model, folder: Path) -> None:
-        self.plan, self.model, self.folder = plan, model, folder
+        self.model, self.folder = model, folder
         self._parts: dict[int, Parts] = {}
         folder.mkdir(parents=True, exist_ok=True)
-        known, own = folder / IDENTITY, self._identity()
-        if known.exists() and known.read_text("utf-8") != own:
+        known = _read_identity(folder / IDENTITY)
+        self.plan = replace(plan, date=None if known is None else known.get("date"))  # the day on which it began
+        own = self._identity()
+        if known is not None and _without_places(known) != own:
             raise ConfigError(
                 f"{folder} holds arms of other settings, data or another model; give another run.name, or remove it."
             )
-        write_atomic(known, own.encode())
+        write_atomic(folder / IDENTITY, (json.dumps(own, indent=1, sort_keys=True) + "\n").encode())
 
-    def _identity(self) -> str:
-        """Everything that all arms depend on, as JSON, except the data: each outcome holds the hashes of its items."""
+    def _identity(self) -> dict[str, Any]:
+        """Everything that all arms depend on, except the data: each outcome holds the hashes of its items."""
         config = self.plan.config.model_dump(mode="json", exclude={"run"})
         for free in ("arms", "seeds", "taus"):
             config["compare"].pop(free)
@@ -63,7 +78,11 @@ class Runner:
             config["optimize"].pop(free)
         config["data"].pop("fold")
         values = {"config": config, "prompt": self.plan.prompt, "weights": self.model.weights_hash()}
-        return json.dumps(values, indent=1, sort_keys=True) + "\n"
+        if self.plan.saved is not None:
+            values["start"] = tensor_hash(self.plan.saved.embeddings)
+        if (date := self.plan.template(self.model).date) is not None:
+            values["date"] = date
+        return dict(_without_places(values))
 
     @cached_property
     def folds(self) -> range:
@@ -87,6 +106,29 @@ class Runner:
         """The folder of an arm for one seed and fold."""
         inner = f"seed-{seed}" + (f"-fold-{fold}" if self.plan.config.data.folds else "")
         return self.folder / arm / inner
+
+    def check(self, arms: Sequence[Arm]) -> None:
+        """Raises the errors of all arms before the first is run: data, prompts, templates, lengths.
+
+        Every example is rendered with an arm's first prompt, the longest few with its other candidates.
+        """
+        for fold in self.folds:
+            parts = self.parts(fold)
+            check_parts(self.plan, self.model, self.plan.start(self.model), parts)
+            for arm in arms:
+                try:
+                    for seed in self.seeds(arm):
+                        if Outcome.load(self.place(arm.name, seed, fold)) is None:
+                            self._check(arm, parts, seed)
+                except EmbedGradError as error:
+                    raise type(error)(f"the arm {arm.name} cannot be run: {error}") from error
+
+    def _check(self, arm: Arm, parts: Parts, seed: int) -> None:
+        used = [parts.validation, parts.test] if arm.training is None else [parts.train, parts.validation, parts.test]
+        for number, prompt in enumerate(arm.candidates(self.model, parts.train, seed)):
+            for part in used:
+                for example in part if number == 0 else sorted(part, key=lambda e: -len(e.query))[:_LONGEST]:
+                    render(self.model, prompt, example, example.where)
 
     def run(self, arm: Arm, seed: int, fold: int, budget: int | None = None) -> Outcome:
         """The arm's outcome, read from its folder or made by running the arm.
@@ -170,6 +212,7 @@ class Runner:
         result = optimize(
             self.model, prompt, train, validation, config,
             run_dir=place, resume="auto", description=description, terminate_cleanly=True, judge=self.plan.judge,
+            progress=_Notes(), allow_other_bits=True,
         )  # fmt: skip
         if result.stop_reason in ("interrupted", "terminated"):
             raise Stopped(result.stop_reason)
@@ -203,6 +246,24 @@ class Runner:
             "validation": {"before": result.before, "after": result.after},
             "alarms": [{key: a[key] for key in ("sign", "step", "value")} for a in result.alarms],
         }
+
+
+def _read_identity(path: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"cannot read {path}: {error}.") from error
+    return found if isinstance(found, dict) else {}
+
+
+def _without_places(values: Any) -> Any:
+    """An identity without the paths of model, prompt and data: weights, texts and items are what counts."""
+    if not isinstance(values, dict):
+        return values
+    places = ("path", "file", "folder")
+    return {key: _without_places(value) for key, value in values.items() if key not in places}
 
 
 def tokens(model: Model, prompt: SoftPrompt, examples: Sequence[Example]) -> int:

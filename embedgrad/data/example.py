@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from embedgrad.util.errors import DataError
 
@@ -16,11 +16,13 @@ class Example:
     """A query and its target. Each is text, or token ids that are used unchanged.
 
     weight: the weight of this example in the mean loss, from 0 to 1e100. Raises DataError for any other weight.
+    where: the place that it was read from, such as "train.jsonl, line 3", for messages; it tells no examples apart.
     """
 
     query: str | Sequence[int]
     target: str | Sequence[int]
     weight: float = 1.0
+    where: str = field(default="", compare=False, repr=False)
 
     def __post_init__(self) -> None:
         if isinstance(self.weight, bool) or not isinstance(self.weight, (int, float)):

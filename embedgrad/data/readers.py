@@ -1,21 +1,38 @@
-"""Reads examples and queries from JSON-lines files."""
+"""Reads examples and queries from JSON lines, JSON arrays and tables (.csv, .tsv).
+
+Every example knows its place, "FILE, line N", so that what is found wrong with it later can be found in the file.
+"""
 
 from __future__ import annotations
 
-import json
+import contextlib
 import os
-from collections.abc import Iterator, Mapping
+import reprlib
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from embedgrad.data.example import Example
+from embedgrad.data.json_rows import array_rows, json_type, line_rows
+from embedgrad.data.tables import SEPARATORS, table_rows
 from embedgrad.util.errors import DataError
+from embedgrad.util.text import NotUtf8, decoded, numbered_lines
+
+Row = tuple[str, dict[str, Any]]
+_JSON = (".jsonl", ".json", ".ndjson")
+_OTHER_KINDS = {
+    b"PAR1": "a Parquet file", b"ARROW1": "an Arrow file", b"PK\x03\x04": "a spreadsheet or a zip archive",
+    b"\x1f\x8b": "compressed by gzip", b"SQLite format 3": "an SQLite database",
+}  # fmt: skip
+_MARK = b"\xef\xbb\xbf"  # UTF-8's byte-order mark
+_PEEKED = 4096  # bytes in which the first sign of a file is looked for
 
 
 def read_jsonl(
     path: str | os.PathLike[str], query: str = "query", target: str = "target", limit: int | None = None
 ) -> list[Example]:
-    """The examples of a UTF-8 file with one JSON object per line; blank lines are skipped.
+    """The examples of a UTF-8 file of JSON lines, of one JSON array of objects, or of a .csv or .tsv table.
 
     query, target: names of the fields. A field holds non-empty text or a whole number, which becomes its digits.
     limit: read at most this many examples; None reads all.
@@ -23,46 +40,55 @@ def read_jsonl(
     """
     if limit is not None and limit < 1:
         raise DataError(f"the limit on the examples of {path} must be at least 1, not {limit}.")
-    examples: list[Example] = []
-    for where, fields in read_rows(path):
-        examples.append(Example(query=text_field(fields, query, where), target=text_field(fields, target, where)))
-        if len(examples) == limit:
-            break
+    examples = [
+        Example(text_field(fields, query, where), text_field(fields, target, where), where=where)
+        for where, fields in islice(read_rows(path), limit)
+    ]
     if not examples:
         raise DataError(f"{path} is empty: it needs one JSON object a line.")
     return examples
 
 
-def read_rows(path: str | os.PathLike[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """("FILE, line N", JSON object) for each line that is not blank. Iteration raises DataError."""
-    for where, line in _lines(Path(path)):
-        yield where, _object(line, where)
+def read_rows(path: str | os.PathLike[str]) -> Iterator[Row]:
+    """("FILE, line N", fields by name) for each data row. Iteration raises DataError."""
+    path = Path(path)
+    with _opened(path) as file:
+        start = file.peek(_PEEKED)[:_PEEKED]  # type: ignore[attr-defined]  # a BufferedReader has it
+        for magic, what in _OTHER_KINDS.items():
+            if start.startswith(magic):
+                raise DataError(f"{path} is {what}; save it as JSON lines, as one JSON array of objects, or as .csv.")
+        if path.suffix.lower() in SEPARATORS:
+            yield from table_rows(_text(file, path), str(path))
+        elif start.removeprefix(_MARK).lstrip().startswith(b"["):
+            yield from array_rows(_text(file, path), str(path))
+        else:
+            yield from line_rows(numbered_lines(file, str(path), DataError), lambda: path.read_bytes())
 
 
 def read_queries(path: str | os.PathLike[str], query: str = "query") -> list[str]:
-    """The queries of a UTF-8 file: the field `query` of JSON lines (.jsonl, .json, .ndjson), else one query per line.
+    """The queries of a UTF-8 file: the field `query` of its data rows (.jsonl, .json, .ndjson, .csv, .tsv), else one
+    query per line.
 
     Only line feeds end a line. Other separators (U+2028, form feed) may be part of a query. Blank lines are skipped.
     Raises DataError as `read_jsonl` does, except that a file may hold no query.
     """
-    lines = _lines(Path(path))
-    if Path(path).suffix not in (".jsonl", ".json", ".ndjson"):
-        return [line for _, line in lines]
-    return [text_field(_object(line, where), query, where) for where, line in lines]
+    path = Path(path)
+    if path.suffix.lower() in (*_JSON, *SEPARATORS):
+        return [text_field(fields, query, where) for where, fields in read_rows(path)]
+    with _opened(path) as file:
+        return query_lines(file, str(path))
 
 
-def _lines(path: Path) -> Iterator[tuple[str, str]]:
-    """("FILE, line N", text) for each line that is not blank."""
+def query_lines(lines: Iterable[bytes], name: str) -> list[str]:
+    """One query per line that is not blank. `name` names where they come from. Raises DataError."""
+    return [line for _, line in numbered_lines(lines, name, DataError)]
+
+
+@contextlib.contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
     try:
         with open(path, "rb") as file:
-            for number, line in enumerate(file, 1):
-                where = f"{path}, line {number}"
-                try:
-                    text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-                except UnicodeDecodeError as error:
-                    raise DataError(f"{where} is not UTF-8 (byte {error.start + 1} of the line).") from None
-                if text.strip():
-                    yield where, text.rstrip("\r\n")
+            yield file
     except FileNotFoundError:
         raise DataError(f"there is no data file {path}.") from None
     except (OSError, ValueError) as error:
@@ -70,18 +96,11 @@ def _lines(path: Path) -> Iterator[tuple[str, str]]:
         raise DataError(f"the data file {path} cannot be read: {reason}.") from error
 
 
-def _object(line: str, where: str) -> dict[str, Any]:
+def _text(file: BinaryIO, path: Path) -> str:
     try:
-        fields = json.loads(line)
-    except RecursionError:
-        raise DataError(f"{where} is nested too deeply to be an example.") from None
-    except json.JSONDecodeError as error:
-        raise DataError(f"{where} is not JSON: {error.msg} at column {error.colno}.") from None
-    except ValueError as error:
-        raise DataError(f"{where} is not usable JSON: {error}.") from None
-    if not isinstance(fields, dict):
-        raise DataError(f"{where} must be a JSON object, not {_json_type(fields)}.")
-    return fields
+        return decoded(file.read(), unit="file")
+    except NotUtf8 as wrong:
+        raise DataError(f"{path} {wrong}.") from None
 
 
 def text_field(fields: Mapping[str, Any], name: str, where: str) -> str:
@@ -96,7 +115,8 @@ def text_field(fields: Mapping[str, Any], name: str, where: str) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str):
-        raise DataError(f"{where}: the field {name!r} must be text or a whole number, not {_json_type(value)}.")
+        told = json_type(value) + ("" if value is None else f" ({reprlib.repr(value)})")
+        raise DataError(f"{where}: the field {name!r} must be text or a whole number, not {told}.")
     if not value.strip():
         raise DataError(f"{where}: the field {name!r} is empty.")
     try:
@@ -104,8 +124,3 @@ def text_field(fields: Mapping[str, Any], name: str, where: str) -> str:
     except UnicodeEncodeError:
         raise DataError(f"{where}: the field {name!r} has half of a surrogate pair, which is not text.") from None
     return value
-
-
-def _json_type(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", float: "a decimal number"}
-    return "null" if value is None else names.get(type(value), "a number")

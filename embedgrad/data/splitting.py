@@ -1,46 +1,40 @@
 """Splits examples into parts that share no text.
 
 The split depends on a seed and on hashes of the texts, and not on the order of the examples. Two texts count as the
-same if they have the same words in the same order; case, punctuation and spacing are ignored. So a text never occurs in
-two parts, even if its copies differ in their label or in a comma.
+same if they have the same words, and signs that carry meaning, in the same order (`embedgrad.data.words`); case,
+punctuation and spacing are ignored. So a text never occurs in two parts, even if its copies differ in their label or in
+a comma.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-import re
-import unicodedata
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 
 from embedgrad.data.example import Example
+from embedgrad.data.words import words, words_and_signs
 from embedgrad.util.errors import DataError
-
-_WORD = re.compile(r"\w+")
 
 GRAM = 8  # words; as in the contamination check of PaLM (Chowdhery et al., arXiv 2204.02311, section 8)
 
 Group = Callable[[Example], str]  # examples for which it gives the same text always go to the same part
 
 
-def words(text: str) -> list[str]:
-    """The words of a text in a normal form: Unicode NFKC, case folded, without punctuation and symbols."""
-    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
-
-
 def text_key(query: str | Sequence[int]) -> str:
     """A key that is equal for queries that count as the same text.
 
-    It is made of the text's words, of all characters but white space where the text has no words, or of the token ids.
+    It is made of the text's words and signs, of all characters but white space where it has neither, or of the token
+    ids.
     """
     if isinstance(query, str):
-        return "words:" + " ".join(found) if (found := words(query)) else _exact_key(query)
+        return "words:" + " ".join(found) if (found := words_and_signs(query)) else _exact_key(query)
     return _exact_key(query)
 
 
 def grams(query: str | Sequence[int]) -> list[tuple[str, ...]]:
-    """All n-grams of GRAM words; none for shorter texts and for token ids."""
+    """All n-grams of GRAM words (in scripts without spaces, characters); none for shorter texts and for token ids."""
     found = words(query) if isinstance(query, str) else []
     return [tuple(found[i : i + GRAM]) for i in range(len(found) - GRAM + 1)]
 

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from embedgrad.backends.base import Backend, Heads
+from embedgrad.backends.base import Backend, CacheRows, Heads, split_keys
 from embedgrad.engine.arena import Arena
 from embedgrad.model.config import ModelConfig
 from embedgrad.model.frozen import FrozenMatrix
@@ -30,8 +30,8 @@ class Pass(Protocol):
     def cos(self) -> Tensor: ...
     @property
     def sin(self) -> Tensor: ...
-    def took_keys(self, index: int, k: Tensor, v: Tensor) -> None:
-        """Layer `index` has made the keys and values [T, G, D] of the pass's own tokens."""
+    def cache_rows(self, index: int) -> CacheRows | None:
+        """Where layer `index` stores the keys and values of the pass's own tokens; None: nowhere."""
 
     def attend(self, attention: Attention, index: int, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor) -> None:
         """o [Nq, H, D] and lse [Nq, H] of q [Nq, H, D] over what it sees of k, v [T, G, D] and of earlier keys."""
@@ -108,7 +108,7 @@ class Attention:
         return SavedAttention(projections, o, lse, x1, x1_mark)
 
     def keys_only(self, index: int, w: LayerWeights, x: Tensor, p: Pass) -> None:
-        """Only `p.took_keys`: for a last layer whose output nobody reads."""
+        """Only what `p.cache_rows` asks for: for a last layer whose output nobody reads."""
         _, g, size = self.heads
         self.project(index, w, x, p, [(w.kv, (0, g, size), None)], self.arena.scratch)
 
@@ -165,13 +165,21 @@ class Attention:
             ops.rms_norm(x, w.attention_norm, eps, out=h1)  # (1)
             for projection in projections:
                 projection.matrix.forward(self.at(projection.rows, h1), out=projection.out)  # (2)
+        cache = p.cache_rows(index)  # the first projection has the keys and values
         for projection in projections:
             if projection.raw is not None:
                 projection.raw.copy_(projection.out[:, : projection.raw.shape[1]])
             with arena.frame():
-                cos, sin = self.at(projection.rows, p.cos), self.at(projection.rows, p.sin)
-                ops.rope(projection.out, cos, sin, projection.heads, q_norm=w.q_norm, k_norm=w.k_norm, eps=eps)
-        p.took_keys(index, *projections[0].keys_and_values)
+                turn = (
+                    projection.out,
+                    self.at(projection.rows, p.cos),
+                    self.at(projection.rows, p.sin),
+                    projection.heads,
+                )
+                if cache is None or projection is not projections[0]:
+                    ops.rope(*turn, q_norm=w.q_norm, k_norm=w.k_norm, eps=eps)
+                else:
+                    ops.rope_and_store(*turn, cache, q_norm=w.q_norm, k_norm=w.k_norm, eps=eps)
         return projections
 
     def _like(self, projection: Projection, wanted: Tensor | None) -> Tensor:
@@ -201,10 +209,3 @@ class Attention:
     def workspace(self, nbytes: int) -> Tensor | None:
         """Scratch for an operation; None where it needs none."""
         return self.arena.scratch(nbytes, dtype=torch.uint8) if nbytes else None
-
-
-def split_keys(kv: Tensor, heads: Heads) -> tuple[Tensor, Tensor]:
-    """Keys and values [n, G, D] in a buffer [n, (H + 2G)·D]."""
-    h, g, size = heads
-    own = kv[:, h * size :]
-    return own[:, : g * size].unflatten(1, (g, size)), own[:, g * size :].unflatten(1, (g, size))

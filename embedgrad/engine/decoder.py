@@ -67,7 +67,7 @@ class Decoder:
         return self.final_norm(x)
 
     def keys_and_values(self, prompt: Tensor, p: PackedPass) -> Tensor | None:
-        """Forward only, for the sake of `p.took_keys`.
+        """Forward only, for the sake of what `p.cache_rows` takes.
 
         Returns the final-normed hidden states [R, d] at `p.rows`, or None where there are none: then the last layer
         stops at its keys and values.

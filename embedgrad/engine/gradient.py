@@ -82,7 +82,9 @@ def loss_and_grad(
     """
     check_batch(batch)
     prompt.check_model(model)
-    sequences = [render(model, prompt, example, where=f"example {i}") for i, example in enumerate(batch)]
+    sequences = [
+        render(model, prompt, example, where=example.where or f"example {i}") for i, example in enumerate(batch)
+    ]
     tree = build_tree(
         sequences, [example.weight for example in batch], share=_omit.prefix_copies, keep=_omit.prefix_steps
     )

@@ -94,7 +94,7 @@ def device_bytes(
 
 
 def weight_bytes(config: ModelConfig, dtype: torch.dtype, weights: str = "compute") -> int:
-    """Bytes of all frozen parameters as `read_weights` stores them in the form `weights`.
+    """Bytes of all frozen parameters as `read_weights` stores them on a GPU in the form `weights`.
 
     Scales are taken to be float16; a matrix with groups too small for that has float32 ones.
     """

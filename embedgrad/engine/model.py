@@ -20,6 +20,7 @@ from embedgrad.engine.prefix_cache import LastPrefix, PrefixCache
 from embedgrad.model.checkpoint import Checkpoint, read_checkpoint
 from embedgrad.model.config import ModelConfig
 from embedgrad.model.files.hub import resolve
+from embedgrad.model.fingerprint import Fingerprint
 from embedgrad.model.read_weights import read_weights
 from embedgrad.model.tokenizer import Tokenizer
 from embedgrad.model.weights import Weights
@@ -34,7 +35,10 @@ WEIGHTS = ("auto", "compute", "stored", "fp32", "bf16", "int8", "int4")
 
 
 class Model:
-    """Frozen weights, tokenizer and decoder. `dtype` is what is computed in; `name` is for people and prompt files."""
+    """Frozen weights, tokenizer and decoder. `dtype` is what is computed in; `name` is for people and prompt files.
+
+    fingerprint: tells its weights from those of other models, such as fine-tunes of it.
+    """
 
     def __init__(
         self, checkpoint: Checkpoint, weights: Weights, ops: Backend, dtype: torch.dtype, device: torch.device
@@ -42,6 +46,7 @@ class Model:
         self.config: ModelConfig = checkpoint.config
         self.tokenizer: Tokenizer = checkpoint.tokenizer
         self.name = checkpoint.name
+        self.fingerprint = Fingerprint.of(checkpoint)
         self.weights = weights
         self.ops = ops
         self.backend = ops.name

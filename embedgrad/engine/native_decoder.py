@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from embedgrad.backends import native_core
-from embedgrad.backends.native_core import Cache, DecoderSpec, LayerSpec, Matrix
+from embedgrad.backends.native_core import FIRST_QUANTISED, Cache, DecoderSpec, LayerSpec, Matrix
 from embedgrad.engine.packed_pass import rotations
 from embedgrad.model.config import ModelConfig
 from embedgrad.model.frozen import FrozenMatrix
-from embedgrad.model.native_matrices import few_rows, native_matrix
+from embedgrad.model.native_matrices import few_rows, native_matrix, readable_matrix
 from embedgrad.model.weights import Weights, as_tensor
 
-FIRST_IN_BLOCKS = native_core.STORED.index("int8")
 GROWTH = 256  # positions by which the table of rotations grows
 
 
@@ -30,7 +29,7 @@ class NativeDecoder:
         self._config = config
         self._head = head
         self.in_blocks = any(
-            matrix.parts[i].stored >= FIRST_IN_BLOCKS for matrix in rest for i in range(matrix.num_parts)
+            matrix.parts[i].stored >= FIRST_QUANTISED for matrix in rest for i in range(matrix.num_parts)
         )
         self._alive: list[Any] = [weights, matrices]
         layers = (LayerSpec * config.num_layers)()
@@ -56,7 +55,7 @@ class NativeDecoder:
         """For a float32 model on the CPU whose every matrix is stored in a way that csrc/ multiplies by; else None."""
         if not isinstance(weights.layers, list) or config.head_dim % 2:  # streamed layers have no fixed place
             return None
-        matrices = [native_matrix([as_tensor(weights.embedding)], None), _native(weights.head)]
+        matrices = [readable_matrix([as_tensor(weights.embedding)]), _native(weights.head)]
         for layer in weights.layers:
             matrices += [_native(m) for m in (layer.qkv, layer.out, layer.gate_up, layer.down)]
         usable = [matrix for matrix in matrices if matrix is not None]

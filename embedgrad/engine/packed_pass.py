@@ -11,11 +11,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from embedgrad.backends.base import Backend
+from embedgrad.backends.base import Backend, CacheRows
 from embedgrad.backends.mask import Move, TreeMask
 from embedgrad.engine.attention import Attention, Projections
 from embedgrad.engine.tree import TokenTree
-from embedgrad.model.config import ModelConfig, inverse_frequencies
+from embedgrad.model.config import ModelConfig
+from embedgrad.model.rope import inverse_frequencies
 from embedgrad.util.host import send_together
 
 NOTHING = torch.empty(0)
@@ -134,8 +135,9 @@ class PackedPass:
         """Tokens of the prefix."""
         return sum(unit.shape[2] for unit in self.prefix)
 
-    def took_keys(self, index: int, k: Tensor, v: Tensor) -> None:
-        """Nobody asks."""
+    def cache_rows(self, index: int) -> CacheRows | None:
+        """Nobody keeps the keys and values."""
+        return None
 
     def attend(self, attention: Attention, index: int, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor) -> None:
         """o and lse of q [Nq, H, D] over the prefix's keys and k, v [T, G, D]."""
@@ -197,37 +199,41 @@ class PackedPass:
 
 @dataclass(frozen=True)
 class PrefixPass(PackedPass):
-    """A pass whose own keys and values are kept: `store(layer, k, v)` is given those [T, G, D] of each layer."""
+    """A pass whose own keys and values are kept: `keep(layer)` says where those of a layer go."""
 
-    store: Callable[[int, Tensor, Tensor], None] = field(kw_only=True)
+    keep: Callable[[int], CacheRows] = field(kw_only=True)
 
     @classmethod
-    def storing(cls, p: PackedPass, store: Callable[[int, Tensor, Tensor], None] | Tensor) -> PrefixPass:
-        """The pass `p`, and what is done with its keys and values; a tensor [L, 2, T, G, D] receives them."""
-        into = store
+    def keeping(cls, p: PackedPass, keep: Callable[[int], CacheRows] | Tensor) -> PrefixPass:
+        """The pass `p`, and where its keys and values go; a tensor [L, 2, T, G, D] receives them in order."""
+        into = keep
+        if not isinstance(into, Tensor):
+            return cls(**vars(p), keep=into)
+        whole, rows = into, torch.arange(len(p.ids), device=into.device)
+        return cls(**vars(p), keep=lambda index: CacheRows(whole[index, 0], whole[index, 1], rows))
 
-        def put(index: int, k: Tensor, v: Tensor) -> None:
-            assert isinstance(into, Tensor)
-            into[index, 0], into[index, 1] = k, v
-
-        return cls(**vars(p), store=put if isinstance(store, Tensor) else store)
-
-    def took_keys(self, index: int, k: Tensor, v: Tensor) -> None:
-        """Hand them over."""
-        self.store(index, k, v)
+    def cache_rows(self, index: int) -> CacheRows | None:
+        """See `keep`."""
+        return self.keep(index)
 
 
 def rotations(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, D/2] of position × inverse frequency; angles in float32, or float64 for a float64 model."""
+    """cos and sin [T, D/2] of position × inverse frequency, times the attention factor of the rotations.
+
+    Angles are in float32, or in float64 for a float64 model.
+    """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     angles = positions.to(wide)[:, None] * _frequencies(config, wide, positions.device)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos(), angles.sin()
+    if config.rope.attention_factor != 1:
+        cos, sin = cos * config.rope.attention_factor, sin * config.rope.attention_factor
+    return cos.to(dtype), sin.to(dtype)
 
 
 @lru_cache(maxsize=32)
 def _frequencies(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Kept on the device, so that a decode step sends nothing to it."""
-    return inverse_frequencies(config, dtype).to(device)
+    return inverse_frequencies(config.rope, config.head_dim, dtype).to(device)
 
 
 def host_pass(

@@ -109,7 +109,7 @@ def keys_and_values(
         leaves=torch.tensor([n - 1]),
     )
     p = build_pass(config, tree, prefix, decoder.ops, decoder.dtype, device, rows=NONE, prompt_only=False)
-    p = PrefixPass.storing(p, out)
+    p = PrefixPass.keeping(p, out)
     decoder.arena.begin(activation_bytes(config, p.size, decoder.dtype, None, decoder.ops))
     decoder.keys_and_values(decoder.no_prompt if prompt is None else prompt, p)
     return out

@@ -27,7 +27,9 @@ def score(model: Model, prompt: SoftPrompt, batch: Sequence[Example]) -> Details
     """
     check_batch(batch)
     prompt.check_model(model)
-    sequences = [render(model, prompt, example, where=f"example {i}") for i, example in enumerate(batch)]
+    sequences = [
+        render(model, prompt, example, where=example.where or f"example {i}") for i, example in enumerate(batch)
+    ]
     return Scorer(model, [prepare(sequences)]).details(prompt.embeddings, 0)
 
 

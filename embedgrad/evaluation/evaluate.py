@@ -13,6 +13,7 @@ from embedgrad.evaluation.grading.grader import Grade, Grader
 from embedgrad.evaluation.grading.labels import Exact, same_answer
 from embedgrad.evaluation.label_scores import LabelScorer
 from embedgrad.evaluation.statistics import Accuracy, McNemar
+from embedgrad.evaluation.targets import check_targets
 from embedgrad.generation.generate import Generation, check_room, write_answers
 from embedgrad.generation.sampling import Sampling
 from embedgrad.prompt.prompt import SoftPrompt
@@ -101,11 +102,11 @@ def evaluate(
     sampling: None: greedy, with 8 tokens more than the longest target or label has.
     grader: None: `embedgrad.evaluation.grading.labels.Exact`, which ignores case, surrounding white space and a final
         full stop.
-    Raises DataError where there are no examples, or a target is not text or not among the labels, and the errors of
-    `generate`.
+    Raises DataError where there are no examples, or a target is not text, not among the labels, or not right by the
+    grader when it is the answer, and the errors of `generate`.
     """
-    rendered, scorer = _prepared(model, prompt, examples, labels)
     grader = Exact(tuple(labels or ())) if grader is None else grader
+    rendered, scorer = _prepared(model, prompt, examples, labels, grader)
     sampling = default_sampling(model, examples, labels) if sampling is None else sampling
     answers = write_answers(model, prompt, rendered, sampling, on_prefill=scorer)
     targets = [str(example.target) for example in examples]
@@ -158,29 +159,35 @@ def default_sampling(model: Model, examples: Sequence[Example], labels: Sequence
 
 
 def check_evaluation(
-    model: Model, prompt: SoftPrompt, examples: Sequence[Example], labels: Sequence[str] | None = None
+    model: Model,
+    prompt: SoftPrompt,
+    examples: Sequence[Example],
+    labels: Sequence[str] | None = None,
+    grader: Grader | None = None,
 ) -> None:
     """Raises the errors that `evaluate` would raise for these examples before it computes anything."""
-    rendered, _ = _prepared(model, prompt, examples, labels)
-    check_room(model, rendered)
+    _prepared(model, prompt, examples, labels, grader)
 
 
 def _prepared(
-    model: Model, prompt: SoftPrompt, examples: Sequence[Example], labels: Sequence[str] | None
+    model: Model,
+    prompt: SoftPrompt,
+    examples: Sequence[Example],
+    labels: Sequence[str] | None,
+    grader: Grader | None,
 ) -> tuple[list[Rendered], LabelScorer | None]:
     """(the rendered queries, the scorer of `labels` or None)."""
     check_examples(examples, "the test data")
     if not examples:
         raise DataError("there are no examples to evaluate on; give at least one.")
-    if labels is not None and (isinstance(labels, str) or not labels):
-        raise DataError(f"labels must be a list of at least one text, not {labels!r}.")
-    for i, example in enumerate(examples):
+    examples = [e if e.where else replace(e, where=f"example {i}") for i, e in enumerate(examples)]
+    for example in examples:
         if not isinstance(example.target, str):
-            raise DataError(f"example {i} has a target of token ids; an evaluation compares texts.")
-        if labels is not None and example.target not in labels:
-            raise DataError(f"example {i} has the target {example.target!r}, which is not one of {', '.join(labels)}.")
+            raise DataError(f"{example.where} has a target of token ids; an evaluation compares texts.")
+    check_targets(examples, "example", labels, grader)
     prompt.check_model(model)
-    rendered = [render_query(model, prompt, e.query, where=f"example {i}") for i, e in enumerate(examples)]
+    rendered = [render_query(model, prompt, example.query, where=example.where) for example in examples]
+    check_room(model, rendered, [example.where for example in examples])
     return rendered, None if labels is None else LabelScorer(model, prompt, examples, rendered, labels)
 
 

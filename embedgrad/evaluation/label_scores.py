@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -36,7 +37,7 @@ class LikeliestLabels:
 
 
 class LabelScorer:
-    """Scores the labels of each query after its prefill, with one decoding step per token of a label.
+    """Scores the labels of each query after its prefill, with one decoding step for each token that labels share.
 
     It is an `on_prefill` callback of `embedgrad.generation.generate.write_answers`. When that returns, `likeliest`
     gives the results.
@@ -54,15 +55,17 @@ class LabelScorer:
         self._model, self._prompt = model, prompt
         self._scores: list[Tensor] = []  # [labels, B] each
         self._continuations = [
-            [render(model, prompt, replace(example, target=label)).ids[len(query.ids) :] for label in labels]
+            [
+                render(model, prompt, replace(example, target=label), example.where).ids[len(query.ids) :]
+                for label in labels
+            ]
             for example, query in zip(examples, rendered, strict=True)
         ]
 
     def __call__(self, start: int, cache: KeyValueCache, logits: Tensor) -> None:
         """Scores B queries from index `start` on. They are in `cache`; `logits` [B, V] are for their next tokens."""
         queries = self._continuations[start : start + cache.batch]
-        scores = [self._log_likelihood(cache, logits, [q[n] for q in queries]) for n in range(len(self.labels))]
-        self._scores.append(torch.stack(scores).cpu())
+        self._scores.append(self._log_likelihoods(cache, logits, queries).cpu())
 
     def likeliest(self) -> list[LikeliestLabels]:
         """The labels with the highest scores for each query, once all are scored. Of equal scores the first wins."""
@@ -77,17 +80,38 @@ class LabelScorer:
         details = score(self._model, self._prompt, [Example(CONTENT_FREE, label) for label in self.labels])
         return torch.stack([-nll.double().sum().cpu() for nll in details.token_nll])
 
-    def _log_likelihood(self, cache: KeyValueCache, logits: Tensor, ids: Sequence[Sequence[int]]) -> Tensor:
-        """Σ log p of the tokens `ids` of each query, [B] float64. Shorter ones are padded; padding adds nothing."""
-        mark, device = cache.mark(), self._model.device
-        total = torch.zeros(len(ids), dtype=torch.float64, device=device)
-        longest = max(len(tokens) for tokens in ids)
-        for t in range(longest):
-            at = torch.tensor([tokens[min(t, len(tokens) - 1)] for tokens in ids], device=device)
-            counts = torch.tensor([t < len(tokens) for tokens in ids], device=device)
-            log_p = logits.double().log_softmax(dim=1).gather(1, at[:, None]).squeeze(1)
-            total += torch.where(counts, log_p, 0)
-            if t + 1 < longest:
-                logits = cache.logits(cache.advance(at))
-        cache.rewind(mark)
-        return total
+    def _log_likelihoods(self, cache: KeyValueCache, logits: Tensor, ids: Sequence[Sequence[Sequence[int]]]) -> Tensor:
+        """Σ log p of the tokens ids[query][label], [labels, B] float64. First tokens that labels share are taken once.
+
+        The labels are a trie, walked from the logits of the queries down. A branch is a token for each query, or −1
+        where the label has ended there; a query whose label has ended is fed a token that counts for nothing.
+        """
+        device = self._model.device
+        totals = torch.zeros(len(self.labels), len(ids), dtype=torch.float64, device=device)
+        waiting: list[tuple[tuple[int, ...], list[int], int, Any]] = []
+
+        def branch(labels: Sequence[int], depth: int, logits: Tensor) -> None:
+            """Adds log p of the tokens at `depth`, and lets wait what follows them."""
+            together: dict[tuple[int, ...], list[int]] = {}
+            for label in labels:
+                column = tuple(query[label][depth] if depth < len(query[label]) else -1 for query in ids)
+                together.setdefault(column, []).append(label)
+            wide = logits.double()
+            log_p = wide - wide.logsumexp(dim=1, keepdim=True)
+            for column, members in together.items():
+                at = torch.tensor(column, device=device)
+                found = log_p.gather(1, at.clamp_min(0)[:, None]).squeeze(1)
+                totals[members] += torch.where(at >= 0, found, 0)
+                longer = [n for n in members if any(len(query[n]) > depth + 1 for query in ids)]
+                if longer:
+                    waiting.append((column, longer, depth + 1, cache.mark()))
+
+        begin = cache.mark()
+        branch(range(len(self.labels)), 0, logits)
+        while waiting:
+            column, labels, depth, mark = waiting.pop()
+            cache.rewind(mark)
+            fed = torch.tensor(column, device=device).clamp_min(0)
+            branch(labels, depth, cache.logits(cache.advance(fed)))
+        cache.rewind(begin)
+        return totals

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,10 +12,11 @@ from torch import Tensor
 
 from embedgrad.exports.gguf_file import Typed, plain_kind
 from embedgrad.exports.source import Source
-from embedgrad.model.config import ModelConfig, RopeConfig, inverse_frequencies
+from embedgrad.model.config import ModelConfig
 from embedgrad.model.fields import read_object
 from embedgrad.model.files.gguf import LAYER_NAMES, NAMES, ROPE_DIVISORS, StoredTensor
 from embedgrad.model.files.gguf_tokenizer import SPLITS
+from embedgrad.model.rope import RopeConfig, inverse_frequencies
 from embedgrad.util.errors import ExportError
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
@@ -29,9 +29,11 @@ def folder_as_gguf(source: Source) -> tuple[dict[str, Any], dict[str, bytes], li
     architecture = "llama" if config.family == "mistral" else config.family
     _check(source)
     tensors = [_tensor(source, name, architecture) for name in config.shapes()]
+    if config.rope.kind == "yarn":
+        raise ExportError(f"{source.name} scales its positions by YaRN, which is not written to GGUF.")
     if config.rope.kind in ("llama3", "divisors"):
-        plain = replace(config, rope=RopeConfig(config.rope.theta))
-        divisors = inverse_frequencies(plain, torch.float64) / inverse_frequencies(config, torch.float64)
+        plain = inverse_frequencies(RopeConfig(config.rope.theta), config.head_dim, torch.float64)
+        divisors = plain / inverse_frequencies(config.rope, config.head_dim, torch.float64)
         tensors.append(_stored(ROPE_DIVISORS, divisors.float()))
     table = json.loads((source.path / "tokenizer.json").read_text(encoding="utf-8"))
     fields = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,9 @@ import torch
 
 from embedgrad.exports.source import Source
 from embedgrad.exports.vocabulary import Vocabulary
-from embedgrad.model.config import ARCHITECTURES, ModelConfig, RopeConfig, inverse_frequencies
+from embedgrad.model.config import ARCHITECTURES, ModelConfig
 from embedgrad.model.fields import read_object
+from embedgrad.model.rope import RopeConfig, inverse_frequencies
 from embedgrad.util.errors import ExportError
 
 # Rotary scalings of published Llama 3 models, in which GGUF files hold the divisors instead:
@@ -101,7 +101,7 @@ def _scaling(source: Source, rope: RopeConfig) -> dict[str, Any] | None:
 
 
 def _same_frequencies(config: ModelConfig, rope: RopeConfig) -> bool:
-    wanted, found = inverse_frequencies(config), inverse_frequencies(replace(config, rope=rope))
+    wanted, found = (inverse_frequencies(each, config.head_dim) for each in (config.rope, rope))
     return bool(torch.allclose(wanted, found, rtol=1e-5, atol=0))
 
 

@@ -19,7 +19,8 @@ from embedgrad.model.config import ModelConfig
 from embedgrad.model.files.gguf import GgufFile
 from embedgrad.model.files.hub import resolve
 from embedgrad.model.tokenizer import Tokenizer
-from embedgrad.prompt.prompt import SoftPrompt, hash_rows
+from embedgrad.prompt.belonging import hash_rows
+from embedgrad.prompt.prompt import SoftPrompt
 from embedgrad.prompt.rendering import layout
 from embedgrad.util.errors import ConfigError, EmbedGradError, PromptError
 

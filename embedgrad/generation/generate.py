@@ -144,14 +144,18 @@ def write_sequences(
     return [answers[index] for index in range(len(rendered))]
 
 
-def check_room(model: Model, rendered: Sequence[Rendered]) -> None:
-    """Raises ContextError for a query whose input is as long as the model's context or longer."""
+def check_room(model: Model, rendered: Sequence[Rendered], names: Sequence[str] = ()) -> None:
+    """Raises ContextError for a query whose input is as long as the model's context or longer.
+
+    names: what messages call the queries; none: "query" and their number.
+    """
     room = model.config.max_position
     for i, sequence in enumerate(rendered):
         if len(sequence.ids) >= room:
             raise ContextError(
-                f"query {i} takes {len(sequence.ids)} tokens with its prompt: no room for an answer is left in "
-                f"the model's context of {room}; shorten it."
+                f"{names[i] if names else f'query {i}'} takes {len(sequence.ids)} tokens with its prompt: no room for "
+                f"an answer is left in the model's context of {room}; shorten it, or have queries cut "
+                f"(data.query_tokens)."
             )
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from embedgrad.backends.base import CacheRows
 from embedgrad.engine.arena import Arena
 from embedgrad.engine.attention import Attention
 from embedgrad.engine.decoder import Decoder
@@ -47,14 +48,18 @@ class KeyValueCache:
         """Number of sequences, B."""
         return len(self.lengths)
 
-    def fill(self, layer: int, k: Tensor, v: Tensor, sequence: Tensor, at: Tensor) -> None:
-        """Stores packed keys and values [T, G, D] of a layer at positions `at` [T] in the sequences `sequence` [T]."""
-        self.own[layer, 0, sequence, at] = k
-        self.own[layer, 1, sequence, at] = v
+    def rows(self, sequence: Tensor, at: Tensor) -> Tensor:
+        """Rows [T] of `cache_rows` for positions `at` [T] in the sequences `sequence` [T]."""
+        return sequence * self.own.shape[3] + at
+
+    def cache_rows(self, layer: int, rows: Tensor) -> CacheRows:
+        """Where the layer's keys and values of T tokens go: all sequences' positions in one row of rows [B·C, G, D]."""
+        keys, values = self.own[layer].view(2, -1, *self.own.shape[4:])
+        return CacheRows(keys, values, rows)
 
     def keep(self, sequences: Tensor) -> None:
         """Removes all sequences but `sequences` [n] (indices, ascending)."""
-        self.own = self.own[:, :, sequences]
+        self.own = self.own.index_select(2, sequences)
         self.lengths = self.lengths[sequences]
 
     def join(self, other: KeyValueCache) -> None:
@@ -91,14 +96,18 @@ class KeyValueCache:
             self.grow()
         cos, sin = rotations(self.model.config, self.prefix.shape[2] + at, self.model.dtype)
         self._decoder.arena.begin(self._nbytes)
-        return self._decoder.next_hidden(ids, _NextTokens(self, cos, sin, at, self._first_seen()))
+        rows = self.rows(torch.arange(self.batch, device=at.device), at)
+        return self._decoder.next_hidden(ids, _NextTokens(self, cos, sin, rows, self._first_seen()))
 
-    def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [B, V] of hidden states [B, d] after the final norm."""
+    def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
+        """Logits [B, V] of hidden states [B, d] after the final norm, in float32 (float64 for a float64 model)."""
         if self.model.native_decoder is not None:
-            return self.model.native_decoder.logits(hidden)
+            found = self.model.native_decoder.logits(hidden)
+            return found if out is None else out.copy_(found)
         head = self.model.weights.head
-        out = torch.empty(len(hidden), head.shape[0], dtype=hidden.dtype, device=hidden.device)
+        if out is None:
+            wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+            out = torch.empty(len(hidden), head.shape[0], dtype=wide, device=hidden.device)
         return head.forward(hidden, out=out)
 
     def mark(self) -> tuple[Tensor, int]:
@@ -128,18 +137,17 @@ class KeyValueCache:
 
 @dataclass(frozen=True)
 class _NextTokens:
-    """The forward pass of one new token for each sequence of a cache, at the positions `at` [B] in `cache.own`."""
+    """The forward pass of one new token for each sequence of a cache; rows [B]: see `KeyValueCache.rows`."""
 
     cache: KeyValueCache
     cos: Tensor
     sin: Tensor
-    at: Tensor
+    rows: Tensor
     first_seen: dict[int | None, Tensor | None]
 
-    def took_keys(self, index: int, k: Tensor, v: Tensor) -> None:
-        """Stores the keys and values [B, G, D] of layer `index` in the cache."""
-        own, every = self.cache.own[index], torch.arange(len(self.at), device=self.at.device)
-        own[0, every, self.at], own[1, every, self.at] = k, v
+    def cache_rows(self, index: int) -> CacheRows:
+        """The new token's place in each sequence."""
+        return self.cache.cache_rows(index, self.rows)
 
     def attend(self, attention: Attention, index: int, q: Tensor, k: Tensor, v: Tensor, o: Tensor, lse: Tensor) -> None:
         """o [B, H, D]: attention to the prefix and to each sequence's own keys, including the new one. No lse."""

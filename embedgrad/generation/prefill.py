@@ -74,13 +74,13 @@ def prefill_suffixes(
         x = _inputs(model, embeddings, ids, rows)
         return cache, native.advance(cache.prefix, cache.own, sequence, shared + at, x, lengths.cumsum(0) - 1)
     tree = pack_branches(batch, shared)
-    place = sequence.to(model.device), at.to(model.device)
-    p = PrefixPass.storing(
+    places = cache.rows(sequence, at).to(model.device)
+    p = PrefixPass.keeping(
         build_pass(
             model.config, tree, (prefix,) if shared else (), model.ops, model.dtype, model.device, rows=tree.leaves,
             prompt_only=False,
         ),
-        lambda layer, k, v: cache.fill(layer, k, v, *place),
+        lambda layer: cache.cache_rows(layer, places),
     )  # fmt: skip
     model.arena.begin(activation_bytes(model.config, p.size, model.dtype, None, model.ops))
     hidden = model.decoder.keys_and_values(embeddings, p)

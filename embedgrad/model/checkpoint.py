@@ -13,6 +13,7 @@ from embedgrad.model.config import ModelConfig
 from embedgrad.model.fields import read_object
 from embedgrad.model.files.gguf import GgufFile
 from embedgrad.model.files.hub import name_of
+from embedgrad.model.files.recognise import refuse_adapter, refuse_file, refuse_folder
 from embedgrad.model.files.safetensors import SafetensorsFiles
 from embedgrad.model.tokenizer import Tokenizer
 from embedgrad.util.errors import ModelError
@@ -33,8 +34,20 @@ class TensorSource(Protocol):
         """The tensor on the CPU in a float type: a view into the mapped file, or a new float32 tensor if quantised."""
         ...
 
+    def first_row(self, name: str) -> torch.Tensor:
+        """The first row of a matrix, or a whole vector: [n] in a float type. Reads no more of a matrix."""
+        ...
+
+    def stored_as(self, name: str) -> str | None:
+        """The name of the stored type in GGUF files, else None."""
+        ...
+
     def raw(self, name: str) -> tuple[str, torch.Tensor] | None:
         """(name of the stored type, blocks as uint8 [matrix rows, bytes per matrix row]) in GGUF files, else None."""
+        ...
+
+    def release(self, name: str) -> None:
+        """Gives back the memory that a quantised tensor takes as part of a mapped file. It may be read again."""
         ...
 
 
@@ -58,20 +71,23 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         if not path.exists():
             raise ModelError(f"{path} does not exist; give a model folder, a .gguf file or a hub id.")
         if path.is_file():
+            refuse_file(path)
             return _read_gguf(path)
         files = sorted(path.glob("*.gguf"))
         if (path / "config.json").is_file() and (not files or any(path.glob("*.safetensors"))):
             return _read_folder(path)
+        if not files:
+            refuse_folder(path)
     except OSError as error:
         raise ModelError(f"{path} cannot be read: {error.strerror or error}.") from error
-    if len(files) == 1:
-        return _read_gguf(files[0])
-    if files:
+    if len(files) > 1:
         raise ModelError(f"{path} holds {len(files)} .gguf files; give the path of one of them.")
-    raise ModelError(f"{path} is not a model folder: it has neither config.json nor a .gguf file.")
+    refuse_file(files[0])
+    return _read_gguf(files[0])
 
 
 def _read_folder(folder: Path) -> Checkpoint:
+    refuse_adapter(folder)
     where = folder / "config.json"
     config = ModelConfig.from_hf(read_object(where), str(where))
     tensors = SafetensorsFiles(folder)
@@ -118,8 +134,13 @@ def _is_tied(tensors: TensorSource) -> bool:
 
 
 def _check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, where: str) -> None:
-    if tokenizer.vocab_size > config.vocab_size:
+    """Raises ModelError where ordinary words have no row.
+
+    Many fine-tunes add a padding token without a row, which harms nobody; a text that holds it is refused when it is
+    rendered.
+    """
+    if tokenizer.words > config.vocab_size:
         raise ModelError(
-            f"{where}: the tokenizer makes ids up to {tokenizer.vocab_size - 1}, but the embedding has "
+            f"{where}: the tokenizer makes ids up to {tokenizer.words - 1}, but the embedding has "
             f"{config.vocab_size} rows; they do not belong together."
         )

@@ -5,14 +5,13 @@ No field that could change the result is ignored: an unknown field raises a Mode
 
 from __future__ import annotations
 
-import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from embedgrad.model.fields import Fields, short
+from embedgrad.model.rope import RopeConfig, gguf_rope, hf_rope
 from embedgrad.util.errors import ModelError
 
 ARCHITECTURES = {
@@ -31,8 +30,9 @@ _HF_DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768},
 }
 _DEFAULT_WINDOW = 4096
+# Mistral-7B v0.1: hidden size, width of the MLP, layers, base of the rotations, context; 32,000 words and a few added.
+_MISTRAL_7B, _MISTRAL_WORDS = (4096, 14336, 32, 10000.0, 32768), 33000
 _DEFAULT_MAX_WINDOW_LAYERS = 28
-_DEFAULT_ROPE_THETA = 10000.0
 _MOST_LAYERS = 4096
 
 
@@ -58,14 +58,13 @@ _HARMLESS = _words(
     encoder_repetition_penalty length_penalty no_repeat_ngram_size encoder_no_repeat_ngram_size bad_words_ids
     num_return_sequences forced_bos_token_id forced_eos_token_id remove_invalid_values suppress_tokens
     begin_suppress_tokens exponential_decay_length_penalty renormalize_logits penalty_alpha stop_strings
+    auto_map max_sequence_length model_max_length max_seq_len max_seq_length seq_length tokenizer_model_max_length
+    padding_side tokenizer_padding_side truncation_side pad_to_multiple_of gradient_checkpointing
+    use_flash_attn use_flash_attention use_flash_attention_2 _flash_attn_2_enabled use_sdpa use_fused_rms_norm
+    summary_type summary_use_proj summary_activation summary_proj_to_labels
     """
 )
-_ROPE_KEYS = _words(
-    """
-    rope_type type rope_theta factor low_freq_factor high_freq_factor original_max_position_embeddings
-    partial_rotary_factor
-    """
-)
+_DROPOUT = re.compile(r"(.+_)?(dropout|pdrop|layerdrop|droppath|drop_path_rate)(_prob|_rate)?")  # acts in training only
 _GGUF_HARMLESS = _words(
     """
     context_length block_count embedding_length feed_forward_length attention.head_count attention.head_count_kv
@@ -79,31 +78,10 @@ _GGUF_NEUTRAL: dict[str, object] = {
     "expert_count": 0,
     "expert_used_count": 0,
     "attention.causal": True,
-    "attention.sliding_window": 0,
     "rope.scaling.attn_factor": 1.0,
     "use_parallel_residual": False,
     "logit_scale": 1.0,
 }
-
-
-@dataclass(frozen=True)
-class RopeConfig:
-    """Rotary position embedding.
-
-    theta: base of the frequencies. kind: how the frequencies are scaled.
-    - default: not at all.
-    - linear: every frequency is divided by `factor`.
-    - llama3: low frequencies are divided by `factor`, with a smooth transition (Llama 3.1).
-    - divisors: frequency i is divided by divisors[i]; GGUF files store llama3 scaling in this form.
-    """
-
-    theta: float
-    kind: str = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position: int = 0
-    divisors: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -138,6 +116,7 @@ class ModelConfig:
     def from_hf(cls, config: Mapping[str, Any], where: str) -> ModelConfig:
         """Reads the contents of a config.json. `where` names the file in messages. Raises ModelError."""
         fields = Fields(config, where)
+        _refuse_quantised(config, where)
         family = _hf_family(config, where)
         defaults = _HF_DEFAULTS[family]
         hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
@@ -149,6 +128,7 @@ class ModelConfig:
         has_bias_switch = family in ("llama", "qwen3")
         attention_bias = fields.boolean("attention_bias", False) if has_bias_switch else False
         max_position = fields.integer("max_position_embeddings", defaults["max_position_embeddings"])
+        rope = hf_rope(fields, max_position)
         result = cls(
             family=family,
             num_layers=layers,
@@ -159,17 +139,18 @@ class ModelConfig:
             head_dim=fields.integer("head_dim", defaults["head_dim"], none=hidden // heads),
             vocab_size=fields.integer("vocab_size"),
             rms_eps=fields.number("rms_norm_eps", 1e-6),
-            rope=_hf_rope(fields, max_position),
+            rope=rope,
             tied=fields.boolean("tie_word_embeddings", False),
             qkv_bias=attention_bias or family == "qwen2",
             output_bias=attention_bias,
             mlp_bias=fields.boolean("mlp_bias", False) if family == "llama" else False,
             qk_norm=family == "qwen3",
             windows=_hf_windows(fields, family, layers),
-            max_position=max_position,
+            max_position=rope.context(max_position),
         )
         fields.expect("pruned_heads", {})
-        fields.refuse_the_rest(_HARMLESS)
+        dropouts = {name for name in config if isinstance(name, str) and _DROPOUT.fullmatch(name)}
+        fields.refuse_the_rest(_HARMLESS | dropouts)
         return result._checked(where)
 
     @classmethod
@@ -199,6 +180,8 @@ class ModelConfig:
             if fields.integer(name, head_dim) != head_dim:
                 raise ModelError(f"{where}: {prefix}{name} is {fields.take(name)}; supported is {head_dim} only.")
         embedding = shapes.get("model.embed_tokens.weight", ())
+        max_position = fields.integer("context_length")
+        rope = gguf_rope(fields, rope_divisors, max_position)
         for name, value in _GGUF_NEUTRAL.items():
             fields.expect(name, value)
         result = cls(
@@ -211,14 +194,14 @@ class ModelConfig:
             head_dim=head_dim,
             vocab_size=embedding[0] if embedding else fields.integer("vocab_size"),
             rms_eps=fields.number("attention.layer_norm_rms_epsilon"),
-            rope=_gguf_rope(fields, rope_divisors),
+            rope=rope,
             tied="lm_head.weight" not in shapes,
             qkv_bias="model.layers.0.self_attn.q_proj.bias" in shapes,
             output_bias="model.layers.0.self_attn.o_proj.bias" in shapes,
             mlp_bias="model.layers.0.mlp.up_proj.bias" in shapes,
             qk_norm=family == "qwen3",
-            windows=(None,) * layers,
-            max_position=fields.integer("context_length"),
+            windows=(_gguf_window(fields, str(family), hidden, embedding, rope, max_position),) * layers,
+            max_position=rope.context(max_position),
         )
         fields.refuse_the_rest(_GGUF_HARMLESS)
         return result._checked(where)
@@ -267,29 +250,17 @@ class ModelConfig:
         return result
 
 
-def inverse_frequencies(config: ModelConfig, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Angular frequency of each rotated pair in radians per position: [head_dim / 2] in `dtype` (float32 or float64).
-
-    RoFormer (arXiv 2104.09864) eq. 15: theta^(-2i/D). Linear scaling follows Chen et al. (arXiv 2306.15595); llama3
-    scaling is that of Llama 3.1. In float32 the operations have the same order as in transformers, so that the results
-    are equal bit for bit.
-    """
-    rope, dim = config.rope, config.head_dim
-    frequency = 1.0 / (rope.theta ** (torch.arange(0, dim, 2, dtype=dtype) / dim))  # [D/2]
-    if rope.kind == "linear":
-        return frequency / rope.factor
-    if rope.kind == "divisors":
-        return frequency / torch.tensor(rope.divisors, dtype=dtype)
-    if rope.kind != "llama3":
-        return frequency
-    longest = rope.original_max_position / rope.low_freq_factor
-    shortest = rope.original_max_position / rope.high_freq_factor
-    wavelength = 2 * math.pi / frequency
-    scaled = torch.where(wavelength > longest, frequency / rope.factor, frequency)
-    span = rope.high_freq_factor - rope.low_freq_factor
-    smooth = (rope.original_max_position / wavelength - rope.low_freq_factor) / span
-    between = (1 - smooth) * scaled / rope.factor + smooth * scaled
-    return torch.where(~(wavelength < shortest) * ~(wavelength > longest), between, scaled)
+def _refuse_quantised(config: Mapping[str, Any], where: str) -> None:
+    for key in ("quantization_config", "compression_config", "quantization"):
+        settings = config.get(key)
+        if settings in (None, False, {}):
+            continue
+        method = settings.get("quant_method", settings.get("quant_algo")) if isinstance(settings, Mapping) else settings
+        told = f" by {short(method)}" if method is not None else ""
+        raise ModelError(
+            f'{where}: the checkpoint is quantised{told} ("{key}"), which is not read; give the model it was made from '
+            f"(embedgrad quantises with weights=int8 or int4), or a GGUF file."
+        )
 
 
 def _hf_family(config: Mapping[str, Any], where: str) -> str:
@@ -309,43 +280,6 @@ def _hf_family(config: Mapping[str, Any], where: str) -> str:
             f"they should name the same family."
         )
     return family
-
-
-def _hf_rope(fields: Fields, max_position: int) -> RopeConfig:
-    """Reads both forms: `rope_theta` and `rope_scaling`, or `rope_parameters` with everything inside."""
-    where = fields.where
-    old, new = fields.take("rope_scaling"), fields.take("rope_parameters")
-    for name, value in (("rope_scaling", old), ("rope_parameters", new)):
-        if value is not None and not isinstance(value, dict):
-            raise ModelError(f'{where}: "{name}" is {short(value)}; it should be an object or null.')
-    if old and new and old != new:
-        raise ModelError(f'{where}: "rope_scaling" and "rope_parameters" differ; only one of them should be there.')
-    inside = dict(old or new or {})
-    name = "rope_scaling" if old else "rope_parameters"
-    outer_theta, outer_original = fields.take("rope_theta"), fields.take("original_max_position_embeddings")
-    if inside.get("rope_theta") is None:
-        inside["rope_theta"] = _DEFAULT_ROPE_THETA if outer_theta is None else outer_theta
-    parameters = Fields(inside, where, f"{name}.")
-    parameters.refuse_the_rest(_ROPE_KEYS)
-    for scope in (fields, parameters):
-        scope.expect("partial_rotary_factor", 1.0)
-    theta = parameters.number("rope_theta")
-    kind = inside.get("rope_type") or inside.get("type") or "default"
-    if kind == "default":
-        return RopeConfig(theta)
-    if kind == "linear":
-        return RopeConfig(theta, "linear", parameters.number("factor"))
-    if kind != "llama3":
-        raise ModelError(
-            f"{where}: rotary scaling of type {short(kind)} is not supported; supported are default, linear, llama3."
-        )
-    if outer_original is not None:
-        inside["original_max_position_embeddings"] = outer_original
-    low, high = parameters.number("low_freq_factor"), parameters.number("high_freq_factor")
-    if low >= high:
-        raise ModelError(f"{where}: {name}.low_freq_factor {low} should be smaller than high_freq_factor {high}.")
-    original = parameters.integer("original_max_position_embeddings", max_position)
-    return RopeConfig(theta, "llama3", parameters.number("factor"), low, high, original)
 
 
 def _hf_windows(fields: Fields, family: str, layers: int) -> tuple[int | None, ...]:
@@ -380,23 +314,22 @@ def _hf_windows(fields: Fields, family: str, layers: int) -> tuple[int | None, .
     return tuple(window if kind == "sliding_attention" else None for kind in types)
 
 
-def _gguf_rope(fields: Fields, divisors: tuple[float, ...]) -> RopeConfig:
-    theta = fields.number("rope.freq_base", _DEFAULT_ROPE_THETA)
-    kind = fields.take("rope.scaling.type", "none")
-    if kind == "none" and fields.number("rope.scale_linear", 1.0) != 1:
-        kind = "linear"
-    if not isinstance(kind, str) or kind not in ("none", "linear"):
-        raise ModelError(
-            f"{fields.where}: rotary scaling of type {short(kind)} is not supported; supported are none, linear, and "
-            f"llama3 as rope_freqs.weight."
-        )
-    if kind == "linear":
-        factor = fields.number("rope.scaling.factor" if "rope.scaling.factor" in fields.values else "rope.scale_linear")
-        if divisors:
-            return RopeConfig(theta, "divisors", divisors=tuple(factor * value for value in divisors))
-        return RopeConfig(theta, "linear", factor)
-    if any(not 0 < value < math.inf for value in divisors):
-        raise ModelError(f"{fields.where}: rope_freqs.weight should hold positive numbers.")
-    return (
-        RopeConfig(theta, "divisors", divisors=divisors) if any(value != 1 for value in divisors) else RopeConfig(theta)
-    )
+def _gguf_window(
+    fields: Fields, family: str, hidden: int, embedding: tuple[int, ...], rope: RopeConfig, max_position: int
+) -> int | None:
+    """The sliding window of every layer.
+
+    GGUF files of the llama architecture also hold Mistral models, and converters leave out the window of Mistral-7B
+    v0.1 (arXiv 2310.06825, table 1). Its sizes, base and context together are those of no other published model.
+    """
+    stated = fields.take("attention.sliding_window")
+    if stated not in (None, 0):
+        if family != "llama":
+            fields.expect("attention.sliding_window", 0)
+        return fields.integer("attention.sliding_window")
+    if stated is not None or family != "llama":
+        return None
+    found = (hidden, fields.take("feed_forward_length"), fields.take("block_count"), rope.theta, max_position)
+    if found == _MISTRAL_7B and fields.take("attention.head_count_kv") == 8 and embedding[:1] < (_MISTRAL_WORDS,):
+        return _DEFAULT_WINDOW
+    return None

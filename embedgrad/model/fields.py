@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from embedgrad.model.files.recognise import stand_in
 from embedgrad.util.errors import ModelError
 
 _LARGEST_INT = 2**31 - 1
@@ -90,7 +91,7 @@ def read_object(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{path} is not readable JSON; fetch it again.") from error
+        raise ModelError(f"{path} {stand_in(path) or 'is not readable JSON; fetch it again'}.") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path} should hold a JSON object.")
     return value

@@ -2,7 +2,7 @@
 
 `forward(x)` is x Wᵀ (+ b) and `backward(dy)` is dy W. There is no gradient of W or b. A matrix may have several stored
 parts, stacked by matrix rows (q, k and v; gate and up), so that one product serves all of them. A part is a tensor, a
-`PackedWeight` (int8 or int4 blocks) or a `BlockWeight` (the blocks of a GGUF file).
+`PackedWeight` (int8 or int4 for the Triton kernels), a `TileWeight` (for csrc/) or a `BlockWeight` (as in a GGUF file).
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 
 from embedgrad.kernels.packing import PackedWeight
-from embedgrad.model.gguf_blocks import BlockWeight
-from embedgrad.model.native_matrices import native_matrix
 from embedgrad.model.native_matrices import widen as native_widen
+from embedgrad.model.quantised import BlockWeight, TileWeight
 
 Unpack = Callable[[Any, Tensor], object]
 
@@ -86,11 +85,9 @@ class Widening:
         return wide
 
 
-def _unpack(weight: PackedWeight | BlockWeight, out: Tensor) -> None:
-    if out.dtype == torch.float32 and out.device.type == "cpu":
-        matrix = native_matrix([weight], None)
-        if matrix is not None and native_widen(matrix, 0, len(out), out):
-            return
+def _unpack(weight: PackedWeight | BlockWeight | TileWeight, out: Tensor) -> None:
+    if out.dtype == torch.float32 and out.device.type == "cpu" and native_widen([weight], out):
+        return
     step = max(1, UNPACKED // weight.shape[1])
     for start in range(0, weight.shape[0], step):
         stop = min(start + step, weight.shape[0])
@@ -106,8 +103,8 @@ def moved(part: Any, move: Callable[[Tensor], Tensor]) -> Any:
     """A copy of the part in which each tensor x that holds it is replaced by move(x)."""
     if isinstance(part, Tensor):
         return move(part)
-    if isinstance(part, BlockWeight):
-        return BlockWeight(part.kind, move(part.blocks), part.shape)
+    if isinstance(part, BlockWeight | TileWeight):
+        return part.with_tensors(*map(move, part.tensors()))
     packed, scales, offsets = (None if x is None else move(x) for x in part.tensors())
     assert packed is not None
     assert scales is not None

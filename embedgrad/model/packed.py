@@ -1,7 +1,7 @@
-"""Frozen matrices in int8 or int4 blocks, taken from a GGUF file or quantised while the weights are read.
+"""Frozen matrices in int8 or int4, taken from a GGUF file or quantised while the weights are read.
 
-`FrozenMatrix` dequantises them one tile at a time. Where the backend has products that read the blocks, they take those
-of a few rows.
+The triton backend's products of a few rows read them as `PackedWeight`. On a CPU they come into csrc/'s tiles
+(`in_tiles`). `FrozenMatrix` dequantises one piece at a time.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ import torch
 from torch import Tensor
 
 from embedgrad.backends.base import Backend
-from embedgrad.kernels.packing import (
-    PackedWeight,
-    quantize_int4,
-    quantize_int8,
-)
+from embedgrad.kernels.packing import PackedWeight, from_q4_0, from_q4_1, from_q8_0, quantize_int4, quantize_int8
 from embedgrad.kernels.quantized_linear import NARROWEST_GROUP
 from embedgrad.model.frozen import FrozenMatrix, Widening
-from embedgrad.model.gguf_blocks import BlockWeight
+from embedgrad.model.native_matrices import is_built
+from embedgrad.model.quantised import BlockWeight, TileWeight
 from embedgrad.util.errors import ModelError
 
 QUANTISERS: dict[str, Callable[[Tensor], tuple[PackedWeight, float]]] = {"int8": quantize_int8, "int4": quantize_int4}
+
+REPACKED: dict[str, Callable[[Tensor], PackedWeight]] = {"Q4_0": from_q4_0, "Q4_1": from_q4_1, "Q8_0": from_q8_0}
+"""The GGUF types that the Triton kernels multiply by, with the conversion of their blocks."""
 
 
 class PackedMatrix(FrozenMatrix):
@@ -54,9 +54,9 @@ class PackedMatrix(FrozenMatrix):
 
 
 class PackedTable:
-    """An embedding table [V, d] in blocks. `table[ids]` and `table[start:stop]` are rows of the table in float32."""
+    """A quantised embedding table [V, d]. `table[ids]` and `table[start:stop]` are rows of the table in float32."""
 
-    def __init__(self, weight: PackedWeight | BlockWeight) -> None:
+    def __init__(self, weight: PackedWeight | BlockWeight | TileWeight) -> None:
         self.weight = weight
 
     def __len__(self) -> int:
@@ -64,10 +64,11 @@ class PackedTable:
 
     def __getitem__(self, index: Tensor | slice) -> Tensor:
         w = self.weight
-        if isinstance(w, BlockWeight):
+        if not isinstance(w, PackedWeight):
             if isinstance(index, slice):
-                index = torch.arange(len(self))[index]
-            return w.take(index.flatten()).dequantize().view(*index.shape, w.shape[1])
+                start, stop, _ = index.indices(len(self))
+                return w.rows(start, stop).dequantize()
+            return w.gather(index.flatten()).view(*index.shape, w.shape[1])
         packed, offsets = w.packed[index], None if w.offsets is None else w.offsets[index]
         chosen = PackedWeight(w.kind, packed, w.scales[index], offsets, w.group, (len(packed), w.shape[1]))
         return chosen.dequantize()
@@ -84,8 +85,27 @@ def quantised(name: str, w: Tensor, kind: str) -> tuple[PackedWeight, float]:
         raise ModelError(f"{name} cannot be quantised: {error}.") from None
 
 
+def in_tiles(weight: PackedWeight) -> PackedWeight | TileWeight:
+    """The matrix as csrc/ multiplies by it; unchanged where csrc/ is not built or has no such type."""
+    if not is_built() or weight.group != 32 or (weight.offsets is None) != (weight.kind == "int8"):
+        return weight
+    half = weight.scales.dtype == torch.float16
+    rows, groups = weight.shape[0], -(-weight.shape[1] // weight.group)
+    numbers = [x[:, :groups, None].contiguous() for x in weight.tensors()[1:] if x is not None]
+    q = weight.packed.view(torch.uint8)
+    if weight.kind == "int4":  # a byte holds elements of both halves of the row; in a GGUF block, of both of a group's
+        q = torch.cat([q & 15, q >> 4], dim=1)
+    q = q.unflatten(1, (-1, weight.group))[:, :groups]
+    if weight.kind == "int4":
+        low, high = q.chunk(2, dim=2)
+        q = low | high << 4
+    blocks = torch.cat([*(x.view(torch.uint8) for x in numbers), q], dim=2).flatten(1)
+    kind = {"int8": "Q8_0", "int4": "Q4_1"}[weight.kind] if half else weight.kind
+    return TileWeight.of(BlockWeight(kind, blocks.view(rows, -1), weight.shape))
+
+
 def is_packed(part: Any) -> bool:
-    """Whether a part of a matrix is stored in blocks."""
+    """Whether a part of a matrix is quantised."""
     return not isinstance(part, Tensor)
 
 

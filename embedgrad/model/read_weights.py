@@ -13,9 +13,19 @@ from embedgrad.kernels.packing import PackedWeight, stacked
 from embedgrad.model.checkpoint import TensorSource
 from embedgrad.model.config import ModelConfig
 from embedgrad.model.frozen import FrozenMatrix, Widening, product_type, tensors_of
-from embedgrad.model.gguf_blocks import GGUF_BLOCKS, BlockWeight
-from embedgrad.model.packed import QUANTISERS, PackedMatrix, PackedTable, as_tensor, is_packed, quantised
-from embedgrad.model.repacking import REPACKED, repacked
+from embedgrad.model.narrowed import NARROWED, narrowed
+from embedgrad.model.native_matrices import is_built
+from embedgrad.model.packed import (
+    QUANTISERS,
+    REPACKED,
+    PackedMatrix,
+    PackedTable,
+    as_tensor,
+    in_tiles,
+    is_packed,
+    quantised,
+)
+from embedgrad.model.quantised import QUANTISED, BlockWeight, TileWeight
 from embedgrad.model.streaming import placed
 from embedgrad.model.weights import LayerWeights, Weights
 
@@ -34,8 +44,10 @@ def read_weights(
 
     form: how matrices are stored.
     - "compute" converts every matrix to the compute type `dtype`, "fp32" and "bf16" to these types.
-    - "stored" keeps the form of the file. GGUF's Q8_0, Q4_0 and Q4_1, and on the CPU Q5_0, Q4_K and Q6_K, stay in
-      blocks; its other quantised types are dequantised. No matrix is stored in a wider type than the compute type.
+    - "stored" keeps the form of the file. On a CPU GGUF's quantised types stay quantised (`embedgrad.model.quantised`),
+      some in a wider type (`embedgrad.model.narrowed`); for Triton's kernels Q8_0, Q4_0 and Q4_1 do. Others are
+      dequantised. No matrix is stored in a wider type than the
+      compute type.
     - "int8" and "int4" quantise the layers' matrices and an untied head. The embedding table keeps the form of the
       file, because a step reads few of its rows and prompts start from them. So does a head that is tied to the table.
       Norms and biases are never quantised, because they are small.
@@ -70,9 +82,9 @@ class _Reader:
 
     def read(self, max_device_memory: int | None) -> Weights:
         """All weights. With a memory limit the layers are read into host memory first."""
-        table = self._table()
-        final_norm = self._vector("model.norm.weight")
         tied = self.config.tied or "lm_head.weight" not in set(self.tensors.names())
+        table = self._table(tied)
+        final_norm = self._vector("model.norm.weight")
         head = self._of([as_tensor(table)], None) if tied else self._matrix("lm_head")
         if max_device_memory is not None:
             self.place = torch.device("cpu")
@@ -85,27 +97,41 @@ class _Reader:
     def _unpack(self, weight: PackedWeight, out: Tensor) -> Tensor:
         return out.copy_(weight.dequantize()) if self.products is None else self.products.dequantize(weight, out=out)
 
-    def _table(self) -> Any:
+    def _table(self, multiplied: bool) -> Any:
         name = "model.embed_tokens.weight"
         if self.form in self.wide:
             return self.tensors.get(name).to(self.device, self.wide[self.form])
-        table = self._stored(name)
+        table = self._stored(name, multiplied)
         return PackedTable(table) if is_packed(table) else table
 
     def _vector(self, name: str) -> Tensor:
         # A view would keep the whole file mapped, with every page that was read.
         return self.tensors.get(name).to(self.place, self.dtype, copy=True)
 
-    def _stored(self, name: str) -> Any:
-        """The matrix in the form of the file."""
+    def _stored(self, name: str, multiplied: bool = True) -> Any:
+        """The matrix in the form of the file; `multiplied`: products read it, not its rows alone."""
         raw = self.tensors.raw(name)
-        if raw is not None and raw[0] in REPACKED:
-            return repacked(*raw).to(self.place)
-        if raw is not None and raw[0] in GGUF_BLOCKS and self.device.type == "cpu":
-            rows, columns = self.tensors.shapes()[name]
-            return BlockWeight(*raw, (rows, columns))
+        if raw is not None and self.products is None and self.device.type == "cpu":
+            weight = self._blocks(*raw, name)
+            if weight is not None:
+                return self._tiled(weight, name) if multiplied and is_built() else weight
+        elif raw is not None and raw[0] in REPACKED:
+            kind, blocks = raw
+            return REPACKED[kind](blocks.to(self.place))
         tensor = self.tensors.get(name)
         return tensor.to(self.place, self.dtype if tensor.dtype.itemsize > self.dtype.itemsize else tensor.dtype)
+
+    def _blocks(self, kind: str, blocks: Tensor, name: str) -> BlockWeight | None:
+        """The matrix in blocks that csrc/ reads; None where there are none."""
+        rows, columns = self.tensors.shapes()[name]
+        if kind in QUANTISED:
+            return BlockWeight(kind, blocks, (rows, columns))
+        return narrowed(kind, blocks, (rows, columns)) if kind in NARROWED and is_built() else None
+
+    def _tiled(self, weight: BlockWeight, name: str) -> TileWeight:
+        tiles = TileWeight.of(weight)
+        self.tensors.release(name)
+        return tiles
 
     def _part(self, name: str) -> Any:
         """The matrix in the requested form."""
@@ -114,6 +140,8 @@ class _Reader:
         tensor = self.tensors.get(name)
         if self.form in QUANTISERS:
             weight, self.errors[name] = quantised(name, tensor.to(self.device), self.form)
+            if self.products is None and self.device.type == "cpu":
+                return in_tiles(weight)
             return weight.to(self.place)
         return tensor.to(self.place, self.wide[self.form])
 

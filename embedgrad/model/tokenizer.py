@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,6 +18,8 @@ from tokenizers import AddedToken
 
 from embedgrad.model.fields import read_object
 from embedgrad.model.files.gguf_tokenizer import build_backend
+from embedgrad.model.files.recognise import stand_in
+from embedgrad.model.literal import ControlTokens, LiteralTokenizer, control_tokens
 from embedgrad.util.errors import DataError, ModelError
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
@@ -37,7 +40,10 @@ class Tokenizer:
         chat_template: str | None,
         special: Mapping[str, str],
     ) -> None:
-        """adds_bos: plain text is preceded by `bos_id`. special: bos_token, eos_token, ... for chat templates."""
+        """adds_bos: plain text is preceded by `bos_id`. special: bos_token, eos_token, ... for chat templates.
+
+        Sets `vocab_size` and `words`, the ids that all tokens need and those that all tokens but the added ones need.
+        """
         backend.no_truncation()
         backend.no_padding()
         backend.post_processor = None  # it would add special tokens and trim offsets
@@ -47,7 +53,16 @@ class Tokenizer:
         self.adds_bos = adds_bos and bos_id is not None
         self.chat_template = chat_template
         self.special = dict(special)
-        self.vocab_size = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        added = backend.get_added_tokens_decoder()
+        ids = backend.get_vocab(with_added_tokens=True).values()
+        self.vocab_size = max(ids, default=-1) + 1
+        self.words = max((id for id in ids if id not in added), default=-1) + 1
+        self.controls = ControlTokens(control_tokens(backend))
+
+    @cached_property
+    def literal(self) -> LiteralTokenizer:
+        """What tokenises text in which the texts of control tokens are ordinary text."""
+        return LiteralTokenizer(self._backend, self.controls)
 
     def encode(self, text: str) -> list[int]:
         """Token ids of `text`. Raises DataError for a string with half a surrogate pair, which is not Unicode text."""
@@ -90,6 +105,8 @@ class Tokenizer:
                 f"{folder} has no tokenizer.json; save the model's fast tokenizer there "
                 f"(transformers: AutoTokenizer.from_pretrained(...).save_pretrained(...))."
             )
+        if (found := stand_in(path)) is not None:
+            raise ModelError(f"{path} {found}.")
         backend = _guarded(lambda: tokenizers.Tokenizer.from_file(str(path)), f"{path} is not a usable tokenizer")
         config = _optional(folder / "tokenizer_config.json")
         special = _special_tokens(_optional(folder / "special_tokens_map.json") | config)

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from embedgrad.prompt.sandbox import compile_chat_template
-from embedgrad.prompt.template import Template
+from embedgrad.prompt.sandbox import clock, compile_chat_template, today
+from embedgrad.prompt.template import DATE, Template
 from embedgrad.prompt.tokenise import Part, Slot
 from embedgrad.util.errors import DataError, TemplateError
 
@@ -40,6 +40,16 @@ class Answer:
         return text.rstrip(self.strip_right) if self.strip_right != "" else text
 
 
+def dated(template: Template, tokenizer: Tokenizer, date: str | None = None) -> Template:
+    """`template` with `date` among its variables, where its chat template asks for the date and has none yet.
+
+    date: None: today's.
+    """
+    source = template.chat_template if template.chat_template is not None else tokenizer.chat_template
+    asks = template.kind == "chat" and source is not None and DATE in source
+    return template.on(date or today()) if asks and template.date is None else template
+
+
 class Conversation:
     """Renders a template with a tokenizer's chat template and special tokens. Raises TemplateError."""
 
@@ -49,6 +59,8 @@ class Conversation:
         self._source = template.chat_template if template.chat_template is not None else tokenizer.chat_template
         self._special = dict(tokenizer.special)
         self._variables: dict[str, Any] = json.loads(template.variables)
+        if DATE in self._variables:
+            self._variables[DATE] = clock(self._variables[DATE])
         if template.kind == "chat" and self._source is None:
             raise TemplateError(
                 f"the model {model_name} has no chat template; give one, or use Template.text or Template.plain."
@@ -69,6 +81,22 @@ class Conversation:
         return compile_chat_template(self._source).render(
             filled, self._special, add_generation_prompt=answer is None, variables=self._variables
         )
+
+    def literal_parts(self, prompt: Slot, query: str) -> list[Part]:
+        """`parts` for `Tokenizer.literal`: control tokens of the template are stand-ins, those of `query` are text.
+
+        While the chat template is rendered, a mark holds the place of each control token in the query.
+        """
+        if self._template.kind == "plain":
+            return [prompt, query]
+        tokenizer = self._tokenizer
+        found = tokenizer.controls.within(query)
+        marks = dict(zip(found, self._free_marks(query, len(found) + 2)[2:], strict=True))
+        restored = str.maketrans({mark: text for text, mark in marks.items()})
+        return [
+            tokenizer.literal.escape(part).translate(restored) if isinstance(part, str) else part
+            for part in self.parts(prompt, tokenizer.controls.replaced(query, marks.__getitem__))
+        ]
 
     def parts(self, prompt: Slot, query: str | Slot) -> list[Part]:
         """Everything before the answer: texts, the prompt's slots and, if the query is a `Slot`, the query's slots.
@@ -101,14 +129,17 @@ class Conversation:
 
     def _marks(self, text: str) -> tuple[str, str]:
         """Two characters that do not occur in `text` or in the template. Raises DataError where none are left."""
-        first, second = chr(_MARKS[0]), chr(_MARKS[1])
+        first, second = self._free_marks(text, 2)
+        return first, second
+
+    def _free_marks(self, text: str, count: int) -> list[str]:
         if text.isascii() and self._used.isascii():
-            return first, second
+            return [chr(mark) for mark in _MARKS[:count]]
         used = set(text) | set(self._used)
         free = [mark for mark in map(chr, _MARKS) if mark not in used]
-        if len(free) < 2:
+        if len(free) < count:
             raise DataError("the text uses every private-use character; none is left to mark the prompt's place.")
-        return free[0], free[1]
+        return free[:count]
 
     @cached_property
     def answer(self) -> Answer:
@@ -123,18 +154,19 @@ class Conversation:
             return Answer()
         if self._template.kind == "text":
             return Answer(end=self._end_of_text())
-        mark, _ = self._marks("")
+        mark, query = self._marks("")
         try:
-            full = self.text("p", "q", mark)
+            full = self.text("p", query, mark)
         except TemplateError:
             return Answer(end=self._end_of_text())
         if full.count(mark) != 1:
             return Answer(end=self._end_of_text())
         head, tail = full.split(mark)
-        generation_prompt = self.text("p", "q")
-        between = head[len(generation_prompt) :] if head.startswith(generation_prompt) else ""
+        # What stands before the query may differ: some templates show the system's text in the last turn only.
+        follows, generation_prompt = head.rpartition(query)[2], self.text("p", query).rpartition(query)[2]
+        between = follows[len(generation_prompt) :] if follows.startswith(generation_prompt) else ""
         after, end = self._turn_end(tail)
-        left, right = self._stripped(mark, head, tail)
+        left, right = self._stripped(mark, query, head, tail)
         return Answer(between if between.isspace() else "", after, end, left, right)
 
     def _turn_end(self, tail: str) -> tuple[str, int]:
@@ -161,11 +193,11 @@ class Conversation:
             return tokenizer.eos_ids[0]
         raise TemplateError("the tokenizer has no end-of-text token to end answers; use end=False or Template.plain.")
 
-    def _stripped(self, mark: str, head: str, tail: str) -> tuple[str | None, str | None]:
+    def _stripped(self, mark: str, query: str, head: str, tail: str) -> tuple[str | None, str | None]:
         """`strip_left` and `strip_right` of `Answer`, found by trying each character of _STRIPPED around the mark."""
         left = right = ""
         for character in _STRIPPED:
-            before, found, after = self.text("p", "q", character + mark + character).partition(mark)
+            before, found, after = self.text("p", query, character + mark + character).partition(mark)
             left += character if found and before == head else ""
             right += character if found and after == tail else ""
         everything = len(_STRIPPED)

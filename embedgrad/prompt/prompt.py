@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from dataclasses import replace as dataclass_replace
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
 from embedgrad.maths.trust_region import cosine_similarity
+from embedgrad.model.fingerprint import Fingerprint
+from embedgrad.prompt import belonging
+from embedgrad.prompt.belonging import PromptModel
+from embedgrad.prompt.conversation import dated
 from embedgrad.prompt.prompt_file import read_prompt_file, write_prompt_file
 from embedgrad.prompt.rendering import ModelLike, check_ids, layout, prompt_tokens
 from embedgrad.prompt.template import Template
 from embedgrad.util.errors import PromptError, TemplateError
-from embedgrad.util.memo import PerObject
 
 SYSTEM_TURN = Template.chat([{"role": "system", "content": "{prompt}"}, {"role": "user", "content": "{query}"}])
 USER_TURN = Template.chat([{"role": "user", "content": "{prompt}\n\n{query}"}])
 PLAIN_TEXT = Template.text("{prompt}\n\n{query}\n\n")
-
-
-class PromptModel(ModelLike, Protocol):
-    """The part of a model that a prompt needs."""
-
-    def embedding_rows(self, ids: list[int], /) -> torch.Tensor:
-        """Rows of the embedding table, [n, d] float32 on the CPU."""
-        ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +38,8 @@ class SoftPrompt:
     model_name, anchor_hash: the model and the sha256 of the anchor (`hash_rows`), which identify the embedding table.
     metadata: JSON values, such as trust region and metrics.
     layout_ids, layout_rows: the tokens before the answer with the query as one id −1, and for each of them the prompt
-        row that it shows, or −1.
+        row that it shows, or −1. A prompt in use is compared with them (`check_model`).
+    fingerprint: tells the model from fine-tunes of it, which have the same table; None in files of earlier versions.
     """
 
     embeddings: torch.Tensor
@@ -58,6 +52,7 @@ class SoftPrompt:
     metadata: dict[str, Any] = field(default_factory=dict)
     layout_ids: list[int] = field(default_factory=list)
     layout_rows: list[int] = field(default_factory=list)
+    fingerprint: Fingerprint | None = None
 
     def __post_init__(self) -> None:
         if self.embeddings.dtype not in (torch.float32, torch.float64) or self.anchor.dtype != torch.float32:
@@ -80,7 +75,7 @@ class SoftPrompt:
             raise PromptError(f"the prompt must be text, not {type(text).__name__}; from_ids takes token ids.")
         if not text.strip():
             raise PromptError("the prompt is empty: it needs at least one token.")
-        template = default_template(model) if template is None else template
+        template = default_template(model, template)
         return cls._start(model, prompt_tokens(model, template, text), text, template)
 
     @classmethod
@@ -88,11 +83,12 @@ class SoftPrompt:
         """A prompt of exactly these token ids; its text is the decoded ids. Raises the same errors as `from_text`."""
         values = check_ids(ids, int(model.config.vocab_size), "the prompt", PromptError)
         text = model.tokenizer.decode(values, skip_special=False)
-        return cls._start(model, values, text, default_template(model) if template is None else template)
+        return cls._start(model, values, text, default_template(model, template))
 
     @classmethod
     def _start(cls, model: PromptModel, ids: list[int], text: str, template: Template) -> SoftPrompt:
         check_ids(ids, int(model.config.vocab_size), "the prompt", PromptError)
+        template = dated(template, model.tokenizer)
         layout_ids, layout_rows = layout(model, template, ids, text)
         anchor = model.embedding_rows(ids).detach().to("cpu", torch.float32).clone()
         return cls(
@@ -102,9 +98,10 @@ class SoftPrompt:
             text=text,
             template=template,
             model_name=model.name,
-            anchor_hash=hash_rows(anchor),
+            anchor_hash=belonging.hash_rows(anchor),
             layout_ids=layout_ids,
             layout_rows=layout_rows,
+            fingerprint=getattr(model, "fingerprint", None),
         )
 
     @classmethod
@@ -118,6 +115,11 @@ class SoftPrompt:
         if not isinstance(metadata, dict):
             raise PromptError("its metadata is not a JSON object.")
         template = Template.from_json(fields["template"])
+        if not template.has_messages:
+            raise PromptError("its template has no messages.")
+        numbers = tensors.get("fingerprint")
+        if numbers is not None and (numbers.dtype != torch.float32 or numbers.dim() != 1):
+            raise PromptError("its fingerprint of the model is no list of float32.")
         prompt = cls(
             embeddings=embeddings,
             anchor=anchor,
@@ -129,15 +131,15 @@ class SoftPrompt:
             metadata=metadata,
             layout_ids=layout_ids,
             layout_rows=layout_rows,
+            fingerprint=None if numbers is None else Fingerprint(numbers, fields.get("fingerprint_exact") == "true"),
         )
         if min(token_ids) < 0:
             raise PromptError("its token ids are negative.")
-        rows = range(-1, len(token_ids))
-        if len(layout_ids) != len(layout_rows) or not all(row in rows for row in layout_rows):
+        if not belonging.fits(layout_ids, layout_rows, token_ids):
             raise PromptError("its layout does not fit its prompt rows.")
         if not (bool(embeddings.isfinite().all()) and bool(anchor.isfinite().all())):
             raise PromptError("it holds numbers that are not finite.")
-        if hash_rows(anchor) != prompt.anchor_hash:
+        if belonging.hash_rows(anchor) != prompt.anchor_hash:
             raise PromptError("its anchor does not match the anchor's hash.")
         return prompt
 
@@ -151,6 +153,11 @@ class SoftPrompt:
             metadata=dict(self.metadata if metadata is None else metadata),
         )
 
+    def behind(self, model: PromptModel, template: Template) -> SoftPrompt:
+        """A copy of the prompt in another template. Raises TemplateError, ContextError."""
+        ids, rows = layout(model, template, self.token_ids, self.text)
+        return dataclass_replace(self, template=template, layout_ids=ids, layout_rows=rows)
+
     def similarity(self) -> torch.Tensor:
         """Cosine similarity of each prompt row to its anchor, [k] float64.
 
@@ -159,27 +166,11 @@ class SoftPrompt:
         return cosine_similarity(self.embeddings.detach(), self.anchor)
 
     def check_model(self, model: PromptModel) -> None:
-        """Raises PromptError unless the embedding rows of `model` for the prompt's ids are equal to the anchor.
+        """Raises PromptError unless the prompt was made for `model`, and gives a LayoutWarning for another layout.
 
-        They count as equal if one is the other rounded to bfloat16: it is the same model, loaded in another type. So a
-        prompt that was made in one type can be used in the other.
+        See `embedgrad.prompt.belonging`.
         """
-        key = (self.anchor_hash, tuple(self.token_ids), self.anchor.shape[1])
-        problem = _PROBLEMS.get(model, key, lambda: self._problem(model))
-        if problem:
-            raise PromptError(problem)
-
-    def _problem(self, model: PromptModel) -> str:
-        made = f"the prompt was made for the model {self.model_name}"
-        width, vocab_size = int(model.config.hidden_size), int(model.config.vocab_size)
-        if width != self.anchor.shape[1]:
-            return f"{made} with hidden size {self.anchor.shape[1]}; {model.name} has hidden size {width}."
-        if max(self.token_ids) >= vocab_size:
-            return f"{made} and has the token id {max(self.token_ids)}; {model.name} has {vocab_size} ids only."
-        rows = model.embedding_rows(self.token_ids)
-        if hash_rows(rows) != self.anchor_hash and not _equal_but_rounded(rows, self.anchor):
-            return f"{made}, whose embedding rows are not those of {model.name}; use it with the model it was made for."
-        return ""
+        belonging.check(self, model)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Writes the prompt to a safetensors file, whole or not at all.
@@ -200,6 +191,8 @@ class SoftPrompt:
             "layout_ids": torch.tensor(self.layout_ids, dtype=torch.int64),
             "layout_rows": torch.tensor(self.layout_rows, dtype=torch.int64),
         }
+        if self.fingerprint is not None:
+            tensors["fingerprint"] = self.fingerprint.values
         fields = {
             "text": self.text,
             "template": self.template.to_json(),
@@ -208,6 +201,8 @@ class SoftPrompt:
             "library": f"embedgrad {_library_version()}",
             "metadata": metadata,
         }
+        if self.fingerprint is not None:
+            fields["fingerprint_exact"] = json.dumps(self.fingerprint.exact)
         write_prompt_file(path, tensors, fields)
 
     @classmethod
@@ -229,7 +224,6 @@ class SoftPrompt:
         return prompt
 
 
-_PROBLEMS: PerObject[str] = PerObject()
 _TENSORS = ("embeddings", "anchor", "token_ids", "layout_ids", "layout_rows")
 _FIELDS = ("text", "template", "model", "anchor_hash", "metadata")
 
@@ -247,31 +241,22 @@ def _library_version() -> str:
         return "unknown"
 
 
-def hash_rows(rows: torch.Tensor) -> str:
-    """sha256 (hexadecimal) of a matrix: its two sizes as little-endian int64, then its elements as little-endian
-    float32."""
-    matrix = rows.detach().to("cpu", torch.float32).contiguous()
-    digest = hashlib.sha256(struct.pack("<qq", *matrix.shape))
-    digest.update(matrix.numpy().astype("<f4", copy=False).tobytes())
-    return digest.hexdigest()
-
-
-def _equal_but_rounded(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether one of two float32 matrices is equal to the other rounded to bfloat16."""
-    return torch.equal(one, other.bfloat16().float()) or torch.equal(other, one.bfloat16().float())
-
-
-def default_template(model: ModelLike) -> Template:
-    """The template of a prompt for which none is given.
+def default_template(model: ModelLike, given: Template | None = None) -> Template:
+    """The template of a prompt: the one that is given, or the model's default with the settings that are given.
 
     - The prompt is the system turn and the query the user's turn.
     - Where the chat template refuses or drops system messages, the prompt stands in the user's turn before the query.
     - For a model without a chat template, prompt and query are plain text with empty lines between them.
+
+    Raises TemplateError where settings of a chat template are given and there is none.
     """
-    if model.tokenizer.chat_template is None:
-        return PLAIN_TEXT
+    if given is not None and given.has_messages:
+        return given
+    if model.tokenizer.chat_template is None and (given is None or given.chat_template is None):
+        return PLAIN_TEXT if given is None else given.completed(PLAIN_TEXT)
+    system, user = (turn if given is None else given.completed(turn) for turn in (SYSTEM_TURN, USER_TURN))
     try:
-        layout(model, SYSTEM_TURN, [0], "x")
+        layout(model, system, [0], "x")
     except TemplateError:
-        return USER_TURN
-    return SYSTEM_TURN
+        return user
+    return system

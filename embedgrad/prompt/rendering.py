@@ -8,13 +8,21 @@ from __future__ import annotations
 import operator
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 from embedgrad.data.example import Example
 from embedgrad.prompt.conversation import Conversation
 from embedgrad.prompt.template import Template
-from embedgrad.prompt.tokenise import Slot, continue_with, tokenise_pieces, tokenise_whole, tokens_in_place, whole_text
+from embedgrad.prompt.tokenise import (
+    Encoder,
+    Slot,
+    continue_with,
+    tokenise_pieces,
+    tokenise_whole,
+    tokens_in_place,
+    whole_text,
+)
 from embedgrad.util.errors import ContextError, DataError, EmbedGradError, PromptError
 from embedgrad.util.memo import PerObject
 
@@ -22,8 +30,18 @@ if TYPE_CHECKING:
     from embedgrad.model.tokenizer import Tokenizer
 
 
+def too_long(query: str | Sequence[int]) -> str:
+    """What to do about a query that is too long."""
+    told = f"{query[:40]!r}…" if isinstance(query, str) else f"of {len(query)} token ids"
+    return f"shorten the query {told}, or have queries cut (data.query_tokens)"
+
+
 class TokenisationWarning(UserWarning):
     """The ids of a rendering differ from those of its text tokenised as a whole."""
+
+
+class ControlTokenWarning(UserWarning):
+    """A query or target holds the text of a control token, which becomes ordinary text."""
 
 
 class ModelLike(Protocol):
@@ -74,12 +92,14 @@ def render(model: ModelLike, prompt: PromptLike, example: Example, where: str = 
 
     The targets are the answer's tokens and the token that ends the answer. `Template.plain()` and
     `Template.text(end=False)` have no such token, and it is not added where the answer already ends with it. Where the
-    chat template trims an assistant's message, an answer that is given as text is trimmed in the same way.
+    chat template trims an assistant's message, an answer that is given as text is trimmed in the same way. The text of
+    any other control token in query or target is ordinary text, with one ControlTokenWarning for a prompt and model,
+    unless the template has `control_tokens`.
     where: begins the error messages, such as "train.jsonl, line 3". Raises PromptError, DataError, ContextError,
     TemplateError.
     """
     try:
-        return _plan_of(model, prompt).example(example)
+        return _plan_of(model, prompt).example(example, where)
     except EmbedGradError as error:
         _raise_at(where, error)
 
@@ -87,7 +107,7 @@ def render(model: ModelLike, prompt: PromptLike, example: Example, where: str = 
 def render_query(model: ModelLike, prompt: PromptLike, query: str | Sequence[int], where: str = "") -> Rendered:
     """The input of `query`: all tokens before its answer. Raises the same errors as `render`."""
     try:
-        return _plan_of(model, prompt).query(query)
+        return _plan_of(model, prompt).query(query, where)
     except EmbedGradError as error:
         _raise_at(where, error)
 
@@ -122,6 +142,12 @@ def prompt_tokens(model: ModelLike, template: Template, text: str) -> list[int]:
     """
     tokenizer = model.tokenizer
     alone = _encode(tokenizer, text, "the prompt", PromptError)
+    held = [] if template.control_tokens else tokenizer.controls.within(text)
+    if held:
+        raise PromptError(
+            f"the prompt holds {held[0]!r}, a control token of {model.name}; write it in another way, or give the "
+            f"template control_tokens: true."
+        )
     if not alone:
         raise PromptError("the prompt is empty: it needs at least one token.")
     if template.kind == "plain":
@@ -173,7 +199,7 @@ class _Input:
 
     prompt_rows: for each of `ids` the prompt row or −1. text: the text of `ids`. tail: the last piece of the text, with
     which the answer is tokenised. tail_ids: its tokens, the last ones of `ids`. Both are empty where the answer is
-    tokenised alone.
+    tokenised alone. literal: text and tail are those of `Tokenizer.literal`, with stand-ins for control tokens.
     """
 
     ids: list[int]
@@ -181,6 +207,7 @@ class _Input:
     text: str
     tail: str
     tail_ids: list[int]
+    literal: bool = False
 
 
 class _Plan:
@@ -202,6 +229,7 @@ class _Plan:
         self._warned = True  # no warnings about the stand-in queries of the next line
         self._prefix = self._shared_prefix()
         self._warned = False
+        self._warned_of_controls = False
         if self._conversation.changes_prompt(text):
             self._warn("the chat template changes the prompt's text (it trims it, for instance)", text)
 
@@ -209,15 +237,15 @@ class _Plan:
     def end_token(self) -> int | None:
         return self._conversation.answer.end
 
-    def query(self, query: str | Sequence[int]) -> Rendered:
-        given = self._input(query)
-        self._check_length(len(given.ids), None)
+    def query(self, query: str | Sequence[int], where: str = "") -> Rendered:
+        given = self._input(query, where)
+        self._check_length(query, len(given.ids), None)
         return Rendered(given.ids, given.prompt_rows, [False] * len(given.ids), self._prefix_length(given))
 
-    def example(self, example: Example) -> Rendered:
-        given = self._input(example.query)
-        targets = self._targets(given, example)
-        self._check_length(len(given.ids), len(targets))
+    def example(self, example: Example, where: str = "") -> Rendered:
+        given = self._input(example.query, where)
+        targets = self._targets(given, example, where)
+        self._check_length(example.query, len(given.ids), len(targets))
         return Rendered(
             given.ids + targets,
             given.prompt_rows + [-1] * len(targets),
@@ -228,27 +256,50 @@ class _Plan:
     def layout(self) -> tuple[list[int], list[int]]:
         return tokenise_pieces(self._tokenizer, self._conversation.parts(self._prompt, Slot((-1,), "x")))
 
-    def _input(self, query: str | Sequence[int]) -> _Input:
-        parts = self._conversation.parts(self._prompt, self._query(query))
+    def _input(self, query: str | Sequence[int], where: str = "") -> _Input:
+        slot = self._query(query)
+        literal = isinstance(slot, str) and self._holds_controls(slot, "query", where)
+        encoder = self._encoder(literal)
+        if literal:
+            parts = self._conversation.literal_parts(self._prompt, str(slot))
+        else:
+            parts = self._conversation.parts(self._prompt, slot)
         text = whole_text(parts)
         if self._template.kind == "plain":
-            alone = [
-                part if isinstance(part, Slot) else Slot(tuple(self._tokenizer.encode(part)), part) for part in parts
-            ]
-            return self._finished(*tokenise_pieces(self._tokenizer, alone), text, "", [])
-        whole = tokenise_whole(self._tokenizer, parts)
+            alone = [part if isinstance(part, Slot) else Slot(tuple(encoder.encode(part)), part) for part in parts]
+            return self._finished(*tokenise_pieces(encoder, alone), text, "", [], literal)
+        whole = tokenise_whole(encoder, parts)
         if whole is not None:
-            return self._finished(*whole, text, text, whole[0])
-        ids, prompt_rows = tokenise_pieces(self._tokenizer, parts)
+            return self._finished(*whole, text, text, whole[0], literal)
+        ids, prompt_rows = tokenise_pieces(encoder, parts)
         if isinstance(query, str):
-            self._check_same(ids, text)
+            self._check_same(encoder, ids, text)
         last = parts[-1]
         if isinstance(last, Slot):
-            return self._finished(ids, prompt_rows, text, "", [])
-        count = len(tokenise_pieces(self._tokenizer, parts[:-1])[0])
-        return self._finished(ids, prompt_rows, text, last, ids[count:])
+            return self._finished(ids, prompt_rows, text, "", [], literal)
+        count = len(tokenise_pieces(encoder, parts[:-1])[0])
+        return self._finished(ids, prompt_rows, text, last, ids[count:], literal)
 
-    def _finished(self, ids: list[int], prompt_rows: list[int], text: str, tail: str, tail_ids: list[int]) -> _Input:
+    def _encoder(self, literal: bool) -> Encoder:
+        return self._tokenizer.literal if literal else self._tokenizer
+
+    def _holds_controls(self, text: str, what: str, where: str) -> bool:
+        """Whether `text` holds texts of control tokens that are to be ordinary text. Warns of the first."""
+        found = [] if self._template.control_tokens else self._tokenizer.controls.within(text)
+        if found and not self._warned_of_controls:
+            self._warned_of_controls = True
+            place = f"{where}: the {what}" if where else f"the {what} {text[:40]!r}…"
+            warnings.warn(
+                f"{place} holds {found[0]!r}, a control token of {self._name}; here and in other examples it is "
+                f"tokenised as ordinary text (a template's control_tokens: true keeps the token).",
+                ControlTokenWarning,
+                stacklevel=2,
+            )
+        return bool(found)
+
+    def _finished(
+        self, ids: list[int], prompt_rows: list[int], text: str, tail: str, tail_ids: list[int], literal: bool
+    ) -> _Input:
         """The input, with a BOS token before the text of a text template if the tokenizer adds one."""
         tokenizer = self._tokenizer
         if self._template.kind == "text" and tokenizer.adds_bos and tokenizer.bos_id is not None:
@@ -256,7 +307,7 @@ class _Plan:
             if ids[:1] != [bos]:
                 ids, prompt_rows = [bos, *ids], [-1, *prompt_rows]
         self._check_vocabulary(ids)
-        return _Input(ids, prompt_rows, text, tail, tail_ids)
+        return _Input(ids, prompt_rows, text, tail, tail_ids, literal)
 
     def _query(self, query: str | Sequence[int]) -> str | Slot:
         if isinstance(query, str):
@@ -267,36 +318,53 @@ class _Plan:
         ids = tuple(check_ids(query, self._vocab_size, "the query", DataError))
         return Slot(ids, self._tokenizer.decode(ids, skip_special=False))
 
-    def _targets(self, given: _Input, example: Example) -> list[int]:
+    def _targets(self, given: _Input, example: Example, where: str) -> list[int]:
         answer = self._conversation.answer
         if isinstance(example.target, str):
             text = answer.strip(example.target)
             if not text:
                 raise DataError("the target is empty: it needs at least one token.")
-            ids = self._answer_tokens(given, answer.before + text + answer.after, isinstance(example.query, str))
-            self._check_vocabulary(ids)
+            literal = self._holds_controls(self._without_end(text), "target", where)
+            check = isinstance(example.query, str)
+            if literal or given.literal:
+                ids = self._literal_answer_tokens(given, self._without_end(text), check)
+            else:
+                ids = self._answer_tokens(self._tokenizer, given, answer.before + text + answer.after, check)
         else:
             ids = check_ids(example.target, self._vocab_size, "the target", DataError)
             if answer.after and ids[-1] != answer.end:
                 ids += continue_with(self._tokenizer, answer.after)
-        if answer.end is not None and ids[-1] != answer.end:
+        if answer.end is not None and (not ids or ids[-1] != answer.end):
             ids.append(answer.end)
+        self._check_vocabulary(ids)
         return ids
 
-    def _answer_tokens(self, given: _Input, text: str, check: bool) -> list[int]:
+    def _without_end(self, text: str) -> str:
+        """`text` without the text of the token that ends answers, if it ends with it: that one is meant."""
+        end = self._conversation.answer.end
+        return text if end is None else text.removesuffix(self._tokenizer.token(end))
+
+    def _literal_answer_tokens(self, given: _Input, text: str, check: bool) -> list[int]:
+        """The tokens of `text` after the input, where query or target hold texts of control tokens."""
+        answer, literal = self._conversation.answer, self._tokenizer.literal
+        if not given.literal:
+            given = replace(given, text=literal.escape(given.text), tail=literal.escape(given.tail))
+        around = literal.escape(answer.before) + text + literal.escape(answer.after)
+        return self._answer_tokens(literal, given, around, check) if around else []
+
+    def _answer_tokens(self, encoder: Encoder, given: _Input, text: str, check: bool) -> list[int]:
         """The tokens of `text` after the input, whose tokens do not change. check: compare with the whole text."""
-        ids = _encode(self._tokenizer, text, "the target", DataError) if self._template.kind == "plain" else None
-        if ids is not None:
-            return ids
         _check_unicode(text, "the target", DataError)
+        if self._template.kind == "plain":
+            return encoder.encode(text)
         count = len(given.tail_ids)
         if given.tail:
-            together = self._tokenizer.encode(given.tail + text)
+            together = encoder.encode(given.tail + text)
             if together[:count] == given.tail_ids and len(together) > count:
                 return together[count:]
-        ids = continue_with(self._tokenizer, text)
+        ids = continue_with(encoder, text)
         if check:
-            self._check_same(given.ids + ids, given.text + text)
+            self._check_same(encoder, given.ids + ids, given.text + text)
         return ids
 
     def _shared_prefix(self) -> list[int]:
@@ -318,22 +386,25 @@ class _Plan:
                 f"the tokenizer gives the token id {max(ids)}, the model has only {self._vocab_size} embedding rows."
             )
 
-    def _check_length(self, before: int, targets: int | None) -> None:
+    def _check_length(self, query: str | Sequence[int], before: int, targets: int | None) -> None:
         """Raises ContextError where the `before` input tokens and the targets exceed the model's context length."""
         limit = self._max_position
         if targets is None and before > limit:
-            raise ContextError(f"prompt and query have {before} tokens; the model's context holds {limit}.")
+            raise ContextError(
+                f"prompt and query have {before} tokens; the model's context holds {limit}: {too_long(query)}."
+            )
         if targets is not None and before + targets > limit:
             raise ContextError(
                 f"the target would be cut by the context limit: {before} tokens before it and {targets} of its own "
-                f"make {before + targets}, and the model's context holds {limit}."
+                f"make {before + targets}, and the model's context holds {limit}: {too_long(query)}, or "
+                f"leave out long targets (data.target_tokens)."
             )
 
-    def _check_same(self, ids: list[int], text: str) -> None:
+    def _check_same(self, encoder: Encoder, ids: list[int], text: str) -> None:
         """Warns once where `ids` are not those of `text` tokenised as a whole."""
         if self._warned:
             return
-        whole = self._tokenizer.encode(text)
+        whole = encoder.encode(text)
         bare = ids[1:] if ids[:1] == [self._tokenizer.bos_id] and whole[:1] != ids[:1] else ids
         if bare != whole:
             first = max(0, _common_length(bare, whole) - 2)

@@ -371,3 +371,14 @@ class ChatTemplate:
 def compile_chat_template(source: str) -> ChatTemplate:
     """ChatTemplate(source); each source is compiled once."""
     return ChatTemplate(source)
+
+
+def today() -> str:
+    """The date by this machine's clock, as 2026-01-30."""
+    return datetime.datetime.now().date().isoformat()
+
+
+def clock(date: str) -> Callable[[str], str]:
+    """A template's function strftime_now on this date, at midnight."""
+    moment = datetime.datetime.strptime(date, "%Y-%m-%d")
+    return lambda form: moment.strftime(form)

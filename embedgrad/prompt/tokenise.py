@@ -2,7 +2,8 @@
 
 A *part* is a piece of text or a `Slot`, which has token ids and the text that they stand for. In training the model saw
 text that was tokenised as a whole. So the text of all parts is tokenised at once, if the slots then begin and end at
-token boundaries and have their given tokens. Otherwise the parts are tokenised one by one.
+token boundaries and have their given tokens. Otherwise the parts are tokenised one by one. A slot's first
+token may hold the space in front of the slot: a tokenizer that puts a space before every text gives it such a token.
 """
 
 from __future__ import annotations
@@ -10,12 +11,21 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from embedgrad.util.memo import PerObject
 
-if TYPE_CHECKING:
-    from embedgrad.model.tokenizer import Tokenizer
+
+class Encoder(Protocol):
+    """What tokenises: a `Tokenizer`, or the `LiteralTokenizer` of one."""
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]: ...
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str: ...
+
+    def token(self, id: int) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -35,9 +45,10 @@ def whole_text(parts: Sequence[Part]) -> str:
     return "".join(part if isinstance(part, str) else part.text for part in parts)
 
 
-def tokenise_whole(tokenizer: Tokenizer, parts: Sequence[Part]) -> tuple[list[int], list[int]] | None:
+def tokenise_whole(tokenizer: Encoder, parts: Sequence[Part]) -> tuple[list[int], list[int]] | None:
     """(ids, for each the prompt row or −1) of the text as a whole; None where a slot would have other tokens."""
-    ids, offsets = tokenizer.encode_with_offsets(whole_text(parts))
+    text = whole_text(parts)
+    ids, offsets = tokenizer.encode_with_offsets(text)
     starts, ends = _monotone(offsets)
     prompt_rows = [-1] * len(ids)
     position = done = 0
@@ -46,7 +57,7 @@ def tokenise_whole(tokenizer: Tokenizer, parts: Sequence[Part]) -> tuple[list[in
             position += len(part)
             continue
         count = len(part.ids)
-        found = _find(ids, starts, ends, position, part.ids)
+        found = _find(ids, _first_tokens(text, starts, ends, position), part.ids)
         position += len(part.text)
         if found is None or found < done or _cut_crosses(starts, ends, found + count, position):
             return None
@@ -56,11 +67,13 @@ def tokenise_whole(tokenizer: Tokenizer, parts: Sequence[Part]) -> tuple[list[in
     return ids, prompt_rows
 
 
-def tokenise_pieces(tokenizer: Tokenizer, parts: Sequence[Part]) -> tuple[list[int], list[int]]:
+def tokenise_pieces(tokenizer: Encoder, parts: Sequence[Part]) -> tuple[list[int], list[int]]:
     """(ids, for each the prompt row or −1) with each part tokenised alone."""
     ids: list[int] = []
     prompt_rows: list[int] = []
-    for part in parts:
+    for part, behind in zip(parts, [*parts[1:], ""], strict=True):
+        if isinstance(part, str) and isinstance(behind, Slot) and _holds_space(tokenizer, behind):
+            part = part.removesuffix(" ")
         if isinstance(part, Slot):
             ids.extend(part.ids)
             prompt_rows.extend(range(len(part.ids)) if part.is_prompt else [-1] * len(part.ids))
@@ -71,12 +84,13 @@ def tokenise_pieces(tokenizer: Tokenizer, parts: Sequence[Part]) -> tuple[list[i
     return ids, prompt_rows
 
 
-def tokens_in_place(tokenizer: Tokenizer, parts: Sequence[Part], text: str) -> list[int] | None:
+def tokens_in_place(tokenizer: Encoder, parts: Sequence[Part], text: str) -> list[int] | None:
     """The tokens that `text` has in every prompt slot when the text is tokenised as a whole.
 
     None where they differ from slot to slot, or where a token crosses the end of a slot.
     """
-    ids, offsets = tokenizer.encode_with_offsets(whole_text(parts))
+    whole = whole_text(parts)
+    ids, offsets = tokenizer.encode_with_offsets(whole)
     starts, ends = _monotone(offsets)
     found: list[int] | None = None
     position = 0
@@ -86,7 +100,7 @@ def tokens_in_place(tokenizer: Tokenizer, parts: Sequence[Part], text: str) -> l
             continue
         here = [
             ids[first:last]
-            for first in _cuts(starts, ends, position)
+            for first in _first_tokens(whole, starts, ends, position)
             for last in _cuts(starts, ends, position + len(part.text))
             if tokenizer.decode(ids[first:last], skip_special=False) == text
         ]
@@ -97,7 +111,7 @@ def tokens_in_place(tokenizer: Tokenizer, parts: Sequence[Part], text: str) -> l
     return found
 
 
-def continue_with(tokenizer: Tokenizer, text: str) -> list[int]:
+def continue_with(tokenizer: Encoder, text: str) -> list[int]:
     """The tokens of `text` where it does not begin the sequence.
 
     SentencePiece tokenizers add a space before a text, which a continuation must not have. With such a tokenizer
@@ -112,11 +126,11 @@ def continue_with(tokenizer: Tokenizer, text: str) -> list[int]:
 _SPACE: PerObject[bool] = PerObject()
 
 
-def _adds_space(tokenizer: Tokenizer) -> bool:
+def _adds_space(tokenizer: Encoder) -> bool:
     return _SPACE.get(tokenizer, "", lambda: _probe_space(tokenizer))
 
 
-def _probe_space(tokenizer: Tokenizer) -> bool:
+def _probe_space(tokenizer: Encoder) -> bool:
     alone, before, both = tokenizer.encode("a"), tokenizer.encode("\n"), tokenizer.encode("\na")
     return both[: len(before)] == before and both[len(before) :] != alone
 
@@ -147,10 +161,19 @@ def _cut_crosses(starts: Sequence[int], ends: Sequence[int], index: int, positio
     return index not in _cuts(starts, ends, position)
 
 
-def _find(
-    ids: Sequence[int], starts: Sequence[int], ends: Sequence[int], position: int, wanted: tuple[int, ...]
-) -> int | None:
-    for index in _cuts(starts, ends, position):
+def _first_tokens(text: str, starts: Sequence[int], ends: Sequence[int], position: int) -> list[int]:
+    """The indices of tokens with which a slot at the character `position` may begin."""
+    with_space = _cuts(starts, ends, position - 1) if text[position - 1 : position] == " " else ()
+    return [*_cuts(starts, ends, position), *with_space]
+
+
+def _holds_space(tokenizer: Encoder, slot: Slot) -> bool:
+    """Whether the slot's first token holds the space in front of the slot, in a tokenizer that puts one there."""
+    return min(slot.ids) >= 0 and _adds_space(tokenizer) and tokenizer.token(slot.ids[0]).startswith("▁")
+
+
+def _find(ids: Sequence[int], places: Sequence[int], wanted: tuple[int, ...]) -> int | None:
+    for index in places:
         if tuple(ids[index : index + len(wanted)]) == wanted:
             return index
     return None

@@ -53,7 +53,7 @@ def _example(where: str, row: Mapping[str, Any]) -> Example:
     text = story(text_field(row, "input", where))
     if not text:
         raise DataError(f"{where}: the field 'input' holds no story.")
-    return Example(text, target)
+    return Example(text, target, where=where)
 
 
 def story(text: str) -> str:

@@ -31,7 +31,7 @@ def _part(source: Source, name: str) -> list[Example]:
         label = row.get("label")
         if isinstance(label, bool) or label not in (0, 1):
             raise DataError(f"{where}: the field 'label' must be 0 or 1, not {label!r}.")
-        examples.append(Example(text_field(row, "text", where), LABELS[int(label)]))
+        examples.append(Example(text_field(row, "text", where), LABELS[int(label)], where=where))
     return examples
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from embedgrad.data.example import Example
 from embedgrad.data.readers import text_field
-from embedgrad.evaluation.grading.mathematics import last_boxed
+from embedgrad.evaluation.grading.stated import last_boxed
 from embedgrad.tasks.source import HubSet, Source
 from embedgrad.tasks.task import Pools, Task
 
@@ -33,11 +33,11 @@ def load(source: Source, variant: str | None = None) -> Pools:
 
 
 def _solved(where: str, row: Mapping[str, Any]) -> Example:
-    return Example(text_field(row, "problem", where), text_field(row, "solution", where))
+    return Example(text_field(row, "problem", where), text_field(row, "solution", where), where=where)
 
 
 def _answered(where: str, row: Mapping[str, Any]) -> Example:
-    return Example(text_field(row, "problem", where), text_field(row, "answer", where))
+    return Example(text_field(row, "problem", where), text_field(row, "answer", where), where=where)
 
 
 TASK = Task(

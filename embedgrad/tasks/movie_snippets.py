@@ -38,13 +38,14 @@ def load(cache: Path | None = None, *, least_rating: float = 1.0) -> list[Exampl
     text = _table(pypi.archive(PACKAGE, ARCHIVE, SHA256, cache, source=True))
     examples = []
     for number, line in enumerate(text.splitlines(), 1):
+        where = f"{ARCHIVE}, {TABLE}, line {number}"
         try:
             _, rating_text, snippet = line.split("\t", 2)
             rating = float(rating_text)
         except ValueError:
-            raise DataError(f"{ARCHIVE}, {TABLE}, line {number}: not a number, a rating and a text.") from None
+            raise DataError(f"{where}: not a number, a rating and a text.") from None
         if abs(rating) >= least_rating and snippet.strip():
-            examples.append(Example(snippet.strip(), LABELS[0] if rating > 0 else LABELS[1]))
+            examples.append(Example(snippet.strip(), LABELS[0] if rating > 0 else LABELS[1], where=where))
     return examples
 
 

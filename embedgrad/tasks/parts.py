@@ -30,13 +30,14 @@ class Encoder(Protocol):
 class Division:
     """How the pools are split.
 
-    sizes: numbers of examples in train, validation and test; None, or None for a part: the task's number. seed: seed of
+    sizes: numbers of examples in train, validation and test, or fractions of the pool that a part is drawn from; None,
+    or None for a part: the task's number. seed: seed of
     the draw. folds: number of folds for cross-validation; None: no cross-validation. fold: index of the test fold, from
     0; the training data are then all other examples without the validation data. query_tokens, target_tokens: as in
     `Task`; None: the task's value.
     """
 
-    sizes: Mapping[str, int | None] | None = None
+    sizes: Mapping[str, int | float | None] | None = None
     seed: int = 0
     folds: int | None = None
     fold: int = 0
@@ -86,13 +87,14 @@ def divide(task: Task, pools: Pools, division: Division, tokenizer: Encoder | No
 def _drawn(
     pool: list[Example],
     test: list[Example] | None,
-    sizes: Mapping[str, int],
+    sizes: Mapping[str, int | float],
     division: Division,
     group: Group | None,
 ) -> dict[str, list[Example]]:
     order = ("train", "validation", "test") if test is None else ("train", "validation")
     if division.folds is None:
-        drawn = split(pool, {name: sizes.get(name, 0) for name in order}, division.seed, group)
+        none = 0.0 if sizes and all(isinstance(size, float) for size in sizes.values()) else 0
+        drawn = split(pool, {name: sizes.get(name, none) for name in order}, division.seed, group)
         return {"train": drawn["train"], "validation": drawn["validation"], "test": drawn.get("test", test or [])}
     if not 0 <= division.fold < division.folds:
         last = division.folds - 1

@@ -32,6 +32,9 @@ _TENSORS = ("e", "m", "v", "best")
 _NAME = re.compile(r"step-(\d{8,})\.safetensors")
 
 
+RENDERING, COMPUTATION = "tokens of the data (tokenizer, chat template)", "computation"
+
+
 @dataclass
 class RunState:
     """Where an optimisation stands. Tensors are `[k, d]` in the prompt's type, on the CPU."""
@@ -58,23 +61,34 @@ def identity(
     validation: Sequence[Example],
     prompt: Mapping[str, Any],
     model: Mapping[str, Any],
+    rendering: str,
+    computation: Mapping[str, Any],
 ) -> dict[str, Any]:
-    """What a run's result depends on; a run resumes only where all of it is the same."""
+    """What a run's result depends on; a run resumes only where all of it is the same.
+
+    rendering: a hash of the examples as tokens, which also depend on tokenizer and chat template. computation: backend,
+    device and threads; with others a run may go on where that is allowed, and ends with other bits.
+    """
     return {
         "model": dict(model),
         "prompt": dict(prompt),
         "training data": examples_hash(train),
         "validation data": examples_hash(validation),
         "config": json.loads(json.dumps(dict(config))),
+        RENDERING: rendering,
+        COMPUTATION: dict(computation),
     }
 
 
 def differences(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:
-    """What changed between two identities, in words: "optimize.seed (0, now 1)", "the training data"."""
+    """What changed between two identities, in words: "optimize.seed (0, now 1)", "the training data".
+
+    A checkpoint of an earlier version lacks some parts; they are not compared.
+    """
     changed = []
     for part in current:
         before, now = saved.get(part), current[part]
-        if before == now:
+        if before == now or part not in saved:
             continue
         if isinstance(now, Mapping) and isinstance(before, Mapping):
             names = [name for name in {**before, **now} if before.get(name) != now.get(name)]

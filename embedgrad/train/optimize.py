@@ -10,10 +10,12 @@ from typing import Any
 
 from embedgrad.data.example import Example, check_examples
 from embedgrad.engine.model import Model
+from embedgrad.evaluation.targets import check_targets
 from embedgrad.prompt.prompt import SoftPrompt
 from embedgrad.train.checkpoints import tensor_hash
 from embedgrad.train.monitors import Judge
 from embedgrad.train.progress import Progress, Quiet
+from embedgrad.train.resuming import on_its_date
 from embedgrad.train.run_folder import Resume, RunFolder
 from embedgrad.train.session import Session
 from embedgrad.train.settings import OptimizeConfig
@@ -63,6 +65,7 @@ def optimize(
     description: Mapping[str, Any] | None = None,
     terminate_cleanly: bool = False,
     judge: Judge | None = None,
+    allow_other_bits: bool = False,
 ) -> OptimizeResult:
     """Optimise `prompt` (which is not changed) on `train`; the best prompt is chosen on `validation`.
 
@@ -73,8 +76,10 @@ def optimize(
 
     run_dir: folder for config, metrics, checkpoints, best prompt and summary; without it nothing is written. resume:
     True goes on with the run that is there, "auto" does so if there is one. A resumed run ends with the same bits as
-    one that was never interrupted. description: what config.yaml says, if more than the optimiser's settings. judge:
-    how validations make and grade answers; default: exact answers, teacher-forced unless `accuracy_by` says otherwise.
+    one that was never interrupted, unless it is given more steps. allow_other_bits: resume also where backend, device,
+    threads or torch's version changed, which changes the bits. description: what config.yaml says, if more than the
+    optimiser's settings. judge: how validations make and grade answers; default: exact answers, teacher-forced unless
+    `accuracy_by` says otherwise.
 
     Ctrl-C ends the run after the step at hand, saves it and returns (a second one raises KeyboardInterrupt at once);
     with `terminate_cleanly` SIGTERM does the same. Signals are left alone outside the main thread.
@@ -102,8 +107,14 @@ def optimize(
         progress = progress or Quiet()
         stack.callback(progress.stop)
         judge = _judge(judge or Judge(), config)
+        for part, what in ((train, "training example"), (validation, "validation example")):
+            check_targets(part, what, grader=judge.grader)
+        if folder is not None:
+            prompt, note = on_its_date(prompt, model, folder.load_state()[0])
+            if note is not None:
+                progress.note(note)
         session = Session(model, prompt, train, validation, config, folder, progress, stop, judge)
-        session.begin(description)
+        session.begin(description, allow_other_bits)
         session.go()
         return _result(session)
 

@@ -9,7 +9,9 @@ from typing import Any
 from embedgrad.evaluation.grading.grader import Grader
 from embedgrad.evaluation.grading.registry import make_grader
 from embedgrad.generation.sampling import Sampling
-from embedgrad.prompt.prompt import default_template
+from embedgrad.prompt.belonging import PromptModel
+from embedgrad.prompt.conversation import dated
+from embedgrad.prompt.prompt import SoftPrompt, default_template
 from embedgrad.prompt.rendering import ModelLike
 from embedgrad.prompt.template import Template
 from embedgrad.tasks import find_task
@@ -18,8 +20,10 @@ from embedgrad.tasks.parts import Division, Encoder, Parts, divide
 from embedgrad.tasks.source import Source
 from embedgrad.tasks.task import Pools, Task
 from embedgrad.train.monitors import Judge
-from embedgrad.train.settings import DataSection, FileSection, OptimizeConfig, PromptSection, RunConfig, expand_path
+from embedgrad.train.paths import expand_path
+from embedgrad.train.settings import DataSection, FileSection, OptimizeConfig, PromptSection, RunConfig
 from embedgrad.util.errors import ConfigError
+from embedgrad.util.text import read_text, without_final_break
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,8 @@ class Plan:
     config: the user's configuration, with the task's prompt, template and settings where the user gives none.
     labels: all possible answers, or None.
     sampling: None: greedy, with enough tokens for the longest target.
+    saved: the prompt file from which the optimisation starts; None: it starts from the text's own embeddings.
+    date: the date that a chat template is told; None: today's.
     """
 
     config: RunConfig
@@ -38,6 +44,8 @@ class Plan:
     grader: Grader
     sampling: Sampling | None
     prompt: str
+    saved: SoftPrompt | None = None
+    date: str | None = None
 
     @property
     def judge(self) -> Judge:
@@ -50,8 +58,21 @@ class Plan:
         return divide(self.task, self.pools, division(section), tokenizer)
 
     def template(self, model: ModelLike) -> Template:
-        """The template of the configuration, or the model's default."""
-        return default_template(model) if self.config.template is None else self.config.template
+        """The template of the configuration, of the saved prompt, or the model's default, in this order."""
+        given = self.config.template
+        if self.saved is not None and (given is None or not given.has_messages):
+            given = self.saved.template if given is None else given.completed(self.saved.template)
+        return dated(default_template(model, given), model.tokenizer, self.date)
+
+    def start(self, model: PromptModel) -> SoftPrompt:
+        """The prompt with which an optimisation starts. Raises PromptError, TemplateError, ContextError."""
+        template = self.template(model)
+        if self.saved is None:
+            return SoftPrompt.from_text(model, self.prompt, template)
+        if template != self.saved.template:
+            return self.saved.behind(model, template)
+        self.saved.check_model(model)
+        return self.saved
 
 
 def plan(config: RunConfig) -> Plan:
@@ -62,14 +83,20 @@ def plan(config: RunConfig) -> Plan:
     source = Source.of(config.data.folder) if task.name != "jsonl" else Source(None)
     pools = task.load(source, config.data.variant)
     prompt = config.prompt or PromptSection(text=task.prompt)
+    saved = saved_prompt(prompt)
+    own = None if saved is not None else task.template
+    given = config.template
+    if given is not None and not given.has_messages and own is not None:
+        given = given.completed(own)
     filled = config.model_copy(
         update={
             "prompt": prompt,
-            "template": task.template if config.template is None else config.template,
+            "template": own if given is None else given,
             "optimize": with_defaults(config.optimize, task.optimize),
         }
     )
-    return Plan(filled, task, pools, labels, grader, sampling_of(config, task), prompt_text(prompt))
+    text = prompt_text(prompt) if saved is None else saved.text
+    return Plan(filled, task, pools, labels, grader, sampling_of(config, task), text, saved)
 
 
 def task_of(section: DataSection) -> Task:
@@ -126,15 +153,15 @@ def _file(section: FileSection | None) -> File | None:
     return None if section is None else File(expand_path(section.path), section.limit)
 
 
+def saved_prompt(section: PromptSection) -> SoftPrompt | None:
+    """The prompt file that a configuration names, or None for a file or setting of text. Raises PromptError."""
+    if section.file is None or expand_path(section.file).suffix.lower() != ".safetensors":
+        return None
+    return SoftPrompt.load(expand_path(section.file))
+
+
 def prompt_text(section: PromptSection) -> str:
     """The text of the prompt in a configuration. Raises ConfigError where its file cannot be read."""
     if section.text is not None:
         return section.text
-    path = expand_path(section.file or "")
-    try:
-        text = path.read_text("utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot read the prompt file {path}: {error.strerror or error}.") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"the prompt file {path} is not UTF-8 text (byte {error.start}).") from error
-    return text.removesuffix("\n").removesuffix("\r")
+    return without_final_break(read_text(expand_path(section.file or ""), "the prompt file", ConfigError))

@@ -21,13 +21,14 @@ from embedgrad.maths.optimizer import SGD, AdamW, Rule, learning_rate
 from embedgrad.prompt.prompt import SoftPrompt
 from embedgrad.prompt.rendering import Rendered, render
 from embedgrad.train.alarms import Alarms
-from embedgrad.train.checkpoints import RunState, differences, identity, tensor_hash
+from embedgrad.train.checkpoints import RunState, identity, tensor_hash
 from embedgrad.train.monitors import Answered, Judge, Monitors, Stopped, step_figures, weighted_share
 from embedgrad.train.pipeline import Pipeline
 from embedgrad.train.progress import Progress
+from embedgrad.train.resuming import accept, computation, goes_on, tokens_hash
 from embedgrad.train.run_folder import RunFolder
 from embedgrad.train.settings import OptimizeConfig
-from embedgrad.util.errors import ConfigError, SaveError, TrainingError
+from embedgrad.util.errors import SaveError, TrainingError
 from embedgrad.util.interrupts import StopRequest
 
 # A resumed run may change these: they decide what is written and what is kept in memory, not what comes out.
@@ -59,8 +60,10 @@ class Session:
         self.records: list[dict[str, Any]] = []
         self.judge = judge
         self.alarms = Alarms(config.monitors)
-        self.sequences = prepare(_rendered(model, prompt, train, "training example"))
-        held_out = prepare(_rendered(model, prompt, validation, "validation example"))
+        rendered = _rendered(model, prompt, train, "training example")
+        rendered_too = _rendered(model, prompt, validation, "validation example")
+        self.rendering = tokens_hash([*rendered, *rendered_too])
+        self.sequences, held_out = prepare(rendered), prepare(rendered_too)
         chunks = [held_out[i : i + _VALIDATION_CHUNK] for i in range(0, len(held_out), _VALIDATION_CHUNK)]
         self.scorer = Scorer(model, chunks, repeated=True)
         self.monitors = Monitors(
@@ -81,25 +84,28 @@ class Session:
         weights = {"weights": self.weights_hash, "dtype": str(self.model.dtype)}
         return RunState(
             start, torch.zeros_like(start), torch.zeros_like(start), start.clone(),
-            identity(settings, self.train, self.validation, told, weights),
+            identity(
+                settings, self.train, self.validation, told, weights, self.rendering, computation(self.model)
+            ),
         )  # fmt: skip
 
-    def begin(self, description: Mapping[str, Any] | None) -> None:
+    def begin(self, description: Mapping[str, Any] | None, allow_other_bits: bool = False) -> None:
         """Go back to the newest checkpoint, if there is one, and bring the folder in line with it."""
         if self.folder is None:
             self.progress.start(self.total, 0)
             return
         saved, problems = self.folder.load_state()
+        notes: list[str] = []
         if saved is not None:
-            changed = differences(saved.identity, self.state.identity)
-            if changed:
-                raise ConfigError(
-                    f"the run in {self.folder.path} cannot be resumed, because this changed: {', '.join(changed)}."
-                )
+            notes = accept(saved, self.state, self.total, self.folder.path, allow_other_bits)
+            if goes_on(saved, self.total):
+                saved.identity, saved.stop_reason = self.state.identity, None
             self.state = saved
             self.records = self.folder.records(saved.lines)
             self.alarms = Alarms(self.config.monitors, self.records)
         self.progress.start(self.total, self.state.step)
+        for note in notes:
+            self.progress.note(note)
         for problem in problems:
             self.progress.note(f"{problem} Going on from step {self.state.step}.")
         default = {
@@ -357,4 +363,4 @@ def rule_of(config: OptimizeConfig) -> Rule:
 
 def _rendered(model: Model, prompt: SoftPrompt, examples: Sequence[Example], what: str) -> list[Rendered]:
     """Each example's sequence; an example that cannot be used is refused here, not in the middle of a run."""
-    return [render(model, prompt, example, where=f"{what} {i}") for i, example in enumerate(examples, 1)]
+    return [render(model, prompt, example, example.where or f"{what} {i}") for i, example in enumerate(examples, 1)]

@@ -5,7 +5,6 @@ An invalid setting raises a ConfigError, whose one sentence names the key, its v
 
 from __future__ import annotations
 
-import difflib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -26,7 +25,11 @@ from pydantic import (
 
 from embedgrad.maths.trust_region import KINDS, CosineCone, TrustRegion
 from embedgrad.prompt.template import Template
+from embedgrad.train.hints import hint
+from embedgrad.train.paths import count_from
+from embedgrad.train.yaml_text import read_yaml
 from embedgrad.util.errors import ConfigError, TemplateError
+from embedgrad.util.text import read_text, without_final_break
 
 if TYPE_CHECKING:
     from pydantic._internal._model_construction import ModelMetaclass
@@ -50,6 +53,17 @@ def _bytes(value: object) -> object:
     if match is None:
         raise ValueError("should be a number of bytes, or a text such as 800MB or 2GiB")
     return int(float(match[1]) * _UNITS[match[2] or ""])
+
+
+def _size(value: object) -> object:
+    """A number of examples, or a fraction above 0 and below 1."""
+    if isinstance(value, str):
+        percent = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", value)
+        value = float(percent[1]) / 100 if percent is not None else value
+    whole = isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    if not whole and not (isinstance(value, float) and 0 < value < 1):
+        raise ValueError(f"{value!r} should be a whole number of examples, or a fraction such as 0.8 of them")
+    return value
 
 
 def _folder_name(value: str) -> str:
@@ -92,9 +106,11 @@ def _template(value: object) -> object:
         raise ValueError(str(error)) from error
 
 
+Wording = Annotated[str, AfterValidator(without_final_break)]  # a prompt's text; YAML's block scalars end with a break
 Int = Annotated[int, BeforeValidator(_not_bool)]
 Float = Annotated[float, BeforeValidator(_not_bool)]
 Bytes = Annotated[int, BeforeValidator(_bytes), Field(ge=1)]
+Size = Annotated[int | float, BeforeValidator(_size)]
 Share = Annotated[float, BeforeValidator(_not_bool), Field(ge=0, lt=1)]
 Region = Annotated[
     TrustRegion, BeforeValidator(_region), PlainSerializer(lambda region: region.describe(), return_type=dict[str, Any])
@@ -204,9 +220,9 @@ class ModelSection(_Section):
 
 
 class PromptSection(_Section):
-    """The text that is optimised, or a file that holds it. A line break at the end of the file is removed."""
+    """The text that is optimised, or a file that holds it. A line break at the end is removed."""
 
-    text: str | None = None
+    text: Wording | None = None
     file: str | None = None
 
     @model_validator(mode="after")
@@ -224,12 +240,23 @@ class FileSection(_Section):
 
 
 class SplitSection(_Section):
-    """Number of examples in each part, drawn by the seed. Default: the task's number; for the user's own file 0."""
+    """Number of examples in each part, or its fraction of all (below 1), drawn by the seed.
 
-    train: Annotated[Int, Field(ge=1)] | None = None
-    validation: Annotated[Int, Field(ge=0)] | None = None
-    test: Annotated[Int, Field(ge=0)] | None = None
+    Default: the task's number; for the user's own file 0.
+    """
+
+    train: Size | None = None
+    validation: Size | None = None
+    test: Size | None = None
     seed: Annotated[Int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _some_data(self) -> SplitSection:
+        if self.train == 0:
+            raise ValueError("train is 0, but should be at least one example")
+        if sum(size for size in (self.train, self.validation, self.test) if isinstance(size, float)) > 1 + 1e-9:
+            raise ValueError("the fractions of train, validation and test add up to more than 1")
+        return self
 
 
 class DataSection(_Section):
@@ -303,7 +330,7 @@ class CompareSection(_Section):
     seeds: Annotated[tuple[Annotated[Int, Field(ge=0)], ...], Field(min_length=1)] = (0, 1, 2)
     taus: tuple[Annotated[Float, Field(ge=-1, le=1)], ...] = (1.0, 0.99, 0.95, 0.9, 0.8, 0.0)
     shots: Annotated[Int, Field(ge=1)] = 4  # demonstrations in a few-shot prompt
-    paraphrases: tuple[str, ...] | None = None  # other wordings of the prompt; default: the task's
+    paraphrases: tuple[Wording, ...] | None = None  # other wordings of the prompt; default: the task's
 
 
 class SamplingSection(_Section):
@@ -360,19 +387,20 @@ _SHORT |= dict.fromkeys(("similarity", "gap", "collapse"), "action")
 def load_run_config(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a YAML file and applies overrides such as "optimize.steps=30", whose values are YAML.
 
+    Relative paths in the file count from its folder, those of overrides from the current folder. An override may name
+    an item of a list by its index, as in "data.labels.0=yes", and one more than the list has.
+
     Raises ConfigError for a file that is missing or not YAML, an unknown key (with the nearest known one), or an
     invalid value.
     """
     path = Path(path)
-    try:
-        text = path.read_text("utf-8")
-    except OSError as error:
-        raise ConfigError(f"cannot read the configuration {path}: {error.strerror or error}.") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"the configuration {path} is not UTF-8 text (byte {error.start}).") from error
-    values = _yaml(text, f"the configuration {path}")
+    values = read_yaml(read_text(path, "the configuration", ConfigError), f"the configuration {path}")
     if not isinstance(values, dict):
         raise ConfigError(f"the configuration {path} should be a mapping with model, prompt and data.")
+    try:
+        count_from(path.parent, values)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from error
     config = run_config(values, str(path), overrides)
     if config.run.name is None:
         config = config.model_copy(update={"run": config.run.model_copy(update={"name": path.stem})})
@@ -389,44 +417,44 @@ def run_config(values: dict[Any, Any], where: str, overrides: Sequence[str] = ()
         raise ConfigError(f"{where}: {_sentence(error, RunConfig)}") from None
 
 
-def expand_path(path: str) -> Path:
-    """`path` with ~ and $VARIABLES replaced. A relative path starts at the current folder."""
-    return Path(os.path.expandvars(os.path.expanduser(path)))
-
-
-def _yaml(text: str, what: str) -> Any:
-    """The value of the YAML `text`. `what` names the text in the message of a ConfigError."""
-    try:
-        return yaml.safe_load(text)
-    except RecursionError:
-        raise ConfigError(f"{what} is not YAML that can be read: it is nested too deeply.") from None
-    except Exception as error:  # PyYAML also lets errors of Python's conversions through, such as 2024-13-45 as a date
-        raise ConfigError(f"{what} is not YAML: {_yaml_problem(error)}.") from error
-
-
-def _yaml_problem(error: Exception) -> str:
-    mark = getattr(error, "problem_mark", None)
-    problem = getattr(error, "problem", None) or (str(error).splitlines() or [type(error).__name__])[0]
-    return f"{problem} (line {mark.line + 1}, column {mark.column + 1})" if mark is not None else str(problem)
-
-
 def _override(values: dict[Any, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     names = key.strip().split(".")
     if not separator or not all(names):
         raise ConfigError(f"--set {override!r} should look like section.key=value, for example optimize.steps=30.")
-    value = _yaml(text, f"the value of --set {override!r}")
-    section = values
+    value = read_yaml(text, f"the value of --set {override!r}")
+    section: Any = values
     for name in names[:-1]:
-        inner = section.get(name)
+        place = _item(section, name, override)
+        inner = section[place] if isinstance(section, list) and place < len(section) else None
+        inner = section.get(name) if isinstance(section, dict) else inner
         if isinstance(inner, str) and name in _SHORT:
-            inner = section[name] = {_SHORT[name]: inner}
+            inner = {_SHORT[name]: inner}
         elif inner is None:
-            inner = section[name] = {}
-        if not isinstance(inner, dict):
-            raise ConfigError(f"--set {override!r}: {name} is {inner!r} and has no settings of its own.")
+            inner = {}
+        if not isinstance(inner, (dict, list)):
+            raise ConfigError(f"--set {override!r}: {name} is {_shown(inner)} and has no settings of its own.")
+        _put(section, place, inner)
         section = inner
-    section[names[-1]] = value
+    _put(section, _item(section, names[-1], override), value)
+
+
+def _item(section: dict[Any, Any] | list[Any], name: str, override: str) -> Any:
+    """`name` as the key of a mapping or the index of a list, at most one behind its end. Raises ConfigError."""
+    if isinstance(section, dict):
+        return name
+    if not (name.isascii() and name.isdigit() and len(name) < 9 and int(name) <= len(section)):
+        raise ConfigError(
+            f"--set {override!r}: {name!r} should be the index of an item of the list, from 0 to {len(section)}."
+        )
+    return int(name)
+
+
+def _put(section: Any, place: Any, value: Any) -> None:
+    if isinstance(section, list) and place == len(section):
+        section.append(value)
+    else:
+        section[place] = value
 
 
 def _sentence(error: ValidationError, section: type[BaseModel]) -> str:
@@ -439,10 +467,7 @@ def _problem(error: Any, section: type[BaseModel]) -> str:
     path = ".".join(str(part) for part in error["loc"])
     kind, value = error["type"], error["input"]
     if kind == "extra_forbidden":
-        known = _keys_beside(section, error["loc"])
-        near = difflib.get_close_matches(str(error["loc"][-1]), known, 1)
-        hint = f"did you mean {near[0]!r}" if near else f"known are {', '.join(known)}"
-        return f"{path} is not a setting; {hint}"
+        return f"{path} is not a setting; {hint(section, error['loc'])}"
     if kind == "missing":
         return f"{path} is missing"
     if kind == "value_error":
@@ -461,15 +486,3 @@ def _problem(error: Any, section: type[BaseModel]) -> str:
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _keys_beside(section: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:
-    """The known keys of the section that contains the key at `location`."""
-    for name in location[:-1]:
-        field = section.model_fields.get(str(name))
-        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())] if field is not None else []
-        inner = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
-        if not inner:
-            return []
-        section = inner[0]
-    return list(section.model_fields)

@@ -17,9 +17,9 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | Callable[[BinaryIO]
 
     The steps are: temporary file in the same folder, flush, fsync, rename, fsync of the folder. After a crash at any
     moment `path` holds either all of the old bytes or all of the new ones. Raises SaveError; the old file is then
-    unchanged.
+    unchanged. A symbolic link stays, and the file that it leads to is written; a file's permissions stay as well.
     """
-    path = Path(path)
+    path = behind_links(path)
     temporary = None
     check_target(path)
     try:
@@ -31,7 +31,7 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | Callable[[BinaryIO]
                 file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
+        os.chmod(temporary, path.stat().st_mode & 0o777 if path.exists() else 0o666 & ~_umask())
         os.replace(temporary, path)
         _sync_folder(path.parent)
     except OSError as error:
@@ -41,6 +41,22 @@ def write_atomic(path: str | os.PathLike[str], data: bytes | Callable[[BinaryIO]
         if temporary is not None:
             with contextlib.suppress(OSError):
                 os.unlink(temporary)
+
+
+def behind_links(path: str | os.PathLike[str]) -> Path:
+    """The path of the file itself, where `path` is a symbolic link, perhaps to a file that does not exist yet.
+
+    Raises SaveError for links in a circle.
+    """
+    path = Path(path)
+    try:
+        found = Path(os.path.realpath(path)) if path.is_symlink() else path
+        goes_round = found.is_symlink()
+    except (OSError, ValueError):
+        return path
+    if goes_round:
+        raise SaveError(f"cannot write {path}: it is a symbolic link that leads to itself; choose another name.")
+    return found
 
 
 def check_target(path: Path) -> None:

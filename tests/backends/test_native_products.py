@@ -1,4 +1,4 @@
-"""Products with a few rows in csrc/decode/: float matrices, and int8 and int4 blocks with activations in bytes."""
+"""Products with a few rows in csrc/decode/: float matrices, and every quantised type with activations in bytes."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from embedgrad.kernels.packing import PackedWeight, from_q4_0, quantize_int4, quantize_int8
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-from gguf.quants import dequantize
+from embedgrad.kernels.packing import quantize_int8
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from embedgrad.backends.native_core import library
-from embedgrad.model.gguf_blocks import GGUF_BLOCKS, BlockWeight
-from embedgrad.model.native_matrices import few_rows, native_matrix, widen
+from embedgrad.model.native_matrices import few_rows, native_matrix
+from embedgrad.model.quantised import QUANTISED, TileWeight
+from tests.model.blocks import random_blocks
 from tests.truth import relative_error
 
 try:
@@ -25,10 +24,8 @@ except ImportError as error:
 native = core.OPS
 
 SETS = core.INSTRUCTION_SETS[: core.INSTRUCTION_SETS.index(core.instruction_set()) + 1]
-PACKED = ("int8", "int8 with offsets", "int4", "int4 without offsets")
-FORMS = ("float32", "bfloat16", "float16", *PACKED, *GGUF_BLOCKS)
-SCALES_AT = {"Q5_0": (0,), "Q4_K": (0, 2), "Q6_K": (208,)}  # bytes of a block where a float16 begins
-drawn = settings(max_examples=150, deadline=None)
+FORMS = ("float32", "bfloat16", "float16", *QUANTISED)
+drawn = settings(max_examples=200, deadline=None)
 cases = given(
     st.integers(0, 2**31), st.sampled_from(FORMS), st.integers(1, 40), st.integers(1, 620), st.integers(1, 19),
     st.sampled_from(SETS),
@@ -36,55 +33,12 @@ cases = given(
 
 
 def weight(seed: int, form: str, rows: int, columns: int) -> Any:
+    """A matrix of `form` in which some rows before the first one belong to another matrix."""
     draw = torch.Generator().manual_seed(seed)
-    if form in GGUF_BLOCKS:
-        return blocks_of(form, rows, columns, draw)
-    w = torch.randn(rows, columns, generator=draw)
-    if form.startswith("int8"):
-        q = quantize_int8(w)[0]
-        offsets = torch.randn(q.scales.shape, generator=draw).to(q.scales.dtype) if form.endswith("offsets") else None
-        return PackedWeight(q.kind, q.packed, q.scales, offsets, q.group, q.shape)
-    if form == "int4":
-        return quantize_int4(w)[0]
-    if form == "int4 without offsets":
-        blocks = torch.randint(0, 256, (rows, -(-columns // 32), 18), generator=draw, dtype=torch.uint8)
-        blocks[:, :, :2] = torch.rand(blocks.shape[:2], generator=draw).half()[..., None].view(torch.uint8)
-        return from_q4_0(blocks.flatten(1))
-    return w.to(getattr(torch, form))
-
-
-def blocks_of(form: str, rows: int, columns: int, draw: torch.Generator) -> BlockWeight:
-    """Random blocks of a GGUF type, with scales that are numbers."""
-    elements, size = GGML_QUANT_SIZES[GGMLQuantizationType[form]]
-    blocks = torch.randint(0, 256, (rows, -(-columns // elements), size), generator=draw, dtype=torch.uint8)
-    for at in SCALES_AT[form]:
-        scales = (torch.rand(blocks.shape[:2], generator=draw) + 0.01).half()
-        blocks[:, :, at : at + 2] = scales[..., None].view(torch.uint8)
-    return BlockWeight(form, blocks.flatten(1), (rows, blocks.shape[1] * elements))
-
-
-@pytest.mark.parametrize("form", GGUF_BLOCKS)
-@pytest.mark.parametrize("name", SETS)
-def test_a_files_blocks_are_widened_to_what_gguf_gives(form: str, name: str) -> None:
-    w = blocks_of(form, 9, 600, torch.Generator().manual_seed(5))
-    truth = torch.from_numpy(dequantize(w.blocks.numpy(), GGMLQuantizationType[form]))
-    with core.using(name):
-        assert torch.equal(w.dequantize(), truth)
-        assert torch.equal(w.rows(2, 5).dequantize(), truth[2:5])
-        assert torch.equal(w.take(torch.tensor([7, 0, 7])).dequantize(), truth[[7, 0, 7]])
-
-
-@pytest.mark.parametrize("form", PACKED)
-@pytest.mark.parametrize("name", SETS)
-def test_packed_weights_are_widened_as_torch_does(form: str, name: str) -> None:
-    for columns in (32, 70, 96, 300):
-        w = weight(3, form, 7, columns)
-        matrix = native_matrix([w], None)
-        assert matrix is not None
-        out = torch.full(w.shape, float("nan"))
-        with core.using(name):
-            widen(matrix, 0, len(out), out)
-        assert torch.equal(out, w.dequantize())
+    before = seed % 3
+    if form in QUANTISED:
+        return TileWeight.of(random_blocks(form, rows + before, columns, draw)).rows(before, before + rows)
+    return torch.randn(rows + before, columns, generator=draw).to(getattr(torch, form))[before:]
 
 
 def in_bytes(x: Tensor, padded: int, fused: bool) -> Tensor:
@@ -111,11 +65,7 @@ def error(y: Tensor, weights: list[Any], x: Tensor, bias: Tensor | None) -> floa
 def _product(w: Any, x: Tensor, fused: bool) -> Tensor:
     if isinstance(w, Tensor):
         return x.double() @ w.double().T
-    if isinstance(w, BlockWeight):
-        return in_bytes(x, w.shape[1], fused) @ w.dequantize(torch.float64).T
-    padded = w.scales.shape[1] * 32
-    whole = PackedWeight(w.kind, w.packed, w.scales, w.offsets, w.group, (w.shape[0], padded))
-    return in_bytes(x, padded, fused) @ whole.dequantize(torch.float64).T
+    return in_bytes(x, w.shape[1], fused) @ w.dequantize(torch.float64).T
 
 
 @drawn
@@ -154,36 +104,55 @@ def test_a_row_does_not_depend_on_the_others(
         assert bool(spoilt[seed % batch].isnan().all())
 
 
-@pytest.mark.skipif("avx2" not in SETS, reason="this machine has no AVX2")
-@pytest.mark.parametrize("form", PACKED)
-def test_machines_with_different_vectors_give_the_same_bits(form: str) -> None:
+@pytest.mark.parametrize("form", QUANTISED)
+def test_every_instruction_set_gives_the_same_bits(form: str) -> None:
     """Of the same activations: exact integers inside a group, and the groups in the same order."""
     w = weight(6, form, 37, 544)
     matrix = native_matrix([w], None)
     assert matrix is not None
-    for batch in (1, 2, 13):
-        x = torch.randn(batch, 544, generator=torch.Generator().manual_seed(batch))
+    for batch in (1, 2, 5, 13):
+        x = torch.randn(batch, w.shape[1], generator=torch.Generator().manual_seed(batch))
         said = {}
-        for name in SETS[SETS.index("avx2") :]:
+        for name in SETS:
             with core.using(name):
                 said[name] = few_rows(matrix, x, library())
-        assert all(torch.equal(y, said["avx2"]) for y in said.values()), batch
+        assert all(torch.equal(y, said["plain"]) for y in said.values()), batch
 
 
-def test_the_rounding_of_activations() -> None:
-    """What int4 and int8 products lose by it, relative to dequantised float64 products of normal activations."""
-    x = torch.randn(64, 576, generator=torch.Generator().manual_seed(0))
-    for form in ("int8", "int4"):
-        w = weight(1, form, 256, 576)
-        assert isinstance(w, PackedWeight)
-        matrix = native_matrix([w], None)
-        assert matrix is not None
-        loss = relative_error(few_rows(matrix, x, library()), x.double() @ w.dequantize(torch.float64).T)
-        assert 1e-3 < loss < 8e-3
+@drawn
+@given(
+    st.integers(0, 2**31), st.sampled_from([kind for kind in QUANTISED if kind != "int4"]), st.integers(1, 20),
+    st.integers(1, 256), st.sampled_from((1, 2, 3, 7, 16)), st.sampled_from(SETS),
+)  # fmt: skip
+def test_whole_numbers_are_multiplied_exactly(
+    seed: int, form: str, rows: int, columns: int, batch: int, name: str
+) -> None:
+    """Where neither activations nor scales need rounding, the product is that of the dequantised matrix."""
+    draw = torch.Generator().manual_seed(seed)
+    w = TileWeight.of(random_blocks(form, rows, columns, draw, exact=True))
+    x = torch.randint(-3, 4, (batch, w.shape[1] // 32, 32), generator=draw).float()
+    x.scatter_(2, torch.randint(0, 32, (*x.shape[:2], 1), generator=draw), 127.0)  # the scale of a group is then 1
+    x = x.flatten(1)
+    matrix = native_matrix([w], None)
+    assert matrix is not None
+    with core.using(name):
+        y = few_rows(matrix, x, library())
+    assert torch.equal(y.double(), x.double() @ w.dequantize(torch.float64).T)
+
+
+@pytest.mark.parametrize("form", QUANTISED)
+def test_the_rounding_of_activations(form: str) -> None:
+    """What products lose by it, relative to dequantised float64 products of normal activations."""
+    x = torch.randn(64, 512, generator=torch.Generator().manual_seed(0))
+    w = weight(1, form, 256, 512)
+    matrix = native_matrix([w], None)
+    assert matrix is not None
+    loss = relative_error(few_rows(matrix, x, library()), x.double() @ w.dequantize(torch.float64).T)
+    assert 1e-3 < loss < 8e-3
 
 
 def test_parts_stored_differently_and_threads() -> None:
-    parts = [weight(1, "int4", 24, 96), weight(2, "int8", 17, 96), weight(3, "bfloat16", 9, 96)]
+    parts = [weight(1, "Q4_1", 24, 96), weight(2, "Q8_0", 17, 96), weight(3, "bfloat16", 9, 96)]
     x, bias = torch.randn(5, 96, generator=torch.Generator().manual_seed(4)), torch.randn(50)
     matrix = native_matrix(parts, bias)
     assert matrix is not None

@@ -14,7 +14,7 @@ from embedgrad.compare import runner as runner_module
 from embedgrad.compare.outcome import Outcome
 from embedgrad.compare.table import lines
 from embedgrad.evaluation.statistics import mcnemar_p, wilson
-from embedgrad.util.errors import ConfigError
+from embedgrad.util.errors import ConfigError, EmbedGradError
 from tests.train.training import model_folder
 
 WORDS = ["joy", "pain", "wit", "noise"]
@@ -155,3 +155,21 @@ def test_an_interruption_is_said_and_goes_on(
     assert "the same command goes on" in capsys.readouterr().err
     monkeypatch.setattr(runner_module, "optimize", original)
     assert {line["arm"] for line in compare(config)["lines"]} == {"original", "optimised"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"compare__shots": 13}, "the arm few-shot cannot be run: 13 demonstrations need"),
+        ({"compare__paraphrases": ["Say it.", "word " * 400]}, "the arm paraphrases cannot be run: .*context"),
+        ({"compare__paraphrases": ["Say <|im_end|> it."]}, "the arm paraphrases cannot be run: .*control token"),
+        ({"data__labels": ["good", "evil"]}, r"data\.jsonl, line \d+ has the target 'bad'"),
+    ],
+)
+def test_every_arm_is_checked_before_the_first_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], said: str
+) -> None:
+    monkeypatch.setattr(runner_module, "evaluate", None)
+    monkeypatch.setattr(runner_module, "optimize", None)
+    with pytest.raises(EmbedGradError, match=said):
+        compare(configure(tmp_path, **changes))

@@ -15,7 +15,7 @@ using namespace embedgrad;
 namespace {
 
 constexpr int32_t kLayers = 2, kWidth = 256, kInner = 256, kHeads = 4, kKvHeads = 2, kHeadDim = 32, kVocabulary = 70;
-constexpr int32_t kSlots = 3, kPrefix = 5, kCapacity = 40, kMost = 12;
+constexpr int32_t kSlots = 3, kPrefix = 5, kCapacity = 40, kMost = 6;
 
 uint64_t state = 1;
 uint32_t draw() {
@@ -35,26 +35,42 @@ float* numbers(size_t count, float size, float centre = 0) {
 
 std::deque<Part> parts;
 
+// A float number of a block: a half where the type has halves.
+void put_number(uint8_t* block, const Format& f, float value) {
+    if (f.number_bytes == 4) {
+        std::memcpy(block, &value, 4);
+        return;
+    }
+    uint32_t bits;  // of a normal number; its fraction is cut
+    std::memcpy(&bits, &value, 4);
+    const auto half = static_cast<uint16_t>((bits >> 16 & 0x8000) | ((bits >> 13) - (112 << 10) & 0x7fff));
+    std::memcpy(block, &half, 2);
+}
+
+// Where the float numbers of a block begin.
+int numbers_at(Stored stored) {
+    return stored == Stored::q2_k ? 80 : stored == Stored::q3_k ? 108 : stored == Stored::q6_k ? 208 : 0;
+}
+
 Matrix matrix(Stored stored, int64_t rows, int64_t columns) {
-    Part part{stored, 0, rows, 0, 0, nullptr, nullptr, nullptr};
+    Part part{stored, 0, 0, rows, 0, nullptr};
     if (stored == Stored::f32) {
         part.row_bytes = columns * 4;
         part.data = numbers(rows * columns, 0.15f);
-    } else if (stored == Stored::int8 || stored == Stored::int4) {
-        part.quant_groups = columns / 32;
-        part.row_bytes = stored == Stored::int8 ? columns : columns / 2;
-        uint8_t* bytes = room(rows * part.row_bytes);
-        for (int64_t i = 0; i < rows * part.row_bytes; ++i) bytes[i] = static_cast<uint8_t>(draw());
-        part.data = bytes;
-        part.scales = numbers(rows * part.quant_groups, 0.0002f, stored == Stored::int8 ? 0.001f : 0.02f);
-        if (draw() % 2) part.offsets = numbers(rows * part.quant_groups, 0.02f, stored == Stored::int8 ? 0.0f : -0.15f);
-        if (stored == Stored::int8) part.offsets = nullptr;
-    } else {  // Q6_K, with a scale of 0.0002
-        part.row_bytes = columns / 256 * 210;
-        uint8_t* bytes = room(rows * part.row_bytes);
-        for (int64_t i = 0; i < rows * part.row_bytes; ++i) bytes[i] = static_cast<uint8_t>(draw());
-        for (int64_t i = 208; i < rows * part.row_bytes; i += 210) bytes[i] = 0x8e, bytes[i + 1] = 0x0a;
-        part.data = bytes;
+    } else {
+        const Format f = format(stored);
+        const int64_t supers = f.supers(columns), row_bytes = supers * f.block_bytes;
+        const float most = f.zero ? static_cast<float>(f.zero) : static_cast<float>(1 << f.bits());
+        uint8_t* blocks = room(rows * row_bytes);
+        for (int64_t i = 0; i < rows * row_bytes; ++i) blocks[i] = static_cast<uint8_t>(draw());
+        for (int64_t i = 0; i < rows * supers; ++i)
+            for (int n = 0; n < f.numbers - (stored == Stored::iq4_xs); ++n)
+                put_number(
+                    blocks + i * f.block_bytes + numbers_at(stored) + n * f.number_bytes, f,
+                    (0.2f + 0.02f * number()) / most / (f.codes ? 16.0f : 1.0f));
+        uint8_t* tiles = room((rows + kTileRows - 1) / kTileRows * embedgrad_tile_bytes(int32_t(stored), columns));
+        embedgrad_repack(int32_t(stored), blocks, row_bytes, rows, columns, tiles, 2);
+        part.data = tiles;
     }
     parts.push_back(part);
     return {&parts.back(), 1, rows, columns, nullptr};
@@ -67,9 +83,6 @@ DecoderSpec model(Stored stored, LayerSpec* layers) {
             numbers(kWidth, 0.1f, 1), numbers(kWidth, 0.1f, 1), l ? numbers(kHeadDim, 0.1f, 1) : nullptr, nullptr,
             matrix(stored, queries + pairs, kWidth), matrix(stored, kWidth, queries),
             matrix(stored, 2 * kInner, kWidth), matrix(stored, kWidth, kInner), l ? 9 : 0};
-    // The attention's output has 128 columns, which blocks of 256 do not divide.
-    if (stored == Stored::q6_k)
-        for (int l = 0; l < kLayers; ++l) layers[l].out = matrix(Stored::int8, kWidth, queries);
     return {kLayers, kWidth, kInner, kHeads, kKvHeads, kHeadDim, kVocabulary, 1e-6f, 0.18f, layers,
             numbers(kWidth, 0.1f, 1), matrix(Stored::f32, kVocabulary, kWidth), matrix(stored, kVocabulary, kWidth)};
 }
@@ -117,7 +130,8 @@ void write_answers(void* decoder, float temperature, int32_t threads, std::vecto
 int main() {
     const int sets = static_cast<int>(best_isa()) + 1;
     std::printf("%d\n", sets);
-    for (Stored stored : {Stored::f32, Stored::int8, Stored::int4, Stored::q6_k}) {
+    for (int32_t type = static_cast<int32_t>(kFirstQuantised) - 1; type <= static_cast<int32_t>(Stored::int4); ++type) {
+        const auto stored = type < static_cast<int32_t>(kFirstQuantised) ? Stored::f32 : static_cast<Stored>(type);
         LayerSpec layers[kLayers];
         const DecoderSpec spec = model(stored, layers);
         void* decoder = embedgrad_decoder_create(&spec);

@@ -6,13 +6,18 @@ from pathlib import Path
 
 import pytest
 
+from embedgrad.model.quantised import QUANTISED
 from tests.csrc.core import compiler
 from tests.csrc.programs import BUILDS, SANITIZERS, Program, planted, run_program
 
 PROGRAM = Program(
     "decode_main.cpp",
-    ("cpu/sampler.cpp", "decode/linear.cpp", "decode/decoder.cpp", "decode/loop.cpp", "decode/api.cpp"),
-)
+    (
+        "cpu/sampler.cpp", "decode/linear.cpp", "decode/repack.cpp", "decode/decoder.cpp", "decode/loop.cpp",
+        "decode/api.cpp",
+    ),
+)  # fmt: skip
+ANSWERS = 2 * (1 + len(QUANTISED))  # for an instruction set: greedy and sampled, float32 and every quantised type
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")]
 
@@ -25,7 +30,7 @@ def test_same_answers_from_every_build_and_number_of_threads(tmp_path: Path) -> 
         assert done.returncode == 0, f"{name}: {done.stdout[-300:]} {done.stderr[-3000:]}"
         said[name] = done.stdout
     sets, *answers = said["plain"].splitlines()
-    assert len(answers) == 8 * int(sets)
+    assert len(answers) == ANSWERS * int(sets)
     assert len(set(said.values())) == 1, said
 
 
@@ -46,4 +51,4 @@ def test_it_compiles_for_arm_and_runs_there(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr[-1000:]
     sets, *answers = done.stdout.splitlines()
     assert sets == "1"
-    assert len(answers) == 8
+    assert len(answers) == ANSWERS

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import io
+import json
 import math
 import os
 from pathlib import Path
@@ -86,6 +89,65 @@ def test_files_that_are_missing_empty_or_no_files(tmp_path: Path) -> None:
         read_jsonl(tmp_path)
     with pytest.raises(DataError, match="limit"):
         read_jsonl(write(tmp_path, GOOD), limit=0)
+
+
+FIELD = st.text(st.characters(exclude_categories=("Cs", "Cc")), min_size=1).filter(str.strip)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.tuples(FIELD, FIELD), min_size=1, max_size=5),
+    st.sampled_from(["lines", "array", "indented array", "csv", "semicolons", "tsv", "pandas"]),
+    st.booleans(),
+)
+def test_rows_are_the_same_in_every_form(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[str, str]], form: str, marked: bool
+) -> None:
+    objects = [{"query": q, "target": t} for q, t in rows]
+    if form in ("lines", "array", "indented array"):
+        name, indent = "d.json", 2 if form.startswith("indented") else None
+        text = "\n".join(map(json.dumps, objects)) if form == "lines" else json.dumps(objects, indent=indent)
+    else:
+        name, separator = ("d.tsv", "\t") if form == "tsv" else ("d.csv", ";" if form == "semicolons" else ",")
+        out = io.StringIO(newline="")
+        writer = csv.writer(out, delimiter=separator)
+        numbered = form == "pandas"  # an index column without a name, which the reader leaves out
+        writer.writerow([*([""] if numbered else []), "query", "target"])
+        writer.writerows([[*([n] if numbered else []), q, t] for n, (q, t) in enumerate(rows)])
+        text = out.getvalue()
+    path = tmp_path_factory.mktemp("forms") / name
+    path.write_bytes((b"\xef\xbb\xbf" if marked else b"") + text.encode())
+    found = read_jsonl(path)
+    assert found == [Example(q, t) for q, t in rows]
+    assert all(example.where.startswith(f"{path}, line ") for example in found)
+    assert read_queries(path) == [q for q, _ in rows]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("a.json", '[{"query": "a", "target": "b"},\n {"query": "a"}]', r"line 2 \(item 2 of the array\) has no field"),
+        ("a.json", '[\n{"query": "a",\n "target": "b"}\n, 5]', r"line 4 \(item 2 of the array\) must be a JSON object"),
+        ("a.json", '[{"query": "a", "target": "b"}\n', "followed by the end of the file"),
+        ("a.json", '[{"query": "a", "target": "b"}]\n{}', "line 2: more text follows the array"),
+        ("a.json", '[{"query": "a"\n "target": "b"}]', "line 2 is not JSON: Expecting ',' delimiter"),
+        ("a.json", "[]", "is empty"),
+        ("a.json", '{\n"query": "a",\n"target": "b"}', "one object on several lines"),
+        ("a.jsonl", '{"query": "a", "query": "b", "target": "c"}', "line 1 has the field 'query' twice"),
+        ("a.csv", "query,target\na,b\n\nc\n", "line 4 has 1 fields; the header has 2"),
+        ("a.csv", 'query,target\n"a\nb",c\nd,\n', "line 4: the field 'target' is empty"),
+        ("a.csv", "query,query\na,b\n", "line 1, the header, has the name 'query' twice"),
+        ("a.csv", "text,label\na,b\n", "line 2 has no field 'query'; its fields are: 'text', 'label'"),
+        ("a.csv", 'query,target\na,"b"c\n', "line 2 is not a row of a table"),
+        ("a.parquet", "PAR1....", "is a Parquet file; save it as JSON lines"),
+    ],
+)
+def test_a_bad_row_of_another_form_is_named(tmp_path: Path, name: str, text: str, said: str) -> None:
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(DataError, match=said) as raised:
+        read_jsonl(path)
+    assert str(raised.value).startswith(str(path))
 
 
 @settings(deadline=None)

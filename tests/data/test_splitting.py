@@ -93,7 +93,7 @@ def test_a_part_that_stays_empty_is_refused() -> None:
 def test_texts_with_the_same_words_are_one() -> None:
     same = ["The  CEO's plan, really?", "the ceo s PLAN\nreally", "“The CEO’s plan” – really!"]
     assert len({text_key(text) for text in same}) == 1
-    assert text_key("2 + 3") == text_key("2 - 3")  # on one side of a split, too; neither is lost
+    assert text_key("2 + 3") != text_key("2 - 3")
     assert text_key("?!") != text_key("!?")  # without words every character counts
     assert text_key([1, 2]) != text_key([12])
 

@@ -20,6 +20,7 @@ from embedgrad.engine.gradient import loss_and_grad, pass_over
 from embedgrad.engine.memory import POLICIES, _workspace, activation_bytes, device_bytes, weight_bytes
 from embedgrad.engine.model import load_model
 from embedgrad.engine.tree import build_tree
+from embedgrad.model import packed
 from embedgrad.prompt.prompt import SoftPrompt
 from embedgrad.prompt.rendering import render
 from tests.engine.drawn import TEMPLATES, batches, configs, make_prompt, pair, prompts
@@ -28,7 +29,11 @@ from tests.model.tiny import write_folder
 
 @pytest.mark.parametrize("weights", ["compute", "int8", "int4"])
 @pytest.mark.parametrize(("family", "tied", "ffn"), [("qwen2", True, 96), ("qwen3", False, 100), ("llama", True, 44)])
-def test_weights_take_what_is_predicted(tmp_path: Path, weights: str, family: str, tied: bool, ffn: int) -> None:
+def test_weights_take_what_is_predicted(
+    tmp_path: Path, weights: str, family: str, tied: bool, ffn: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the form that Triton's kernels read, which is the one without csrc/, too."""
+    monkeypatch.setattr(packed, "is_built", lambda: False)
     write_folder(tmp_path, family, tie_word_embeddings=tied, intermediate_size=ffn)
     model = load_model(tmp_path, weights=weights)
     assert weight_bytes(model.config, model.dtype, weights) == sum(x.nbytes for x in model.weights.tensors())

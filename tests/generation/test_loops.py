@@ -28,6 +28,7 @@ from embedgrad.prompt.rendering import render_query
 from embedgrad.prompt.template import Template
 from embedgrad.util.errors import ConfigError
 from tests.engine.drawn import configs, make_prompt, pair, prompts
+from tests.model.blocks import HALVES_AT
 from tests.model.tiny import random_model, write_folder, write_gguf
 from tests.truth import relative_error
 
@@ -148,7 +149,7 @@ def test_tokens_are_chosen_as_the_reference_sampler_does(tmp_path: Path) -> None
             logits = cache.next_logits(torch.tensor([token]))
 
 
-@pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q4_K", "Q6_K"])
+@pytest.mark.parametrize("kind", HALVES_AT)
 def test_a_files_blocks_are_decoded_as_they_are(tmp_path: Path, kind: str) -> None:
     """The logits differ from those of the dequantised weights by the rounding of activations, and by no more."""
     model = random_model("llama", scale=0.06, **{**WIDE, "hidden_size": 256, "intermediate_size": 256})

@@ -54,6 +54,10 @@ FAULTS = {
         "rope", "b_q[None, :], b_k[None, :]", "b_q[None, :], b_q[None, :]"
     ),
     "rope: mean over half a head": Fault("rope", ", 1) / (2 * HALF) + eps", ", 1) / HALF + eps"),
+    "rope: values of the cache normed": Fault("rope", "tl.store(p_v, b_v1, mask=m_v)", "tl.store(p_v, b_1, mask=m_v)"),
+    "rope: first key head left out of the cache": Fault(
+        "rope", "((o_h >= H) & (o_h < H + G))", "((o_h > H) & (o_h < H + G))"
+    ),
     "rope: last token left out": Fault("rope", "grid = (rows * ", "grid = ((rows - 1) * "),
     "swiglu: silu not rounded before u": Fault(
         "swiglu", "(b_wide * tl.sigmoid(b_wide)).to(b_gate.dtype).to(tl.float32)", "(b_wide * tl.sigmoid(b_wide))"

@@ -126,8 +126,41 @@ def test_backward_is_the_transpose_of_forward() -> None:
     assert abs(float((forward.double() * y).sum() - (x.double() * backward).sum())) < 1e-4
 
 
+@QUICK
+@given(SEEDS, st.integers(1, 5), HEADS, st.sampled_from(FLOAT_TYPES), st.booleans(), st.sampled_from([2, 16]))
+@example(0, 3, (0, 3, 6), torch.bfloat16, True, 2)
+def test_the_launch_that_fills_the_cache(
+    seed: int, tokens: int, heads: tuple[int, int, int], dtype: torch.dtype, norm: bool, block: int
+) -> None:
+    h, g, size = heads
+    x, (cos, sin) = normal(seed, (tokens, (h + 2 * g) * size), dtype), angles(seed, tokens, size // 2)
+    norms = [normal(seed + i, (size,), dtype) for i in (1, 2)] if norm else []
+    given_norms = {"q_norm": norms[0], "k_norm": norms[1], "eps": EPS} if norm else {}
+    draw = torch.Generator().manual_seed(seed)
+    slots = torch.randperm(tokens + 3, generator=draw, device="cpu")[:tokens].to(DEVICE)
+    before = normal(seed + 9, (2, tokens + 3, g, size), dtype)
+    keys, values = guarded_copy(before[0]), guarded_copy(before[1])
+    with launch.overridden("rope", BLOCK_H=block):
+        alone = rope(guarded_copy(x), cos, sin, heads, **given_norms)  # type: ignore[arg-type]
+        out = rope(guarded_copy(x), cos, sin, heads, cache=(keys, values, slots), **given_norms)  # type: ignore[arg-type]
+    assert torch.equal(out, alone)
+    expected = before.clone()
+    expected[0, slots] = out[:, h * size : (h + g) * size].unflatten(1, (g, size))
+    expected[1, slots] = x[:, (h + g) * size :].unflatten(1, (g, size))
+    assert torch.equal(keys, expected[0])
+    assert torch.equal(values, expected[1])
+    check_canaries()
+
+
 def test_refusals() -> None:
     x, half = torch.zeros(2, 24), torch.zeros(2, 3)
+    rows, slots = torch.zeros(5, 1, 6), torch.zeros(2, dtype=torch.int64)
+    with pytest.raises(ValueError, match="keys has shape"):
+        rope(x, half, half, (2, 1, 6), cache=(torch.zeros(5, 2, 6), rows, slots))
+    with pytest.raises(ValueError, match=r"values are torch\.float16"):
+        rope(x, half, half, (2, 1, 6), cache=(rows, rows.half(), slots))
+    with pytest.raises(ValueError, match="slots are"):
+        rope(x, half, half, (2, 1, 6), cache=(rows, rows, slots.float()))
     with pytest.raises(ValueError, match="even"):
         rope(torch.zeros(2, 20), half, half, (2, 1, 5))
     with pytest.raises(ValueError, match="cos has shape"):

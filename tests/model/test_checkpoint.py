@@ -132,9 +132,9 @@ def test_missing_and_empty_things(tmp_path: Path, copy: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert "neither config.json nor a .gguf file" in refused(tmp_path / "empty")
     (tmp_path / "empty.gguf").touch()
-    assert "not a complete GGUF file" in refused(tmp_path / "empty.gguf")
+    assert "is empty" in refused(tmp_path / "empty.gguf")
     (copy / "model.safetensors").write_bytes(b"")
-    assert "not a complete safetensors file" in refused(copy)
+    assert "is empty" in refused(copy)
     (copy / "model.safetensors").rename(copy / "pytorch_model.bin")
     message = refused(copy)
     assert "no *.safetensors file" in message

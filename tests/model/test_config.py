@@ -12,7 +12,8 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from embedgrad.model.config import ModelConfig, inverse_frequencies
+from embedgrad.model.config import ModelConfig
+from embedgrad.model.rope import inverse_frequencies
 from embedgrad.util.errors import ModelError
 from tests.model.tiny import FAMILIES, SMALL
 
@@ -166,11 +167,11 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 }
 
 
-def rotary(config: Any) -> torch.Tensor:
-    """The inverse frequencies of transformers' rotary embedding."""
+def rotary(config: Any) -> Any:
+    """transformers' rotary embedding."""
     module = getattr(transformers.models, config.model_type)
     name = f"{type(config).__name__.removesuffix('Config')}RotaryEmbedding"
-    return getattr(getattr(module, f"modeling_{config.model_type}"), name)(config).inv_freq
+    return getattr(getattr(module, f"modeling_{config.model_type}"), name)(config)
 
 
 def assert_same(ours: ModelConfig, theirs: Any) -> None:
@@ -184,7 +185,9 @@ def assert_same(ours: ModelConfig, theirs: Any) -> None:
     for name in ("hidden_size", "intermediate_size", "vocab_size"):
         assert getattr(ours, name) == getattr(theirs, name)
     assert ours.rms_eps == theirs.rms_norm_eps
-    assert ours.max_position == theirs.max_position_embeddings
+    rope = theirs.rope_parameters
+    scaled = int(rope["factor"] * rope["original_max_position_embeddings"]) if rope["rope_type"] == "yarn" else 0
+    assert ours.max_position == max(theirs.max_position_embeddings, scaled)
     assert ours.tied == theirs.tie_word_embeddings
     if family == "mistral":
         windows = [theirs.sliding_window] * ours.num_layers
@@ -193,7 +196,8 @@ def assert_same(ours: ModelConfig, theirs: Any) -> None:
     else:
         windows = [theirs.sliding_window if kind == "sliding_attention" else None for kind in theirs.layer_types]
     assert list(ours.windows) == windows
-    assert torch.equal(inverse_frequencies(ours), rotary(theirs))
+    assert torch.equal(inverse_frequencies(ours.rope, ours.head_dim), rotary(theirs).inv_freq)
+    assert ours.rope.attention_factor == rotary(theirs).attention_scaling
 
 
 def assert_shapes(ours: ModelConfig, theirs: Any) -> None:
@@ -224,6 +228,17 @@ def test_defaults(family: str) -> None:
     assert_same(ModelConfig.from_hf(bare, family), theirs)
 
 
+def yarn_keys() -> st.SearchStrategy[dict[str, Any]]:
+    """The keys that transformers reads for YaRN, each of which may be missing."""
+    scale = st.floats(0.5, 2)
+    keys: dict[str, st.SearchStrategy[Any]] = {
+        "original_max_position_embeddings": st.integers(8, 9000), "attention_factor": st.floats(0.5, 2),
+        "beta_fast": st.integers(8, 64), "beta_slow": st.integers(1, 4), "mscale": scale, "mscale_all_dim": scale,
+        "truncate": st.booleans(),
+    }  # fmt: skip
+    return st.fixed_dictionaries({}, optional=keys)
+
+
 @st.composite
 def hf_configs(draw: st.DrawFn) -> Any:
     """A random configuration object of one of the families."""
@@ -245,7 +260,7 @@ def hf_configs(draw: st.DrawFn) -> Any:
     if family == "qwen3" or (family != "qwen2" and draw(st.booleans())):
         values["head_dim"] = 2 * draw(st.integers(1, 9))
     rope: dict[str, Any] = {"rope_theta": draw(st.sampled_from([10000, 10000.0, 5e5, 1e6])), "rope_type": "default"}
-    kind = draw(st.sampled_from(["default", "linear", "llama3"]))
+    kind = draw(st.sampled_from(["default", "linear", "llama3", "yarn"]))
     if kind != "default":
         rope |= {"rope_type": kind, "factor": draw(st.floats(1, 64))}
     if kind == "llama3":
@@ -253,6 +268,8 @@ def hf_configs(draw: st.DrawFn) -> Any:
         rope |= {"low_freq_factor": low, "high_freq_factor": low + draw(st.floats(0.5, 6))}
         if draw(st.booleans()):
             rope["original_max_position_embeddings"] = draw(st.integers(1, 9000))
+    if kind == "yarn":
+        rope |= draw(yarn_keys())
     values["rope_parameters"] = rope
     if family in ("llama", "qwen3"):
         values["attention_bias"] = draw(st.booleans())
@@ -295,10 +312,12 @@ def qwen(**changes: Any) -> dict[str, Any]:
     ("config", "named", "value"),
     [
         (llama(hidden_act="gelu"), "hidden_act", "gelu"),
-        (llama(rope_scaling={"type": "yarn", "factor": 4.0}), "scaling", "yarn"),
+        (llama(rope_scaling={"type": "yarn", "factor": "4"}), "factor", "'4'"),
+        (llama(rope_scaling={"type": "yarn", "factor": 4.0, "short_factor": [1]}), "short_factor", "[1]"),
+        (llama(rope_scaling={"type": "yarn", "factor": 4.0, "beta_fast": 1, "beta_slow": 2}), "beta_slow", "beta_fast"),
         (llama(rope_scaling={"rope_type": "dynamic", "factor": 4.0}), "scaling", "dynamic"),
         (llama(rope_parameters={"rope_type": "longrope", "rope_theta": 1e4}), "scaling", "longrope"),
-        (llama(rope_scaling={"type": "mrope", "mrope_section": [1, 2]}), "mrope_section", "[1, 2]"),
+        (llama(rope_scaling={"type": "mrope", "mrope_section": [1, 2]}), "scaling", "mrope"),
         (llama(rope_scaling={"rope_type": "linear"}), "factor", "missing"),
         (llama(rope_scaling={"rope_type": "linear", "factor": 0}), "factor", "0"),
         (llama(rope_scaling={"rope_type": "linear", "factor": math.nan}), "factor", "nan"),
@@ -306,7 +325,10 @@ def qwen(**changes: Any) -> dict[str, Any]:
         (llama(rope_theta=-1), "rope_theta", "-1"),
         (llama(partial_rotary_factor=0.5), "partial_rotary_factor", "0.5"),
         (llama(rope_parameters={"rope_theta": 1e4, "partial_rotary_factor": 0.5}), "partial_rotary_factor", "0.5"),
-        (llama(quantization_config={"quant_method": "gptq"}), "quantization_config", "gptq"),
+        (llama(quantization_config={"quant_method": "gptq"}), "quantised by 'gptq'", "GGUF"),
+        (llama(quantization_config={"load_in_4bit": True}), "quantised", "weights=int8"),
+        (llama(compression_config={"quant_method": "compressed-tensors"}), "quantised by", "compressed-tensors"),
+        (llama(quantization={"quant_algo": "FP8"}), "quantised by", "FP8"),
         (llama(embedding_multiplier=12.0), "embedding_multiplier", "12.0"),
         (llama(logits_scaling=8), "logits_scaling", "8"),
         (llama(residual_multiplier=0.2), "residual_multiplier", "0.2"),
@@ -352,6 +374,28 @@ def test_fields_that_say_nothing_pass() -> None:
     assert ModelConfig.from_hf(harmless, "x") == plain
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("max_sequence_length", 2048), ("model_max_length", 4096), ("max_seq_len", 9),
+        ("tokenizer_padding_side", "left"),
+        ("auto_map", {"AutoModelForCausalLM": "modeling_x.X"}), ("use_flash_attn", True),
+    ],
+)  # fmt: skip
+def test_fields_that_compute_nothing_pass(name: str, value: Any) -> None:
+    assert ModelConfig.from_hf(llama(**{name: value}), "x") == ModelConfig.from_hf(llama(), "x")
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    st.sampled_from(["resid", "embd", "attn", "ffn", "hidden", "attention_probs", "classifier", "mlp", "embedding"]),
+    st.sampled_from(["dropout", "pdrop", "dropout_prob", "dropout_rate", "layerdrop"]),
+    st.sampled_from([0, 0.0, 0.1, None]),
+)
+def test_dropouts_act_in_training_only(part: str, kind: str, value: float | None) -> None:
+    assert ModelConfig.from_hf(llama(**{f"{part}_{kind}": value}), "x") == ModelConfig.from_hf(llama(), "x")
+
+
 def one_sentence(error: ModelError) -> None:
     assert "\n" not in str(error)
 
@@ -374,12 +418,12 @@ def test_any_value_is_read_or_refused(config: dict[str, Any], data: st.DataObjec
     except ModelError as error:
         one_sentence(error)
     else:
-        assert inverse_frequencies(result).shape == (result.head_dim // 2,)
+        assert inverse_frequencies(result.rope, result.head_dim).shape == (result.head_dim // 2,)
 
 
 def test_float64_frequencies_round_to_the_float32_ones() -> None:
     for raw in PUBLISHED.values():
         config = ModelConfig.from_hf(raw, "x")
-        wide = inverse_frequencies(config, torch.float64)
+        wide = inverse_frequencies(config.rope, config.head_dim, torch.float64)
         assert wide.dtype == torch.float64
-        torch.testing.assert_close(wide.float(), inverse_frequencies(config), rtol=2e-6, atol=0)
+        torch.testing.assert_close(wide.float(), inverse_frequencies(config.rope, config.head_dim), rtol=2e-6, atol=0)

@@ -1,4 +1,4 @@
-"""Frozen weights in int8 and int4 blocks, and blocks that are streamed: the same results from less memory."""
+"""Quantised frozen weights, and layers that are streamed: the same results from less memory."""
 
 from __future__ import annotations
 
@@ -16,13 +16,15 @@ from embedgrad.engine.gradient import loss_and_grad
 from embedgrad.engine.model import Model, load_model
 from embedgrad.generation.generate import generate
 from embedgrad.generation.sampling import Sampling
-from embedgrad.model import frozen, gguf_blocks
-from embedgrad.model.gguf_blocks import BlockWeight
+from embedgrad.model import frozen, native_matrices, packed, quantised, read_weights
+from embedgrad.model.native_matrices import is_built
 from embedgrad.model.packed import PackedTable
+from embedgrad.model.quantised import QUANTISED, BlockWeight, TileWeight
 from embedgrad.model.streaming import StreamedLayers, _packed_size
 from embedgrad.prompt.prompt import SoftPrompt
 from embedgrad.prompt.template import Template
 from embedgrad.util.errors import ConfigError, ModelError
+from tests.model.blocks import HALVES_AT
 from tests.model.tiny import random_model, write_folder, write_gguf
 from tests.truth import relative_error
 
@@ -54,9 +56,8 @@ def dequantised_twin(packed: Model, folder: Path) -> Model:
     for ours, theirs in zip(
         [*matrices(packed), packed.weights.head], [*matrices(twin), twin.weights.head], strict=True
     ):
-        for part in ours.parts:
-            if isinstance(part, PackedWeight):
-                theirs.parts[0].copy_(part.dequantize())
+        if not any(isinstance(part, torch.Tensor) for part in ours.parts):
+            theirs.parts[0].copy_(torch.cat([part.dequantize() for part in ours.parts]))
     return twin
 
 
@@ -67,7 +68,7 @@ def test_quantised_while_read_equals_the_dequantised_weights(
 ) -> None:
     write_folder(tmp_path, family, tie_word_embeddings=tied, **SIZES)
     model = load_model(tmp_path, weights=kind)
-    assert isinstance(model.weights.head.parts[0], torch.Tensor if tied else PackedWeight)
+    assert isinstance(model.weights.head.parts[0], torch.Tensor if tied else TileWeight if is_built() else PackedWeight)
     expected = {f"model.layers.{i}.{n}" for i in range(2) for n in _NAMES} | (set() if tied else {"lm_head.weight"})
     assert set(model.quantisation_errors) == expected
     low, high = {"int8": (1e-4, 1e-2), "int4": (1e-2, 0.12)}[kind]
@@ -103,15 +104,13 @@ def test_kernels_on_packed_weights_equal_the_reference(tmp_path: Path, kind: str
     assert answers[0] == answers[1]
 
 
+@pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter (TRITON_INTERPRET=1)")
 @pytest.mark.parametrize("kind", ["Q8_0", "Q4_0", "Q4_1"])
-@pytest.mark.parametrize("backend", ["reference", "triton"])
-def test_blocks_of_a_file_are_kept(tmp_path: Path, kind: str, backend: str) -> None:
-    if backend == "triton" and not INTERPRETED:
-        pytest.skip("needs Triton's interpreter (TRITON_INTERPRET=1)")
+def test_blocks_of_a_file_are_kept(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "tiny.gguf"
     tied = kind == "Q8_0"
     write_gguf(path, random_model("llama", tie_word_embeddings=tied, **{**SIZES, "num_hidden_layers": 1}), kind=kind)
-    model, wide = load_model(path, weights="stored", backend=backend), load_model(path)
+    model, wide = load_model(path, weights="stored", backend="triton"), load_model(path)
     assert isinstance(model.weights.embedding, PackedTable)
     assert all(isinstance(part, PackedWeight) for matrix in matrices(model) for part in matrix.parts)
     assert torch.equal(model.embedding_rows([0, 7, 419]), wide.embedding_rows([0, 7, 419]))
@@ -122,29 +121,53 @@ def test_blocks_of_a_file_are_kept(tmp_path: Path, kind: str, backend: str) -> N
     assert relative_error(found_grad, grad) <= ROUNDING
 
 
-@pytest.mark.parametrize("kind", ["Q5_0", "Q4_K", "Q6_K"])
+def without_csrc(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if csrc/ had not been built."""
+    for module in (native_matrices, packed, quantised, read_weights):
+        monkeypatch.setattr(module, "is_built", lambda: False)
+
+
+@pytest.mark.parametrize("kind", HALVES_AT)
 @pytest.mark.parametrize("compiled", [True, False])
-def test_a_files_own_blocks_are_kept(
+def test_a_files_own_types_are_kept(
     tmp_path: Path, kind: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Loss and gradient are those of the dequantised model, and the embedding rows too; the file stays mapped."""
+    """Loss and gradient are those of the dequantised model, and the embedding rows too."""
     if not compiled:
-        monkeypatch.setattr(gguf_blocks, "native_matrix", lambda *_: None)
-        monkeypatch.setattr(frozen, "native_matrix", lambda *_: None)
+        without_csrc(monkeypatch)
+    elif not is_built():
+        pytest.skip("csrc/ is not built")
     path = tmp_path / "tiny.gguf"
-    sizes = {**SIZES, "hidden_size": 256, "intermediate_size": 256, "tie_word_embeddings": kind == "Q6_K"}
+    sizes = {**SIZES, "hidden_size": 256, "intermediate_size": 256, "tie_word_embeddings": kind in QUANTISED[::2]}
     write_gguf(path, random_model("llama", **sizes), kind=kind)
     model, wide = load_model(path, weights="stored"), load_model(path)
-    assert all(isinstance(part, BlockWeight) for matrix in matrices(model) for part in matrix.parts)
+    form = TileWeight if compiled else BlockWeight
+    assert all(isinstance(part, form) for matrix in matrices(model) for part in matrix.parts)
     assert torch.equal(model.embedding_rows([0, 7, 419]), wide.embedding_rows([0, 7, 419]))
     chunks, expected = (torch.cat([x for _, x in m.embedding_table_chunks(100)]) for m in (model, wide))
     assert torch.equal(chunks, expected)
-    assert weight_bytes(model) < 0.27 * weight_bytes(wide)
+    assert weight_bytes(model) < 0.28 * weight_bytes(wide)
     loss, grad = step(wide)
     found, found_grad = step(model)
     assert found == pytest.approx(loss, rel=1e-6)
     assert relative_error(found_grad, grad) <= ROUNDING
     assert model.weights_hash() == load_model(path, weights="stored").weights_hash()
+
+
+@pytest.mark.skipif(not is_built(), reason="csrc/ is not built")
+@pytest.mark.parametrize("kind", ["TQ1_0", "TQ2_0"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_types_without_a_product_are_narrowed(tmp_path: Path, kind: str, tied: bool) -> None:
+    path = tmp_path / "tiny.gguf"
+    sizes = {**SIZES, "hidden_size": 256, "intermediate_size": 256, "tie_word_embeddings": tied}
+    write_gguf(path, random_model("llama", **sizes), kind=kind)
+    model, wide = load_model(path, weights="stored"), load_model(path)
+    parts = [part for matrix in (*matrices(model), model.weights.head) for part in matrix.parts]
+    assert all(isinstance(part, TileWeight) and part.kind == "Q2_K" for part in parts)
+    assert torch.equal(model.embedding_rows([0, 7, 419]), wide.embedding_rows([0, 7, 419]))
+    (loss, grad), (found, found_grad) = step(wide), step(model)
+    assert found == pytest.approx(loss, rel=1e-6)
+    assert relative_error(found_grad, grad) <= ROUNDING
 
 
 @pytest.mark.parametrize("form", ["fp32", "bf16"])

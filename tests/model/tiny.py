@@ -12,8 +12,10 @@ import numpy as np
 import tokenizers
 import torch
 import transformers
-from gguf.quants import quantize
+from gguf.quants import dequantize, quantize
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from tests.model.blocks import HALVES_AT
 
 FAMILIES = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
@@ -258,14 +260,16 @@ def write_gguf(
 
 def _blocks(values: np.ndarray, kind: gguf.GGMLQuantizationType) -> np.ndarray:
     """`values` in blocks; for the types that the gguf package cannot write, random blocks of about their size."""
-    if kind.name not in ("Q4_K", "Q6_K"):
+    if kind.name not in HALVES_AT or kind.name in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"):
         return quantize(values, kind)
     elements, size = gguf.GGML_QUANT_SIZES[kind]
     draw = np.random.default_rng(values.size)
     blocks = draw.integers(0, 256, (values.size // elements, size), dtype=np.uint8)
-    scale = np.float16(values.std() / (300 if kind.name == "Q4_K" else 1000)).tobytes()
-    for at in (0, 2) if kind.name == "Q4_K" else (208,):
-        blocks[:, at : at + 2] = np.frombuffer(scale, np.uint8)
+    scale = np.float16(1)
+    for _ in range(2):  # first to see how large the numbers become
+        for at in HALVES_AT[kind.name]:
+            blocks[:, at : at + 2] = np.frombuffer(scale.tobytes(), np.uint8)
+        scale = np.float16(values.std() / dequantize(blocks, kind).std())
     return blocks.reshape(values.shape[0], -1)
 
 

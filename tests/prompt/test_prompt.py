@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from embedgrad.data.example import Example
 from embedgrad.engine.model import load_model
 from embedgrad.prompt import prompt_file
-from embedgrad.prompt.prompt import SoftPrompt, hash_rows
+from embedgrad.prompt.belonging import hash_rows
+from embedgrad.prompt.prompt import SoftPrompt
 from embedgrad.prompt.rendering import render
 from embedgrad.prompt.template import Template
 from embedgrad.util.errors import PromptError, SaveError

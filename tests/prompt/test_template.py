@@ -18,9 +18,9 @@ TEXT = st.text(st.sampled_from(list("ab {}<>\n\t'\"é漢😀|%#-")), max_size=12
 
 
 def test_slots_are_exact_and_replaced_in_one_pass() -> None:
-    template = Template.text(r"{prompt} {{prompt}} \boxed{} {'a': 1} {Query} {query}{query}")
+    template = Template.text(r"{prompt} x{{prompt}} \boxed{} {'a': 1} {Query} {query}{query}")
     assert template.fill("<{query}>", "<{prompt}>") == (
-        r"<{query}> {<{query}>} \boxed{} {'a': 1} {Query} <{prompt}><{prompt}>"
+        r"<{query}> x{<{query}>} \boxed{} {'a': 1} {Query} <{prompt}><{prompt}>"
     )
 
 
@@ -70,10 +70,10 @@ def test_a_chat_template_that_is_not_jinja_is_refused_when_the_template_is_made(
 
 @given(TEXT, TEXT, st.booleans(), st.dictionaries(TEXT, st.integers() | TEXT | st.none(), max_size=2))
 def test_json_round_trip(one: str, other: str, end: bool, variables: dict[str, object]) -> None:
-    messages = [{"role": "system", "content": one + "{prompt}"}, {"role": "user", "content": other + "{query}"}]
+    messages = [{"role": "system", "content": one + " {prompt}"}, {"role": "user", "content": other + " {query}"}]
     for template in (
         Template.plain(),
-        Template.text(one + "{prompt}" + other + "{query}", end=end),
+        Template.text(one + " {prompt}" + other + " {query}", end=end),
         Template.chat(messages),
         Template.chat(messages, CHAT_TEMPLATES["llama3"], variables),
     ):

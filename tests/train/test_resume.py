@@ -151,8 +151,8 @@ def test_killed_at_any_moment(first: int, last: int, stride: int, tmp_path: Path
 CHANGES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "learning rate": ({"config": quick_config(learning_rate=1e-3)}, ["optimize.learning_rate (0.02, now 0.001)"]),
     "two settings": (
-        {"config": quick_config(seed=1, steps=9)},
-        ["optimize.seed (0, now 1)", "optimize.steps (7, now 9)"],
+        {"config": quick_config(seed=1, warmup_steps=1)},
+        ["optimize.seed (0, now 1)", "optimize.warmup_steps (0, now 1)"],
     ),
     "region": ({"config": quick_config(trust_region="none")}, ["optimize.trust_region"]),
     "training data": ({"train": [*TRAIN, Example("more", "data")]}, ["the training data"]),

@@ -13,8 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedgrad.maths.trust_region import CosineCone, MeanCosine, NoRegion
+from embedgrad.train.paths import expand_path, seen_from
 from embedgrad.train.plan import with_defaults
-from embedgrad.train.settings import OptimizeConfig, RunConfig, expand_path, load_run_config
+from embedgrad.train.settings import OptimizeConfig, RunConfig, load_run_config
 from embedgrad.util.errors import ConfigError, EmbedGradError
 
 BASE = {"model": "m.gguf", "prompt": "Say it.", "data": {"path": "d.jsonl", "split": {"train": 10}}}
@@ -28,10 +29,10 @@ def write(folder: Path, values: Any) -> Path:
 
 def test_defaults_and_short_forms(tmp_path: Path) -> None:
     config = load_run_config(write(tmp_path, BASE | {"data": {"train": "a.jsonl", "test": {"path": "b", "limit": 3}}}))
-    assert config.model.path == "m.gguf"
+    assert config.model.path == str(tmp_path / "m.gguf")
     assert config.prompt.text == "Say it."
     assert config.data.train is not None
-    assert config.data.train.path == "a.jsonl"
+    assert config.data.train.path == str(tmp_path / "a.jsonl")
     assert config.data.test is not None
     assert config.data.test.limit == 3
     assert config.run.name == "first run"
@@ -39,11 +40,17 @@ def test_defaults_and_short_forms(tmp_path: Path) -> None:
     assert config.optimize.learning_rate == 2e-3
 
 
-def test_written_configuration_reads_back(tmp_path: Path) -> None:
+def test_written_configuration_reads_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     chat = {"messages": [{"role": "user", "content": "{prompt}\n{query}"}]}
     config = load_run_config(write(tmp_path, BASE | {"template": chat}), ["optimize.trust_region.kind=mean_cosine"])
-    again = load_run_config(write(tmp_path, config.model_dump(mode="json")))
-    assert again == config
+    (tmp_path / "runs" / "one").mkdir(parents=True)
+    for folder in (tmp_path, tmp_path / "runs" / "one"):  # config.yaml in a run's folder leads to the same files
+        monkeypatch.chdir(tmp_path)
+        values = config.model_dump(mode="json")
+        seen_from(folder, values)
+        again = load_run_config(write(folder, values))
+        assert again.model_copy(update={"run": config.run}) == config
+        assert Path(again.run.folder).absolute() == Path("runs").absolute()
     assert isinstance(again.optimize.trust_region, MeanCosine)
     assert again.template is not None
     assert again.template.kind == "chat"
@@ -58,7 +65,7 @@ def test_overrides(tmp_path: Path) -> None:
     config = load_run_config(path, sets)
     assert config.optimize.steps == 7
     assert config.optimize.trust_region == CosineCone(0.9)
-    assert config.model.path == "m.gguf"
+    assert config.model.path == str(tmp_path / "m.gguf")
     assert config.model.dtype == "float64"
     assert config.template is not None
     assert config.template.kind == "plain"
@@ -230,3 +237,102 @@ def test_a_tasks_defaults_give_way_to_what_is_said() -> None:
     assert filled.learning_rate == OptimizeConfig().learning_rate
     told = with_defaults(OptimizeConfig(trust_region={"tau": 0.8}), {"steps": 50})
     assert (told.steps, told.trust_region) == (50, CosineCone(0.8))
+
+
+def test_relative_paths_count_from_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inner = tmp_path / "conf"
+    inner.mkdir()
+    monkeypatch.chdir(tmp_path)
+    paths = {"train": "a.jsonl", "validation": {"path": "../b.jsonl"}, "test": "/c.jsonl"}
+    values = BASE | {"data": paths, "prompt": {"file": "p.txt"}, "run": {"folder": "out"}}
+    config = load_run_config(write(inner, values).relative_to(tmp_path), ["data.train.path=d.jsonl"])
+    assert config.model.path == "conf/m.gguf"
+    assert config.prompt is not None
+    assert config.prompt.file == "conf/p.txt"
+    assert [part.path for part in (config.data.train, config.data.validation, config.data.test) if part] == [
+        "d.jsonl", "b.jsonl", "/c.jsonl",
+    ]  # fmt: skip
+    assert config.run.folder == "conf/out"
+    assert load_run_config(write(inner, BASE)).run.folder == "runs"
+    assert load_run_config(write(inner, BASE | {"model": "org/name@main"})).model.path == "org/name@main"
+    monkeypatch.setenv("SOMEWHERE", "/there")
+    assert load_run_config(write(inner, BASE | {"model": "$SOMEWHERE/m"})).model.path == "$SOMEWHERE/m"
+
+
+@pytest.mark.parametrize(
+    ("name", "values"),
+    [("model.path", {"model": "x"}), ("prompt.file", {"prompt": {"file": "x"}}), ("data.path", {}),
+     ("data.train.path", {"data": {"train": "x"}})],
+)  # fmt: skip
+def test_a_file_in_the_current_folder_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, values: dict[str, Any]
+) -> None:
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "x").touch()
+    monkeypatch.chdir(tmp_path)
+    data = {"path": "x", "split": {"train": 1}}
+    with pytest.raises(ConfigError, match=rf"{name} is 'x', but there is no .*conf/x: .* is '\.\./x'"):
+        load_run_config(write(tmp_path / "conf", BASE | {"data": data} | values))
+
+
+@pytest.mark.parametrize(
+    ("where", "key", "meant"),
+    [
+        ("optimize", "lr", "'learning_rate'"), ("optimize", "num_train_epochs", "'epochs'"),
+        ("optimize", "per_device_train_batch_size", "'batch_size'"), ("optimize", "tau", "'trust_region'"),
+        ("optimize", "max_grad_norm", "'clip_norm'"), ("optimize", "Learning-Rate", "'learning_rate'"),
+        ("data", "val", "'validation'"), ("data", "dev", "'validation'"), ("data", "classes", "'labels'"),
+        ("model", "model_name_or_path", "'path'"), ("model", "torch_dtype", "'dtype'"),
+        ("run", "output_dir", "'folder'"),
+        ("sampling", "max_tokens", "'max_new_tokens'"), ("", "lr", "'optimize.learning_rate'"),
+        ("", "epochs", "'optimize.epochs'"), ("", "dataset", "'data'"), ("", "labels", "'data.labels'"),
+        ("optimize", "max_new_tokens", "'sampling.max_new_tokens'"), ("data", "num_train_epochs", "'optimize.epochs'"),
+    ],
+)  # fmt: skip
+def test_names_of_other_programs(tmp_path: Path, where: str, key: str, meant: str) -> None:
+    values: dict[str, Any] = {**BASE, "optimize": {}, "sampling": {}, "run": {}, "model": {"path": "m"}}
+    values["data"] = dict(BASE["data"])  # type: ignore[call-overload]
+    (values[where] if where else values)[key] = 1
+    with pytest.raises(ConfigError, match=f"{key} is not a setting; did you mean {meant}"):
+        load_run_config(write(tmp_path, values))
+
+
+@pytest.mark.parametrize(
+    ("override", "labels"),
+    [("data.labels.0=x", ["x", "b"]), ("data.labels.1='no'", ["a", "no"]), ("data.labels.2=c", ["a", "b", "c"])],
+)
+def test_overrides_of_items(tmp_path: Path, override: str, labels: list[str]) -> None:
+    data = {**BASE["data"], "labels": ["a", "b"]}  # type: ignore[dict-item]
+    assert load_run_config(write(tmp_path, BASE | {"data": data}), [override]).data.labels == tuple(labels)
+
+
+def test_overrides_inside_of_items(tmp_path: Path) -> None:
+    messages = [{"role": "system", "content": "{prompt}"}, {"role": "user", "content": "{query}"}]
+    path = write(tmp_path, BASE | {"template": {"messages": messages}})
+    found = load_run_config(path, ["template.messages.1.content=Now {query}"]).template
+    assert found is not None
+    assert found.messages == (("system", "{prompt}"), ("user", "Now {query}"))
+    for index in ("3", "-1", "x", "99999999999"):
+        with pytest.raises(ConfigError, match="from 0 to 2"):
+            load_run_config(path, [f"template.messages.{index}=x"])
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.lists(st.one_of(st.none(), st.integers(0, 9), st.floats(0.01, 0.99)), min_size=3, max_size=3))
+def test_sizes_and_fractions(tmp_path_factory: pytest.TempPathFactory, sizes: list[float | None]) -> None:
+    split = {name: size for name, size in zip(("train", "validation", "test"), sizes, strict=True) if size is not None}
+    path = write(tmp_path_factory.mktemp("sizes"), BASE | {"data": {"path": "d", "split": split}})
+    too_much = sum(size for size in sizes if isinstance(size, float)) > 1 + 1e-9
+    if sizes[0] in (None, 0) or too_much:
+        with pytest.raises(ConfigError, match=r"train|add up"):
+            load_run_config(path)
+        return
+    found = load_run_config(path).data.split
+    assert found is not None
+    assert [found.train, found.validation, found.test] == sizes
+
+
+@pytest.mark.parametrize("size", [1.5, 1.0, -0.1, "many", True, -3])
+def test_sizes_that_are_none(tmp_path: Path, size: Any) -> None:
+    with pytest.raises(ConfigError, match="a fraction such as"):
+        load_run_config(write(tmp_path, BASE | {"data": {"path": "d", "split": {"train": size}}}))

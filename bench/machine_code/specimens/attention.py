@@ -3,6 +3,8 @@
 from dataclasses import replace
 
 import torch
+from embedgrad.kernels import launch
+from embedgrad.kernels.decode_attention import workspace_size
 from torch import Tensor
 
 from bench.machine_code.capture import Launch
@@ -123,16 +125,18 @@ def _decode(m: Model, dtype: torch.dtype) -> Specimen:
         OPS.decode_attention(q, prefix_k, prefix_v, own_k, own_v, lengths, scale=m.head_dim**-0.5, out=out)
 
     def cost(launches: list[Launch]) -> Cost:
-        prefix, own, _merge = launches
+        blocks = launches[0].blocks
+        options = launch.options("decode_attention", launches[0].arch, dtype=dtype, head_dim=m.head_dim)
+        parts = workspace_size(q, prefix_k, own_k, options) * 4
         shared, private = 2 * prefix_k.numel(), 2 * own_k.numel()
-        splits = prefix.grid[1] + own.grid[1]
-        parts = splits * DECODING * m.heads * (m.head_dim + 2) * 4
-        tiles = prefix.grid[0] * prefix.blocks["BLOCK_Q"] * PREFIX_KEYS + DECODING * own.blocks["BLOCK_H"] * OWN_KEYS
+        row_blocks = -(-DECODING * (m.heads // m.kv_heads) // blocks["BLOCK_Q"])
+        splits = parts // (DECODING * m.heads * (m.head_dim + 2) * 4)
+        tiles = row_blocks * blocks["BLOCK_Q"] * PREFIX_KEYS + DECODING * blocks["BLOCK_H"] * OWN_KEYS
         return Cost(
             least=size((2 * q.numel() + shared + private, dtype), (DECODING, torch.int32)),
-            moved=size((prefix.grid[0] * shared + private + (splits + 1) * q.numel(), dtype)) + 2 * parts,
+            moved=size((row_blocks * shared + private + (splits + 1) * q.numel(), dtype)) + 2 * parts,
             useful=4 * q.numel() * (PREFIX_KEYS + OWN_KEYS),
-            done=4 * tiles * m.kv_heads * prefix.blocks["BLOCK_D"],
+            done=4 * tiles * m.kv_heads * blocks["BLOCK_D"],
         )
 
     return Specimen("decode_attention", m.name, dtype, run, cost, matrix=True, helpers=("decode_merge_kernel",))

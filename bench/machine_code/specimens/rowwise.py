@@ -19,7 +19,7 @@ from bench.machine_code.specimens.shapes import (
     values,
     wide,
 )
-from embedgrad.backends.base import Backend, Heads
+from embedgrad.backends.base import Backend, CacheRows, Heads
 from embedgrad.backends.triton import OPS
 from embedgrad.maths.optimizer import AdamW
 from embedgrad.maths.trust_region import CosineCone, MeanCosine, TrustRegion
@@ -78,7 +78,20 @@ def _ropes(m: Model, dtype: torch.dtype) -> list[Specimen]:
         op = "rope" + "_backward" * backward + "+qk_norm" * normed
         return Specimen(op, m.name, dtype, run, cost, in_place=True, streaming=True)
 
-    return [specimen(backward, normed) for normed in (False, True) for backward in (False, True)]
+    keys, values = (untouched(TOKENS, m.kv_heads, m.head_dim, dtype=dtype) for _ in range(2))
+    cache = CacheRows(keys, values, untouched(TOKENS, dtype=torch.int64))
+
+    def store_cost(launches: list[Launch]) -> Cost:
+        """As without a cache; the values are read, keys and values stored once more, and slots read."""
+        stored = size((3 * keys.numel(), dtype), (TOKENS, torch.int64))
+        again = (launches[0].grid[0] // TOKENS - 1) * angles
+        return _streamed(least + stored, again, 3 * n)
+
+    storing = Specimen(
+        "rope_and_store", m.name, dtype, lambda: OPS.rope_and_store(qkv, cos, sin, heads, cache), store_cost,
+        in_place=True, streaming=True,
+    )  # fmt: skip
+    return [*(specimen(backward, normed) for normed in (False, True) for backward in (False, True)), storing]
 
 
 def _swiglus(m: Model, dtype: torch.dtype) -> list[Specimen]:
@@ -174,7 +187,18 @@ def _rope_trials(tokens: int, heads: Heads) -> list[Trial]:
         op = "rope" + "_backward" * backward + "+qk_norm" * normed
         return Trial(op, f"T={tokens} H={h} G={g_heads} D={d}", inputs, run)
 
-    return [trial(backward, normed) for normed in (False, True) for backward in (False, True)]
+    def store(ops: Backend, a: Tensors) -> dict[str, Tensor]:
+        keys, kept = (torch.zeros(tokens + 2, g_heads, d, dtype=a["qkv"].dtype) for _ in range(2))
+        slots = torch.arange(tokens, 0, -1)
+        qkv = ops.rope_and_store(
+            a["qkv"].clone(), a["cos"], a["sin"], heads, CacheRows(keys, kept, slots),
+            q_norm=a["q_norm"], k_norm=a["k_norm"], eps=EPS,
+        )  # fmt: skip
+        return {"qkv": qkv, "keys": keys, "values": kept}
+
+    case = f"T={tokens} H={h} G={g_heads} D={d}"
+    storing = Trial("rope_and_store+qk_norm", case, inputs, store)
+    return [*(trial(backward, normed) for normed in (False, True) for backward in (False, True)), storing]
 
 
 def _swiglu_trials(tokens: int, ffn: int) -> list[Trial]:

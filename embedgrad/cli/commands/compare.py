@@ -8,13 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from embedgrad.cli.commands.shared import STOPPED, open_configured, with_folder, with_interval, write_text
+from embedgrad.cli.tables import tables
 from embedgrad.compare.arms import arms
 from embedgrad.compare.outcome import Outcome
 from embedgrad.compare.runner import Runner, Stopped
 from embedgrad.compare.table import columns, explanation, lines, markdown, to_json
 from embedgrad.evaluation.statistics import Accuracy
+from embedgrad.train.paths import expand_path
 from embedgrad.train.plan import plan
-from embedgrad.train.settings import expand_path, load_run_config
+from embedgrad.train.settings import load_run_config
 
 SHOWN = ("generated_accuracy", "choice_accuracy")  # measures on the terminal; the files have all measures
 
@@ -27,7 +29,7 @@ def run(config_path: Path, overrides: Sequence[str], data: Path | None, quiet: b
     folder = expand_path(section.folder) / f"{section.name}-compare"
     model = open_configured(planned.config)
     runner = Runner(planned, model, folder)
-    chosen, notes = arms(planned, model)
+    chosen, notes = arms(runner.plan, model)
     notes.insert(0, runner.parts(runner.folds[0]).leakage.sentence() + ".")
 
     def tell(text: str) -> None:
@@ -36,6 +38,7 @@ def run(config_path: Path, overrides: Sequence[str], data: Path | None, quiet: b
 
     for note in notes:
         tell(note)
+    runner.check(chosen)  # errors come now and not after hours
     outcomes: list[Outcome] = []
     try:
         for arm in chosen:
@@ -73,12 +76,8 @@ def _told(outcome: Outcome, folds: int) -> str:
 
 def _show(outcomes: Sequence[Outcome]) -> None:
     from rich.console import Console
-    from rich.table import Table
 
-    table = columns(lines(outcomes), SHOWN)
-    shown = Table(*(heading for heading, _ in table))
-    for row in zip(*(cells for _, cells in table), strict=True):
-        shown.add_row(*row)
     console = Console(highlight=False)
-    console.print(shown)
+    shown = tables(columns(lines(outcomes), SHOWN), console.width)
+    console.print(f"{shown}\n", markup=False, soft_wrap=True)
     console.print(explanation(outcomes), markup=False, soft_wrap=True)

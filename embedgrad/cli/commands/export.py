@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from embedgrad.exports.export import ExportReport, export
-from embedgrad.train.settings import expand_path
+from embedgrad.train.paths import expand_path
 
 
 def run(prompts: Sequence[Path], to: str, model: str, out: Path, as_json: bool, **options: Any) -> None:

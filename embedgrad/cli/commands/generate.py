@@ -11,13 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from embedgrad.data.readers import read_queries
+from embedgrad.data.readers import query_lines, read_queries
 from embedgrad.engine.model import Model
 from embedgrad.generation.generate import Generation, generate
 from embedgrad.generation.sampling import Sampling
 from embedgrad.prompt.prompt import SoftPrompt
 from embedgrad.util.errors import DataError, EmbedGradError, SaveError
-from embedgrad.util.files import check_target
+from embedgrad.util.files import behind_links, check_target
 
 DIGITS = 4  # decimal places of an answer's figures
 
@@ -65,7 +65,7 @@ def _queries(options: Options) -> list[str]:
     if options.input is not None:
         queries += read_queries(options.input, options.query_field)
     elif not queries:
-        queries = [line.rstrip("\n") for line in sys.stdin if line.strip()]
+        queries = query_lines(sys.stdin.buffer, "stdin")
     if not queries:
         raise DataError("there are no queries: give --query or --input, or lines on stdin.")
     return queries
@@ -80,14 +80,15 @@ def _sink(options: Options) -> Iterator[Callable[[str, Generation], None]]:
     if options.output is None:
         yield lambda query, answer: _tell(sys.stdout, query, answer, options.as_json)
         return
-    check_target(options.output)
-    part = options.output.with_name(options.output.name + ".part")
+    output = behind_links(options.output)
+    check_target(output)
+    part = output.with_name(output.name + ".part")
     try:
         with open(part, "w", encoding="utf-8") as file:
             yield lambda query, answer: _tell(file, query, answer, True)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(part, options.output)
+        os.replace(part, output)
     except OSError as error:
         raise SaveError(
             f"cannot write {options.output}: {error.strerror or error}; the first answers are in {part}."

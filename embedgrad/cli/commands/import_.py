@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from embedgrad.exports.import_peft import import_prompt
-from embedgrad.train.settings import expand_path
+from embedgrad.train.paths import expand_path
 from embedgrad.util.files import check_target
 
 

@@ -12,30 +12,39 @@ from embedgrad.cli.commands.shared import (
     STOPPED,
     answers_told,
     figures,
+    in_percent,
     open_configured,
     with_folder,
-    with_interval,
     write_text,
 )
 from embedgrad.cli.progress import Bar, JsonLines
+from embedgrad.cli.tables import tables
 from embedgrad.data.example import Example
 from embedgrad.engine.model import Model
-from embedgrad.evaluation.evaluate import MEASURES, Evaluation, check_evaluation, evaluate, paired_tests
+from embedgrad.evaluation.evaluate import MEASURES, Evaluation, evaluate, paired_tests
 from embedgrad.evaluation.evaluate import shares as evaluation_shares
 from embedgrad.prompt.prompt import SoftPrompt
+from embedgrad.train.checks import check_parts
 from embedgrad.train.loggers import open_loggers
 from embedgrad.train.optimize import OptimizeResult, optimize
+from embedgrad.train.paths import expand_path, seen_from
 from embedgrad.train.plan import Plan, plan
 from embedgrad.train.progress import Progress, Quiet, Several
 from embedgrad.train.run_folder import read_summary, write_summary
-from embedgrad.train.settings import expand_path, load_run_config
+from embedgrad.train.settings import load_run_config
 from embedgrad.util.host import peak_memory
 
 _SHOWN = 3  # test examples in the report
 
 
 def run(
-    config_path: Path, overrides: Sequence[str], data: Path | None, resume: bool, quiet: bool, as_json: bool
+    config_path: Path,
+    overrides: Sequence[str],
+    data: Path | None,
+    resume: bool,
+    quiet: bool,
+    as_json: bool,
+    allow_other_bits: bool = False,
 ) -> int:
     """Runs the command. Returns its exit code. data: folder with the task's files. Raises EmbedGradError."""
     overrides = with_folder(overrides, data)
@@ -44,18 +53,18 @@ def run(
     folder = expand_path(config.run.folder) / str(config.run.name)
     progress: Progress = JsonLines() if as_json else Quiet() if quiet else Bar()
     description = config.model_dump(mode="json")
+    seen_from(folder, description)
     loggers = open_loggers(config.run.loggers, folder, description, progress.note)  # errors come before slow work
     progress = Several(progress, *loggers) if loggers else progress
     model = open_configured(config)
     parts = planned.parts(model.tokenizer)
-    prompt = SoftPrompt.from_text(model, planned.prompt, config.template)
-    if parts.test:  # errors come now and not after the training
-        check_evaluation(model, prompt, parts.test, planned.labels)
+    prompt = planned.start(model)
+    check_parts(planned, model, prompt, parts)  # errors come now and not after the training
     progress.note(parts.leakage.sentence() + ".")
     result = optimize(
         model, prompt, parts.train, parts.validation, config.optimize,
         run_dir=folder, resume=resume, progress=progress, description=description,
-        terminate_cleanly=True, judge=planned.judge,
+        terminate_cleanly=True, judge=planned.judge, allow_other_bits=allow_other_bits,
     )  # fmt: skip
     if result.stop_reason in STOPPED:
         sets = "".join(f" --set {_quoted(one)}" for one in overrides)
@@ -89,29 +98,30 @@ def _test(
         return {}
     return {
         when: evaluate(model, one, test, labels=planned.labels, sampling=planned.sampling, grader=planned.grader)
-        for when, one in (("before", prompt), ("after", result.prompt))
+        for when, one in (("before", result.prompt.replace(embeddings=prompt.embeddings)), ("after", result.prompt))
     }
 
 
 def _report(result: OptimizeResult, tested: Mapping[str, Evaluation], folder: Path) -> None:
     from rich.console import Console
-    from rich.table import Table
 
     console = Console(highlight=False)
-    table = Table("", "before", "after", "gained, lost", "p (McNemar)")
+    rows: list[tuple[str, ...]] = []
     if tested:
         tests = paired_tests(tested["before"], tested["after"])
         for name, shares in evaluation_shares(tested).items():
             paired = tests[name]
-            told = f"test: {MEASURES[name]}"
-            cells = [*map(with_interval, shares.values()), f"{paired.gained}, {paired.lost}", f"{paired.p:.2g}"]
-            table.add_row(told, *cells)
-        table.add_row("test: answers", *map(answers_told, tested.values()))
+            cells = [*map(in_percent, shares.values()), f"+{paired.gained} −{paired.lost}", f"{paired.p:.2g}"]
+            rows.append((f"test: {MEASURES[name]}", *cells))
     if result.before is not None and result.after is not None:
         for name in ("accuracy", "loss"):
-            table.add_row(f"validation: {name}", f"{result.before[name]:.4f}", f"{result.after[name]:.4f}")
-    if table.row_count:
-        console.print(table)
+            rows.append((f"validation: {name}", f"{result.before[name]:.4f}", f"{result.after[name]:.4f}", "", ""))
+    if rows:
+        headings = ("", "before", "after", "gained, lost", "p (McNemar)")
+        shown = tables(list(zip(headings, zip(*rows, strict=True), strict=True)), console.width)
+        console.print(f"{shown}\n", markup=False, soft_wrap=True)
+    for when, evaluation in tested.items():
+        console.print(f"answers {when}: {answers_told(evaluation)}", markup=False, soft_wrap=True)
     if tested:
         pairs = list(zip(tested["before"].records, tested["after"].records, strict=True))
         for before, after in pairs[:_SHOWN]:

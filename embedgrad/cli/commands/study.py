@@ -12,8 +12,9 @@ from embedgrad.compare.runner import Runner, Stopped
 from embedgrad.compare.studies import NAMES, find_study
 from embedgrad.compare.studies.pictures import save, style
 from embedgrad.engine.model import Model
+from embedgrad.train.paths import expand_path
 from embedgrad.train.plan import Plan, plan
-from embedgrad.train.settings import expand_path, load_run_config
+from embedgrad.train.settings import load_run_config
 
 
 def run(name: str, config_path: Path, overrides: Sequence[str], data: Path | None, output: Path | None) -> int:

@@ -17,6 +17,7 @@ from embedgrad.compare.studies.study import (
     Study,
     main_measure,
     original,
+    own,
     percent,
     share,
     starting,
@@ -52,7 +53,8 @@ def run(runner: Runner) -> Finding:
         found: dict[str, Any] = {"before": _figures(before, measure)}
         for way, (region, _) in WAYS.items():
             known = {"held": "optimised", "free": "unconstrained"}[way] if name == "good" else f"{folder}-{way}"
-            outcome, _ = trained(runner, known, f"{name} start, {way}", Training(region), start)
+            begin = own if name == "good" else start
+            outcome, _ = trained(runner, known, f"{name} start, {way}", Training(region), begin)
             found[way] = {**_figures(outcome, measure), "similarity": outcome.similarity}
         data["starts"][name] = found
     figure, axes = plt.subplots(figsize=(7, 3.4))

@@ -45,7 +45,7 @@ def starting(text: str) -> Callable[[Runner], SoftPrompt]:
 
 def original(runner: Runner) -> Outcome:
     """The outcome of the configuration's starting prompt."""
-    return _first(runner, Arm(ORIGINAL, "the original text", _own(runner)))
+    return _first(runner, Arm(ORIGINAL, "the original text", only(lambda model: starting(runner.plan.prompt)(runner))))
 
 
 def optimised(runner: Runner) -> tuple[Outcome, list[dict[str, Any]]]:
@@ -58,7 +58,8 @@ def trained(
 ) -> tuple[Outcome, list[dict[str, Any]]]:
     """(outcome of an optimisation with the first seed, its records). prompt: makes the start; None: the
     configuration's."""
-    candidates = _own(runner) if prompt is None else only(lambda model: prompt(runner))
+    start = own if prompt is None else prompt
+    candidates = only(lambda model: start(runner))
     outcome = _first(runner, Arm(name, title, candidates, training))
     return outcome, runner.records(name, outcome.seed, outcome.fold)
 
@@ -68,9 +69,9 @@ def untrained(runner: Runner, name: str, title: str, prompt: Callable[[Runner], 
     return _first(runner, Arm(name, title, only(lambda model: prompt(runner))))
 
 
-def _own(runner: Runner) -> Any:
-    start = starting(runner.plan.prompt)
-    return only(lambda model: start(runner))
+def own(runner: Runner) -> SoftPrompt:
+    """The configuration's start: a saved prompt, or that of its text."""
+    return runner.plan.start(runner.model)
 
 
 def _first(runner: Runner, arm: Arm) -> Outcome:

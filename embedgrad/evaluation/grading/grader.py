@@ -35,6 +35,10 @@ class Grader(ABC):
     def grade(self, text: str, target: str) -> Grade:
         """The grade of `text`, the generated answer without its stop token. `target` is the example's target."""
 
+    def ideal(self, target: str) -> str:
+        """A text that answers as `target` does, which `grade` must find right."""
+        return target
+
     def describe(self) -> dict[str, Any]:
         """The grader as JSON-able values, from which `make_grader` makes it again."""
         return {"kind": self.kind, **{name: getattr(self, name) for name in self.settings}}

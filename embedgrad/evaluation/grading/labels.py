@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from dataclasses import dataclass
 from functools import cached_property
 from typing import ClassVar
 
 from embedgrad.evaluation.grading.grader import Grade, Grader
+from embedgrad.evaluation.grading.label_finder import LabelFinder
 from embedgrad.util.errors import ConfigError
+
+# The full stops of the world's scripts: Latin, CJK, Devanagari, Arabic and Urdu, Armenian, Ethiopic, Burmese, Khmer,
+# Tibetan, Canadian syllabics, Mongolian, Lisu, Vai, Coptic.
+_FULL_STOPS = ".。｡．︒﹒।॥۔։።။។༎།᙮᠃᠉꓿꘎⳾"
 
 
 def plain(text: str) -> str:
-    """`text` without case, surrounding white space and a final full stop, which make no difference to an answer."""
-    return text.strip().removesuffix(".").strip().casefold()
+    """`text` without case, surrounding white space and a final full stop, which make no difference to an answer.
+
+    Unicode's composed and decomposed forms are one text.
+    """
+    text = unicodedata.normalize("NFC", text).strip()
+    return (text[:-1] if text[-1:] in _FULL_STOPS else text).strip().casefold()
 
 
 def same_answer(answer: str, target: str) -> bool:
@@ -49,7 +59,8 @@ class GeneratedLabel(Grader):
     """A regular expression finds the label in the text. A text without a match is invalid.
 
     pattern: a Python regular expression; case is ignored. The answer is its first capturing group, or the whole match
-    if it has none. None: any of the labels as a separate word. which: "first" or "last", the match that counts.
+    if it has none. None: any of the labels as a separate word (`LabelFinder`). which: "first" or "last", the match that
+    counts.
     """
 
     labels: tuple[str, ...] = ()
@@ -67,10 +78,13 @@ class GeneratedLabel(Grader):
         _ = self._compiled
 
     @cached_property
-    def _compiled(self) -> re.Pattern[str]:
+    def _finder(self) -> LabelFinder:
+        return LabelFinder(self.labels)
+
+    @cached_property
+    def _compiled(self) -> re.Pattern[str] | None:
         if self.pattern is None:
-            longest_first = sorted(self.labels, key=len, reverse=True)  # else "not" would match in "not sure"
-            return re.compile(rf"(?<!\w)(?:{'|'.join(map(re.escape, longest_first))})(?!\w)", re.IGNORECASE)
+            return None
         if not isinstance(self.pattern, str):
             raise ConfigError(f"pattern is {self.pattern!r}, but must be a regular expression.")
         try:
@@ -80,11 +94,20 @@ class GeneratedLabel(Grader):
 
     def grade(self, text: str, target: str) -> Grade:
         """See `Grader`."""
-        found = None
-        for match in self._compiled.finditer(text):
-            found = match[1] if self._compiled.groups else match[0]
-            if self.which == "first":
-                break
+        if self._compiled is None:
+            label = self._finder.find(text, self.which == "last")
+            return Grade(False, None) if label is None else Grade(same_answer(label.label, target), label.written)
+        found = self._matched(self._compiled, text)
         if found is None or (self.labels and not any(same_answer(found, label) for label in self.labels)):
             return Grade(False, None)
-        return Grade(same_answer(found, target), found.strip())
+        expected = None if same_answer(found, target) else self._matched(self._compiled, target)
+        return Grade(same_answer(found, target if expected is None else expected), found.strip())
+
+    def _matched(self, pattern: re.Pattern[str], text: str) -> str | None:
+        """What the pattern finds in `text`; None where it finds nothing."""
+        found = None
+        for match in pattern.finditer(text):
+            found = match[1] if pattern.groups else match[0]
+            if self.which == "first":
+                break
+        return found

@@ -1,4 +1,8 @@
-"""Graders of mathematical answers: equal values (package `math-verify`), or equal text in the last \\boxed{}."""
+"""Graders of mathematical answers: equal values (package `math-verify`), or equal text in the last \\boxed{}.
+
+What a text says its answer is (`stated`): the last \\boxed{}, else what follows "####" (the form of GSM8K), else what
+follows words such as "the answer is" or "答案是".
+"""
 
 from __future__ import annotations
 
@@ -10,44 +14,21 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from embedgrad.evaluation.grading.grader import Grade, Grader
+from embedgrad.evaluation.grading.stated import few_words, is_bare, last_boxed, said, stated
 from embedgrad.util.errors import ConfigError
 
 SECONDS = 5  # time limit of math-verify for one expression
-_COMMANDS = re.compile(r"\\(?:boxed|fbox)(?:\s*(\{)|\s+([^\s${}\\]+))")
 _SILENT = re.compile(r"\\left(?![a-zA-Z])|\\right(?![a-zA-Z])|\\[!,;: ]|\\q?quad(?![a-zA-Z])|[\s$]")
 
 
-def last_boxed(text: str) -> str | None:
-    """The content of the last complete \\boxed{…} (or \\fbox{…}, or "\\boxed 7") in `text`, with matched braces.
-
-    None where there is none or the last one is empty.
-    """
-    found = None
-    for match in _COMMANDS.finditer(text):
-        content = match[2] if match[1] is None else _braced(text, match.end())
-        if content is not None:
-            found = content
-    return found if found is not None and found.strip() else None
-
-
-def _braced(text: str, start: int) -> str | None:
-    """The text from `start` to the brace that closes the one before `start`; None where no brace closes it."""
-    depth, at = 1, start
-    while at < len(text):
-        if text[at] == "\\":  # \{ and \} are not braces
-            at += 2
-            continue
-        depth += {"{": 1, "}": -1}.get(text[at], 0)
-        if depth == 0:
-            return text[start:at]
-        at += 1
-    return None
-
-
 def reference(target: str) -> str:
-    """The answer in a target: the content of its last \\boxed{}, or the whole target."""
-    boxed = last_boxed(target)
-    return target.strip() if boxed is None else boxed
+    """The answer in a target: what it says that its answer is (`stated`), or the whole target."""
+    found = stated(target)
+    return target.strip() if found is None else found
+
+
+def _boxed_unless_stated(target: str) -> str:
+    return target if stated(target) is not None else f"\\boxed{{{target.strip()}}}"
 
 
 def same_text(one: str, other: str) -> bool:
@@ -69,6 +50,10 @@ class Boxed(Grader):
 
     kind: ClassVar[str] = "boxed"
 
+    def ideal(self, target: str) -> str:
+        """The target's answer in a box."""
+        return f"\\boxed{{{reference(target)}}}"
+
     def grade(self, text: str, target: str) -> Grade:
         """See `Grader`."""
         boxed = last_boxed(text)
@@ -79,8 +64,9 @@ class Boxed(Grader):
 class Mathematics(Grader):
     """math-verify compares values: 1/2 and 0.5 are equal. Where it finds no equality, equal text decides.
 
-    The answer is the content of the last \\boxed{}, else what math-verify finds after words such as "the final answer
-    is". A text with neither is invalid, so that the intermediate numbers of a truncated text are not taken for its
+    The answer is the content of the last \\boxed{}, else what follows "####", else what math-verify finds after words
+    such as "the final answer is", or what follows such words in other languages, else the whole text where it is a bare
+    expression. Any other text is invalid, so that the intermediate numbers of a truncated text are not taken for its
     answer. An expression that math-verify cannot decide within 5 seconds counts as different. Outside the main thread
     there is no time limit. Raises ConfigError where math-verify is not installed.
     """
@@ -95,11 +81,21 @@ class Mathematics(Grader):
 
     def grade(self, text: str, target: str) -> Grade:
         """See `Grader`."""
-        expected, boxed = reference(target), last_boxed(text)
-        if boxed is None:
+        expected, answer = reference(target), stated(text, words=False)
+        if answer is None:
             found = _parse(text, anchored=True)
-            return Grade(bool(found) and _equal(expected, found), str(found[-1]) if found else None)
-        return Grade(_equal(expected, _parse(f"${boxed}$")) or same_text(boxed, expected), boxed)
+            if found:
+                return Grade(_equal(expected, found), str(found[-1]))
+            answer = said(text)
+        if answer is None and (is_bare(text) or (few_words(text) and same_text(text, expected))):
+            answer = text.strip()
+        if answer is None:
+            return Grade(False, None)
+        return Grade(same_text(answer, expected) or _equal(expected, _value(answer)), answer)
+
+    def ideal(self, target: str) -> str:
+        """The target; in a box where it is a short answer that says nothing of the kind."""
+        return _boxed_unless_stated(target) if few_words(target) else target
 
 
 def _parse(text: str, anchored: bool = False) -> list[Any]:
@@ -122,11 +118,16 @@ def _parse(text: str, anchored: bool = False) -> list[Any]:
     return list(found)
 
 
+def _value(answer: str) -> list[Any]:
+    """The expressions in an answer: all of it is one, or it stands among words, as in "45 pens"."""
+    return _parse(f"${answer}$" if is_bare(answer) or not few_words(answer) else answer) or _parse(f"${answer}$")
+
+
 def _equal(expected: str, found: list[Any]) -> bool:
     from math_verify import verify
 
     with _Unheard():
-        return bool(verify(_parse(f"${expected}$"), found, timeout_seconds=_limit()))
+        return bool(verify(_value(expected), found, timeout_seconds=_limit()))
 
 
 def _limit() -> int | None:

@@ -183,7 +183,7 @@ class DeviceLoop:
         last = cache.own.shape[3] - 1  # after `_make_room` no running sequence needs a later position
         own = (state["positions"].long() - cache.prefix.shape[2]).clamp(0, last)
         cache.rewind((own, last))
-        self._logits.copy_(cache.logits(cache.advance(state["inputs"].long())))
+        cache.logits(cache.advance(state["inputs"].long()), out=self._logits)
 
     def _choose(self) -> None:
         """Chooses each running slot's token from `_logits`, stores its entropy and log-probability, and advances."""

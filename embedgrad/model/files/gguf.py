@@ -6,8 +6,9 @@ because every size in it is untrusted. The `gguf` package dequantises the blocks
 
 from __future__ import annotations
 
+import mmap
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
+from embedgrad.model.files.recognise import GGUF_MAGIC
 from embedgrad.util.errors import ModelError
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
@@ -69,16 +71,19 @@ class GgufFile:
         """Parses and checks the header. Raises ModelError."""
         self.path = path
         try:
-            size = path.stat().st_size
-            # A private mapping of the whole file. A page is read when it is first used.
-            data = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8) if size else torch.empty(0)
-        except (OSError, RuntimeError) as error:
+            with path.open("rb") as file:
+                # A private mapping of the whole file. A page is read when it is first used.
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY) if path.stat().st_size else None
+        except (OSError, ValueError) as error:
             raise ModelError(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
-        self._data = data
+        self._mapped = mapped
+        self._data = torch.empty(0) if mapped is None else torch.frombuffer(mapped, dtype=torch.uint8)
         try:
-            self.metadata, entries, self._spans = _parse(data.numpy().data if size else memoryview(b""))
+            self.metadata, entries, self._spans = _parse(memoryview(b"" if mapped is None else mapped))
         except (_Malformed, struct.error, UnicodeDecodeError, OverflowError) as error:
             raise ModelError(f"{path} is not a complete GGUF file ({error}); fetch it again.") from error
+        except _Unsupported as error:
+            raise ModelError(f"{path} {error}.") from error
         if str(self.metadata.get("split.count", 0)) not in ("0", "1"):
             raise ModelError(f"{path} is one part of a split model; join the parts with llama-gguf-split --merge.")
         self._check_kinds(entries)
@@ -114,6 +119,14 @@ class GgufFile:
         entry = self._entries[name]
         return self._values(entry, self._unpermuted(name, self._blocks(entry)))
 
+    def first_row(self, name: str) -> torch.Tensor:
+        entry = self._entries[name]  # the permutation of q and k leaves the first row in its place
+        shape = (1, entry.shape[-1]) if len(entry.shape) > 1 else entry.shape
+        return self._values(replace(entry, shape=shape), self._blocks(entry)[:1]).flatten()
+
+    def stored_as(self, name: str) -> str | None:
+        return self._entries[name].kind.name
+
     def raw(self, name: str) -> tuple[str, torch.Tensor]:
         """(name of the type, stored bytes as uint8 [matrix rows, bytes per matrix row]), in the model's row order."""
         entry = self._entries[name]
@@ -129,6 +142,14 @@ class GgufFile:
             StoredTensor(name, e.kind.name, e.shape, self._data[e.start : e.start + e.size])
             for name, e in self._stored.items()
         ]
+
+    def release(self, name: str) -> None:
+        """Drops the pages that only this quantised tensor lies in; they are read again when they are used."""
+        entry, page = self._entries[name], mmap.PAGESIZE
+        first, last = -(-entry.start // page) * page, (entry.start + entry.size) // page * page
+        quantised = entry.kind.name not in _PLAIN
+        if self._mapped is not None and last > first and quantised and hasattr(mmap, "MADV_DONTNEED"):
+            self._mapped.madvise(mmap.MADV_DONTNEED, first, last - first)
 
     def _blocks(self, entry: _Entry) -> torch.Tensor:
         rows = _product(entry.shape[:-1])
@@ -171,12 +192,17 @@ class GgufFile:
             except NotImplementedError:
                 name = next(name for name, entry in entries.items() if entry.kind == kind)
                 raise ModelError(
-                    f"{self.path}: {name} has type {kind.name}, which the gguf package cannot dequantise."
+                    f"{self.path}: {name} has type {kind.name}, which is unsupported: the gguf package cannot "
+                    f"dequantise it; take a file of another type, such as Q8_0 or Q4_K_M."
                 ) from None
 
 
 class _Malformed(Exception):
     """The header is malformed; the message says how in a few words."""
+
+
+class _Unsupported(Exception):
+    """The file may be whole, but is of a kind that is not read; the message continues a sentence that names it."""
 
 
 class _Reader:
@@ -245,13 +271,17 @@ class _Reader:
 def _parse(data: memoryview) -> tuple[dict[str, Any], dict[str, _Entry], dict[str, tuple[int, int]]]:
     """(metadata, tensors, for each key the place of its type and value)."""
     reader = _Reader(data)
-    if bytes(data[:4]) != b"GGUF":
+    if bytes(data[:4]) != GGUF_MAGIC:
         raise _Malformed("it does not begin with GGUF")
     reader.at = 4
     version = reader.scalar("<I")
     if version not in (2, 3):
         swapped = int.from_bytes(version.to_bytes(4, "little"), "big")
-        raise _Malformed("big-endian" if swapped in (2, 3) else f"version {version}, supported are 2 and 3")
+        if swapped in (2, 3):
+            raise _Unsupported("is a big-endian GGUF file, which is not supported; convert the model for this machine")
+        raise _Unsupported(
+            f"has GGUF version {version}, which is not supported; supported are 2 and 3: convert it anew"
+        )
     tensors, pairs = reader.scalar("<Q"), reader.scalar("<Q")
     metadata: dict[str, Any] = {}
     spans: dict[str, tuple[int, int]] = {}
@@ -292,7 +322,10 @@ def _entry(name: str, shape: tuple[int, ...], kind: int, offset: int, alignment:
     try:
         known = GGMLQuantizationType(kind)
     except ValueError:
-        raise _Malformed(f"{name!r} has the unknown type {kind}") from None
+        raise _Unsupported(
+            f"holds {name[:80]!r} in type {kind}, which is unsupported (the gguf package here does not know it); take "
+            f"a file of another type, such as Q8_0 or Q4_K_M"
+        ) from None
     values, size = GGML_QUANT_SIZES[known]
     if min(shape) < 1 or shape[-1] % values:
         raise _Malformed(f"{name!r} has shape {list(shape)}, impossible for {known.name}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -11,13 +12,21 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from embedgrad.model.files.recognise import stand_in
 from embedgrad.util.errors import ModelError
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+# model.safetensors of one type beside those of others: model.fp16.safetensors, model.fp16-00001-of-00002.safetensors or
+# model-00001-of-00002.fp16.safetensors.
+_VARIANT = re.compile(r"model(?:\.(\w+))?(?:-\d{5}-of-\d{5})?(?:\.(\w+))?\.safetensors")
 # Old versions of transformers stored these frequencies. They follow from the configuration and are ignored.
 DERIVED = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq")
+
+
+class ModelFilesWarning(UserWarning):
+    """A model's folder holds more than one set of weights; the message says which one is read."""
 
 
 class SafetensorsFiles:
@@ -46,8 +55,18 @@ class SafetensorsFiles:
     def get(self, name: str) -> torch.Tensor:
         return self._files[name].get_tensor(name)
 
+    def first_row(self, name: str) -> torch.Tensor:
+        row: torch.Tensor = self._files[name].get_slice(name)[0:1] if len(self._shapes[name]) > 1 else self.get(name)
+        return row.flatten()
+
+    def stored_as(self, name: str) -> str | None:
+        return None
+
     def raw(self, name: str) -> tuple[str, torch.Tensor] | None:
         return None
+
+    def release(self, name: str) -> None:
+        """Nothing: no tensor of these files is quantised."""
 
     def _add(self, path: Path) -> None:
         try:
@@ -58,40 +77,65 @@ class SafetensorsFiles:
                 header = file.get_slice(name)
                 if header.get_dtype() not in DTYPES:
                     raise ModelError(
-                        f"{path}: {name} has type {header.get_dtype()}; supported are {', '.join(DTYPES)} (quantised "
-                        f"models are read from GGUF)."
+                        f"{path}: {name} has type {header.get_dtype()}; supported are {', '.join(DTYPES)} (a quantised "
+                        f"model is read from GGUF)."
                     )
                 if name in self._files:
                     raise ModelError(f"{path}: {name} is in another file of the folder as well.")
                 self._files[name] = file
                 self._shapes[name] = tuple(header.get_shape())
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            raise ModelError(f"{path} is not a complete safetensors file ({_line(error)}); fetch it again.") from error
+            found = stand_in(path) or f"is not a complete safetensors file ({_line(error)}); fetch it again"
+            raise ModelError(f"{path} {found}.") from error
 
 
 def files_of(folder: Path) -> tuple[list[Path], Iterable[str]]:
-    """(files to open, names of the tensors that an index lists). Raises ModelError."""
-    index = folder / INDEX
+    """(files to open, names of the tensors that an index lists). Raises ModelError.
+
+    A single file comes before an index, as in transformers, which leaves the index of an earlier save behind. Of
+    a model that was saved in several types the unmarked set is read, else the largest.
+    """
+    single, index = folder / SINGLE, folder / INDEX
+    if single.is_file():
+        if index.is_file():
+            warnings.warn(f"{folder} holds {SINGLE} and {INDEX}; the former is read.", ModelFilesWarning, stacklevel=2)
+        return [single], ()
     if index.is_file():
-        try:
-            weights = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            names = sorted(set(weights.values()))
-            plain = bool(names) and all(isinstance(name, str) and Path(name).name == name for name in names)
-        except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f'{index} is not a JSON object with a "weight_map"; fetch it again.') from error
-        if not plain:
-            raise ModelError(f"{index} should name files of its own folder in weight_map.")
-        for name in names:
-            if not (folder / name).is_file():
-                raise ModelError(f"{folder} lacks {name}, which {INDEX} names; fetch it as well.")
-        return [folder / name for name in names], weights
-    if (folder / SINGLE).is_file():
-        return [folder / SINGLE], ()
+        return _listed(folder, index)
     others = sorted(folder.glob("*.safetensors"))
     if not others:
         hint = "; pickled *.bin weights are not read, convert them" if any(folder.glob("*.bin")) else ""
         raise ModelError(f"{folder} holds no *.safetensors file{hint}.")
-    return others, ()
+    variants: dict[str, list[Path]] = {}
+    for path in others:
+        if (found := _VARIANT.fullmatch(path.name)) is not None:
+            variants.setdefault(found[1] or found[2] or "", []).append(path)
+    if not variants:
+        return others, ()
+    sets = {
+        name: [p for p in paths if p.name == f"model.{name}.safetensors"] or paths for name, paths in variants.items()
+    }
+    chosen = max(sets, key=lambda name: (name == "", sum(path.stat().st_size for path in sets[name])))
+    index = folder / f"{INDEX.removesuffix('.json')}.{chosen}.json"
+    sharded = bool(chosen) and not (folder / f"model.{chosen}.safetensors").is_file() and index.is_file()
+    return _listed(folder, index) if sharded else (sets[chosen], ())
+
+
+def _listed(folder: Path, index: Path) -> tuple[list[Path], Iterable[str]]:
+    """`files_of` by an index."""
+    try:
+        weights = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        names = sorted(set(weights.values()))
+        plain = bool(names) and all(isinstance(name, str) and Path(name).name == name for name in names)
+    except (OSError, ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
+        found = stand_in(index) or 'is not a JSON object with a "weight_map"; fetch it again'
+        raise ModelError(f"{index} {found}.") from error
+    if not plain:
+        raise ModelError(f"{index} should name files of its own folder in weight_map.")
+    for name in names:
+        if not (folder / name).is_file():
+            raise ModelError(f"{folder} lacks {name}, which {index.name} names; fetch it as well.")
+    return [folder / name for name in names], weights
 
 
 def _line(error: Exception) -> str:

@@ -17,8 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedgrad.model.checkpoint import read_checkpoint
-from embedgrad.model.config import inverse_frequencies
+from embedgrad.model.config import ModelConfig
 from embedgrad.model.files.gguf import GgufFile
+from embedgrad.model.rope import inverse_frequencies
 from embedgrad.util.errors import ModelError
 from tests.model import tiny
 
@@ -78,7 +79,7 @@ def test_every_tensor_is_read_bit_for_bit(tmp_path: Path, family: str, tied: boo
     assert config.mlp_bias == (family == "llama")
     assert config.rms_eps == float(np.float32(model.config.rms_norm_eps))
     assert (config.max_position, config.head_dim) == (256, 8)
-    assert torch.equal(inverse_frequencies(config), model.model.rotary_emb.inv_freq)
+    assert torch.equal(inverse_frequencies(config.rope, config.head_dim), model.model.rotary_emb.inv_freq)
     expected = model.state_dict()
     assert set(checkpoint.tensors.names()) == set(expected) - ({"lm_head.weight"} if tied else set())
     for name in checkpoint.tensors.names():
@@ -147,7 +148,7 @@ def test_llama3_scaling_as_a_tensor_of_divisors(tmp_path: Path) -> None:
     assert divisors.max() == pytest.approx(8)
     tiny.write_gguf(tmp_path / "m.gguf", model, rope_divisors=divisors)
     found = read_checkpoint(tmp_path / "m.gguf").config
-    torch.testing.assert_close(inverse_frequencies(found), expected, rtol=5e-7, atol=0)
+    torch.testing.assert_close(inverse_frequencies(found.rope, found.head_dim), expected, rtol=5e-7, atol=0)
     tiny.write_gguf(tmp_path / "ones.gguf", model, rope_divisors=np.ones(32))
     assert read_checkpoint(tmp_path / "ones.gguf").config.rope.kind == "default"
     tiny.write_gguf(tmp_path / "short.gguf", model, rope_divisors=np.full(31, 2.0))
@@ -164,17 +165,45 @@ def test_linear_scaling(tmp_path: Path) -> None:
         {"llama.rope.scale_linear": 2.5},
     ):
         tiny.write_gguf(tmp_path / "m.gguf", model, metadata=field)
-        found = inverse_frequencies(read_checkpoint(tmp_path / "m.gguf").config)
-        assert torch.equal(found, model.model.rotary_emb.inv_freq)
+        found = read_checkpoint(tmp_path / "m.gguf").config
+        assert torch.equal(inverse_frequencies(found.rope, found.head_dim), model.model.rotary_emb.inv_freq)
+
+
+def test_yarn(tmp_path: Path) -> None:
+    rope = {"rope_theta": 1e4, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+    model = tiny.random_model("qwen2", rope_parameters=rope)
+    fields = {"type": "yarn", "factor": 4.0, "original_context_length": 64}
+    tiny.write_gguf(tmp_path / "m.gguf", model, metadata={f"qwen2.rope.scaling.{k}": v for k, v in fields.items()})
+    found = read_checkpoint(tmp_path / "m.gguf").config
+    assert torch.equal(inverse_frequencies(found.rope, found.head_dim), model.model.rotary_emb.inv_freq)
+    assert found.rope.attention_factor == model.model.rotary_emb.attention_scaling
+
+
+@pytest.mark.parametrize(
+    ("changes", "window"),
+    [({}, 4096), ({"rope.freq_base": 1e6}, None), ({"context_length": 8192}, None), ({"words": 128256}, None),
+     ({"attention.sliding_window": 0}, None), ({"attention.sliding_window": 512}, 512)],
+)  # fmt: skip
+def test_mistral_files_without_their_window(changes: dict[str, Any], window: int | None) -> None:
+    """GGUF files of Mistral-7B v0.1 leave it out; those of Llama-3-8B and of Mistral-7B v0.3 have none."""
+    words = changes.pop("words", 32000)
+    fields = {
+        "embedding_length": 4096, "feed_forward_length": 14336, "block_count": 32, "attention.head_count": 32,
+        "attention.head_count_kv": 8, "attention.layer_norm_rms_epsilon": 1e-5, "context_length": 32768, **changes,
+    }  # fmt: skip
+    metadata = {"general.architecture": "llama"} | {f"llama.{name}": value for name, value in fields.items()}
+    config = ModelConfig.from_gguf(metadata, "m.gguf", {"model.embed_tokens.weight": (words, 4096)})
+    assert set(config.windows) == {window}
 
 
 @pytest.mark.parametrize(
     ("metadata", "said"),
     [
         ({"general.architecture": "gemma2"}, ["gemma2", "llama, qwen2, qwen3"]),
-        ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}, ["yarn"]),
+        ({"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 4.0}, ["longrope"]),
+        ({"llama.rope.scaling.type": "yarn"}, ["rope.scaling.factor", "missing"]),
         ({"llama.rope.scaling.attn_factor": 1.5}, ["rope.scaling.attn_factor", "1.5"]),
-        ({"llama.attention.sliding_window": 128}, ["attention.sliding_window", "128"]),
+        ({"llama.attention.sliding_window": "wide"}, ["attention.sliding_window", "wide"]),
         ({"llama.expert_count": 8}, ["expert_count", "8"]),
         ({"llama.attention.value_length": 16}, ["value_length", "16"]),
         ({"llama.rope.dimension_count": 4}, ["rope.dimension_count", "4"]),
@@ -272,7 +301,7 @@ def test_bit_flips_in_the_header(tmp_path_factory: pytest.TempPathFactory, conte
         for name, shape in checkpoint.config.shapes().items():
             assert checkpoint.tensors.get(name).shape == shape
         checkpoint.tokenizer.decode(checkpoint.tokenizer.encode("It's a test 123"))
-        inverse_frequencies(checkpoint.config)
+        inverse_frequencies(checkpoint.config.rope, checkpoint.config.head_dim)
     except ModelError as error:
         one_sentence(error)
 

@@ -44,6 +44,7 @@ def test_download_is_restricted_to_what_is_read(monkeypatch: pytest.MonkeyPatch,
         return str(tmp_path)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda *_, **__: ["README.md"])
     assert resolve("org/some-model.v1") == tmp_path
     assert resolve("org/name@refs/pr/3") == tmp_path
     assert [(name, options["revision"]) for name, options in calls] == [
@@ -90,3 +91,71 @@ def test_cached_snapshot_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     assert read_checkpoint(found).name == "org/tiny"
     with pytest.raises(ModelError, match="could not be fetched"):
         resolve("org/absent")
+
+
+FILES = [
+    "m-Q4_K_M.gguf",
+    "m-Q8_0.gguf",
+    "big/m-F16-00001-of-00002.gguf",
+    "big/m-F16-00002-of-00002.gguf",
+    "m-mmproj.gguf",
+]
+
+
+def repository(monkeypatch: pytest.MonkeyPatch, folder: Path, files: list[str]) -> list[str]:
+    """A stand-in for a repository; returns the names of the GGUF files that are downloaded."""
+    fetched: list[str] = []
+
+    def one(name: str, file: str, revision: str | None = None) -> str:
+        fetched.append(file)
+        tiny.write_gguf(folder / file.replace("/", "-"), tiny.random_model("llama"))
+        return str(folder / file.replace("/", "-"))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: str(folder))
+    monkeypatch.setattr(huggingface_hub, "list_repo_files", lambda name, revision=None: ["README.md", *files])
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", one)
+    return fetched
+
+
+@pytest.mark.parametrize(
+    ("wanted", "file"),
+    [
+        ("org/name:Q4_K_M", "m-Q4_K_M.gguf"), ("org/name:q8_0", "m-Q8_0.gguf"),
+        ("org/name@v1:m-Q8_0.gguf", "m-Q8_0.gguf"),
+        ("org/name:F16", "big/m-F16-00001-of-00002.gguf"),
+    ],
+)  # fmt: skip
+def test_one_of_several_gguf_files(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, wanted: str, file: str) -> None:
+    fetched = repository(monkeypatch, tmp_path, FILES)
+    assert read_checkpoint(resolve(wanted)).config.family == "llama"
+    assert fetched == [file]
+
+
+def test_the_only_gguf_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fetched = repository(monkeypatch, tmp_path, ["name.Q5_K_S.gguf"])
+    assert resolve("org/name").name == "name.Q5_K_S.gguf"
+    assert fetched == ["name.Q5_K_S.gguf"]
+
+
+def test_gguf_files_that_are_not_told_apart(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    repository(monkeypatch, tmp_path, FILES)
+    for wanted, said in (("org/name", "several GGUF files"), ("org/name:Q2_K", "no GGUF file Q2_K")):
+        with pytest.raises(ModelError, match=said) as caught:
+            resolve(wanted)
+        assert "m-Q4_K_M.gguf, m-Q8_0.gguf" in str(caught.value)
+        assert "00002-of" not in str(caught.value)
+    repository(monkeypatch, tmp_path, [])
+    with pytest.raises(ModelError, match="has no GGUF files"):
+        resolve("org/name:Q2_K")
+
+
+def test_a_gguf_file_offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--org--tiny" / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    (tmp_path / "models--org--tiny" / "refs").mkdir()
+    (tmp_path / "models--org--tiny" / "refs" / "main").write_text(COMMIT)
+    tiny.write_gguf(snapshot / "tiny-Q8_0.gguf", tiny.random_model("llama"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    for wanted in ("org/tiny", "org/tiny:Q8_0"):
+        assert resolve(wanted).samefile(snapshot / "tiny-Q8_0.gguf")
