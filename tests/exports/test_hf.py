@@ -71,7 +71,9 @@ def test_answers_of_the_copy_are_the_prompts_answers(tmp_path: Path) -> None:
     loaded = embedgrad.load_model(report.path)
     bias = {id: -float("inf") for id in range(400, 400 + len(prompt.token_ids))}
     text = "".join(f"<|reviews_{i}|>" for i in range(len(prompt.token_ids)))
-    plain = embedgrad.SoftPrompt.from_text(loaded, text)
+    turns = [{"role": "system", "content": "{prompt}"}, {"role": "user", "content": "{query}"}]
+    template = embedgrad.Template.chat(turns, control_tokens=True)
+    plain = embedgrad.SoftPrompt.from_text(loaded, text, template=template)
     again = generate(loaded, plain, queries, Sampling(max_new_tokens=8, logit_bias=bias))
     assert [a.ids for a in again] == [a.ids for a in ours]
 
