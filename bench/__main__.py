@@ -3,7 +3,7 @@
 A question is a module `bench/NAME.py` that has what `bench.harness.report.Question` names. Its rows are appended to
 bench/results/NAME.jsonl, and the tables and pictures made from them are made anew, in README.md and bench/README.md too
 (`python -m bench report` does that alone). Rows of a `--quick` run are marked, and its documents are left alone.
-`python -m bench all` asks all questions.
+`python -m bench all` asks all questions. `python -m bench tune` is no question: it writes launch parameters.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import cast
 
+import torch
+
 from bench.harness import report, rows
 from bench.harness.report import Question
 from bench.harness.rows import ROOT, Row
@@ -25,7 +27,7 @@ from bench.harness.verify import verify
 HERE = Path(__file__).parent
 ALL = (
     ("step",), ("decode",), ("load",), ("ops",), ("scale",), ("ablation",), ("quality",), ("memory",), ("predict",),
-    ("kernels", "--static"),
+    ("host",), ("kernels", "--static"), ("gpu",),
 )  # fmt: skip
 
 
@@ -51,6 +53,10 @@ def parse(argv: Sequence[str]) -> tuple[Question | None, argparse.Namespace]:
     everything = commands.add_parser("all", help="all questions, one after the other")
     again = commands.add_parser("report", help="make every table and picture anew from bench/results")
     again.add_argument("--check", action="store_true", help="only say which documents are out of date")
+    again.add_argument("--take", type=Path, metavar="FILE", help="append rows that were measured elsewhere first")
+    tuning = commands.add_parser("tune", help="find the fastest launch parameters on this GPU, and write their rows")
+    if argv[:1] == ["tune"]:
+        importlib.import_module("bench.tune.command").add_arguments(tuning)
     module = None
     for name in names():
         command = commands.add_parser(name, help=asked(name), description=asked(name))
@@ -78,7 +84,7 @@ def ask(argv: Sequence[str], *, checked: bool = False) -> list[Row]:
         return []
     if not checked and not args.unchecked:
         verify(module.CHECKS)
-    run = rows.this_run(argv, args.quick)
+    args.run = run = rows.this_run(argv, args.quick)
     found = [row.model_copy(update={"run": run}) for row in module.main(args)]
     if not (args.unrecorded or args.unchecked):
         rows.append(found)
@@ -92,16 +98,29 @@ def ask(argv: Sequence[str], *, checked: bool = False) -> list[Row]:
 def ask_all(args: argparse.Namespace) -> list[Row]:
     """Ask all questions. The tests of what they time run once, before the first."""
     common = [f"--{name}" for name in ("quick", "unrecorded") if getattr(args, name)]
-    verify(test for name, *_ in ALL for test in question(name).CHECKS)
+    chosen = [argv for argv in ALL if argv[0] != "gpu" or torch.cuda.is_available()]
+    if len(chosen) < len(ALL):
+        print("gpu is left out: no CUDA device is present here.")
+    verify(test for name, *_ in chosen for test in question(name).CHECKS)
     found = []
-    for argv in ALL:
+    for argv in chosen:
         print(f"\n# {asked(argv[0])}", flush=True)
         found += ask([*argv, *common], checked=True)
     return found
 
 
-def report_all(*, check: bool) -> int:
-    """Make all documents anew; with `check` only say which are out of date, as the exit status does."""
+def report_all(*, check: bool, take: Path | None = None) -> int:
+    """Make all documents anew; with `check` only say which are out of date, as the exit status does.
+
+    take: a file whose rows are appended first.
+    """
+    if take is not None:
+        try:
+            for path in rows.take(take):
+                print(f"appended to {path.relative_to(ROOT)}")
+        except ValueError as error:
+            print(error, file=sys.stderr)
+            return 2
     questions = [question(name) for name, *_ in ALL]
     if not check:
         report.rebuild(questions)
@@ -119,7 +138,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     _, args = parse(argv)
     if args.name == "report":
-        return report_all(check=args.check)
+        return report_all(check=args.check, take=args.take)
+    if args.name == "tune":
+        return int(importlib.import_module("bench.tune.command").main(args))
     found = ask_all(args) if args.name == "all" else ask(argv)
     if args.json:
         args.json.write_text(json.dumps([row.model_dump() for row in found], indent=1) + "\n")

@@ -25,7 +25,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from bench.harness import files, resident
+from bench.harness.arguments import positive
 from bench.harness.clock import device, take_turns
 from bench.harness.files import ModelFile
 from bench.harness.markdown import table
@@ -53,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--queries", nargs="*", type=int, default=None, help="default: 1 8 32")
     parser.add_argument("--tokens", type=int, default=64, help="longest answer (default 64)")
     parser.add_argument(
-        "--repeats", type=int, default=2, help="rounds that count (default 2; in float32 with 8 queries or more 1)"
+        "--repeats", type=positive, default=2, help="rounds that count (default 2; in float32 with 8 queries or more 1)"
     )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of ours and of transformers")
@@ -92,7 +95,7 @@ def _of_file(file: ModelFile, args: argparse.Namespace) -> list[Row]:
         print(f"{file.title} ({file.types})", flush=True)
         for count in counts:
             rows += _rounds(running, file, count, 2 if args.quick else args.repeats, args)
-    return [*rows, _floor(file, args.threads)]
+    return [*rows, _floor(file, args.threads, device(args.device))]
 
 
 def _takes_part(name: str, count: int) -> bool:
@@ -137,21 +140,19 @@ def _queries(count: int, number: int) -> list[str]:
     ]
 
 
-def _floor(file: ModelFile, threads: int) -> Row:
-    """The bytes that the machine reads per second, and the rate that the stored bytes allow."""
-    import torch
-
+def _floor(file: ModelFile, threads: int, where: torch.device) -> Row:
+    """The bytes that the device reads per second, and the rate that the stored bytes allow."""
     from embedgrad.engine.model import load_model
 
     torch.set_num_threads(threads)
     weights = load_model(file.path, weights="stored").weights
     stored = sum(x.nbytes for layer in weights.layers for x in layer.tensors())
     stored += sum(x.nbytes for x in weights.head.tensors())
-    data = torch.ones(1 << 27)
-    rates = [data.nbytes / seconds for seconds in take_turns([data.sum], 7, torch.device("cpu"))[0]]
+    data = torch.ones(1 << 27, device=where)
+    rates = [data.nbytes / seconds for seconds in take_turns([data.sum], 7, where)[0]]
     return row(
         "decode", "byte floor", f"torch {torch.__version__}", [rate / stored for rate in rates],
-        case={"model": file.title, "types": file.types, "queries": 1, "threads": threads, "device": "cpu"},
+        case={"model": file.title, "types": file.types, "queries": 1, "threads": threads, "device": where.type},
         unit="tokens/s",
         stored_bytes=stored, bytes_per_second=statistics.median(rates),
     )  # fmt: skip

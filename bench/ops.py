@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 import embedgrad
+from bench.harness.arguments import positive
 from bench.harness.clock import device, take_turns
 from bench.harness.contenders import Case, tree_of
 from bench.harness.markdown import seconds, table
@@ -46,8 +47,10 @@ TYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this question."""
-    parser.add_argument("--shapes", nargs="*", default=None, help=f"prompt/query/batch (default: {' '.join(SHAPES)})")
-    parser.add_argument("--repeats", type=int, default=9, help="timings of each (default 9)")
+    parser.add_argument(
+        "--shapes", nargs="*", type=Case.told, default=None, help=f"prompt/query/batch (default: {' '.join(SHAPES)})"
+    )  # fmt: skip
+    parser.add_argument("--repeats", type=positive, default=9, help="timings of each (default 9)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
 

@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+from bench.harness.arguments import positive
 from bench.harness.clock import device
 from bench.harness.contenders import TITLES, Case, our_step, our_version, tree_of
 from bench.harness.markdown import seconds, table
@@ -39,7 +40,7 @@ FITTING = ("peft", "embedgrad", "embedgrad-layer")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this question."""
-    parser.add_argument("--repeats", type=int, default=2, help="steps that count (default 2)")
+    parser.add_argument("--repeats", type=positive, default=2, help="steps that count (default 2)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
@@ -112,13 +113,13 @@ class _Measure:
         import torch
 
         from bench.harness import resident
-        from bench.harness.models import random_model
+        from bench.harness.models import config_of, random_model
 
         where = torch.device("cpu")
         key = (request["model"], request["layers"])
         if key != self._key:
             self._model = None
-            self._model, self._key = random_model(key[0], key[1] or None), key
+            self._model, self._key = random_model(config_of(key[0], key[1] or None), key[0]), key
             our_step(self._model, Case(4, 4, 1), "all")()
             self._model.release_memory()
             self._base = resident.used(where)

@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from bench.harness import files, resident
+from bench.harness.arguments import positive
 from bench.harness.breakdown import breakdown
 from bench.harness.clock import device
 from bench.harness.contenders import OTHERS, OURS, TITLES, Case, Step, contender, load, our_step, our_version, tree_of
@@ -52,10 +53,14 @@ CHECKS = (
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this question."""
     files.add_argument(parser)
-    parser.add_argument("--shapes", nargs="*", default=None, help=f"prompt/query/batch (default: {' '.join(SHAPES)})")
-    parser.add_argument("--grid", nargs="*", default=None, help=f"with fewer contenders (default: {' '.join(GRID)})")
+    parser.add_argument(
+        "--shapes", nargs="*", type=Case.told, default=None, help=f"prompt/query/batch (default: {' '.join(SHAPES)})"
+    )  # fmt: skip
+    parser.add_argument(
+        "--grid", nargs="*", type=Case.told, default=None, help=f"with fewer contenders (default: {' '.join(GRID)})"
+    )  # fmt: skip
     parser.add_argument("--contenders", nargs="*", choices=CONTENDERS, default=None, help="default: all")
-    parser.add_argument("--repeats", type=int, default=5, help="steps per contender that count (default 5)")
+    parser.add_argument("--repeats", type=positive, default=5, help="steps per contender that count (default 5)")
     parser.add_argument("--seconds", type=float, default=120, help="start no third round after so long (default 120)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--backend", default="auto", help="of embedgrad (default auto)")
@@ -90,7 +95,11 @@ def _of_file(file: ModelFile, args: argparse.Namespace) -> list[Row]:
 
 
 def _compare(
-    part: str, file: ModelFile, shapes: Sequence[str], contenders: Iterable[str], repeats: int,
+    part: str,
+    file: ModelFile,
+    shapes: Sequence[str],
+    contenders: Iterable[str],
+    repeats: int,
     args: argparse.Namespace,
 ) -> list[Row]:
     if not shapes:
@@ -115,7 +124,11 @@ def _compare(
 
 
 def _rows(
-    part: str, file: ModelFile, case: Case, args: argparse.Namespace, answers: dict[str, list[dict[str, Any]]],
+    part: str,
+    file: ModelFile,
+    case: Case,
+    args: argparse.Namespace,
+    answers: dict[str, list[dict[str, Any]]],
     versions: dict[str, str],
 ) -> list[Row]:
     found = []

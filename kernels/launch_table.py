@@ -16,10 +16,12 @@ Kernels and the keys their rows have, besides num_warps and num_stages:
 PROGRAMS: how many programs a long range (queries of a prefix key, keys, rows of logits) is shared out over. BLOCK_Q of
 the attention kernels counts rows, that is (query, head of the group) pairs. BLOCK_H: heads of one token.
 
-No row has been timed: there was no GPU. A row is chosen by what the compiler makes of it (`python -m bench kernels
---static`: no spills, matrix instructions, 128-bit loads, occupancy) and by the instructions its gfx942 code executes.
+Rows that `python -m bench tune` has measured come first (tuned_rows.py). A row written here is chosen by what the
+compiler makes of it (`python -m bench kernels --static`: no spills, matrix instructions, 128-bit loads, occupancy) and
+by the instructions its gfx942 code executes, unless its reason says that it was measured.
 """
 
+from . import tuned_rows
 from .launch_attention import ATTENTION
 from .launch_row import Fit, Options, Row, power_of_two
 
@@ -101,7 +103,8 @@ _PRODUCTS = (
     ),
 )  # fmt: skip
 
-ROWS: tuple[Row, ...] = _ROWWISE + _PRODUCTS + ATTENTION
+WRITTEN: tuple[Row, ...] = _ROWWISE + _PRODUCTS + ATTENTION
+ROWS: tuple[Row, ...] = tuned_rows.read() + WRITTEN
 
 _ATTENTION = ("tree_attention_forward", "tree_attention_backward_dq", "tree_attention_backward_dkv", "decode_attention")
 _WHOLE_ROW = {"rms_norm": 512, "rms_norm_backward": 512, "prompt_step": 512}

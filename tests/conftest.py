@@ -20,6 +20,16 @@ settings.register_profile("repeatable", derandomize=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """EMBEDGRAD_EXAMPLES: at most so many draws in each test, where a GPU's time is short."""
+    most = int(os.environ.get("EMBEDGRAD_EXAMPLES", "0"))
+    for test in (getattr(item, "obj", None) for item in items if most):
+        drawn = getattr(test, "_hypothesis_internal_use_settings", None)  # what @settings leaves
+        if drawn is not None and drawn.max_examples > most:
+            inner = getattr(test, "__func__", test)
+            inner._hypothesis_internal_use_settings = settings(drawn, max_examples=most)
+
+
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell's background job, whose children Ctrl-C would not stop
     signal.signal(signal.SIGINT, signal.default_int_handler)
 

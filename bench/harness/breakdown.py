@@ -3,47 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from bench.harness.stopwatch import Stopwatch
+
 MATRICES = ("qkv", "q", "kv", "out", "gate_up", "down")
-
-
-class _Stopwatch:
-    """Seconds by name. Time inside a nested call counts for the inner name only."""
-
-    def __init__(self, finish: Callable[[], Any]) -> None:
-        self.seconds: dict[str, float] = defaultdict(float)
-        self._finish = finish
-        self._inner: list[float] = []
-
-    def timed(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, whose time counts for `name`."""
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            self._finish()
-            started = time.perf_counter()
-            self._inner.append(0.0)
-            try:
-                return function(*args, **kwargs)
-            finally:
-                self._finish()
-                spent = time.perf_counter() - started
-                self.seconds[name] += spent - self._inner.pop()
-                if self._inner:
-                    self._inner[-1] += spent
-
-        return call
 
 
 class _TimedOps:
     """A backend whose operations are timed."""
 
-    def __init__(self, ops: Any, watch: _Stopwatch) -> None:
+    def __init__(self, ops: Any, watch: Stopwatch) -> None:
         self._ops, self._watch = ops, watch
 
     def __getattr__(self, name: str) -> Any:
@@ -54,7 +27,7 @@ class _TimedOps:
 class _TimedMatrix:
     """A frozen matrix whose products are timed."""
 
-    def __init__(self, matrix: Any, name: str, watch: _Stopwatch) -> None:
+    def __init__(self, matrix: Any, name: str, watch: Stopwatch) -> None:
         self._matrix = matrix
         self.forward = watch.timed(f"{name} forward", matrix.forward)
         self.backward = watch.timed(f"{name} backward", matrix.backward)
@@ -71,7 +44,7 @@ def breakdown(model: Any, step: Callable[[], Any]) -> dict[str, float]:
     from embedgrad.engine.decoder import Decoder
 
     where = model.device
-    watch = _Stopwatch((lambda: torch.cuda.synchronize(where)) if where.type == "cuda" else lambda: None)
+    watch = Stopwatch((lambda: torch.cuda.synchronize(where)) if where.type == "cuda" else lambda: None)
     layers = [
         dataclasses.replace(layer, **{name: _TimedMatrix(getattr(layer, name), name, watch) for name in MATRICES})
         for layer in model.weights.layers
@@ -86,4 +59,4 @@ def breakdown(model: Any, step: Callable[[], Any]) -> dict[str, float]:
         watch.timed("other", step)()
     finally:
         model.ops, model.weights, model.decoder = before
-    return dict(sorted(watch.seconds.items(), key=lambda item: -item[1]))
+    return dict(sorted(((name, spent) for (_, name), spent in watch.seconds.items()), key=lambda item: -item[1]))

@@ -7,6 +7,8 @@ embeddings. Embedgrad and the others are imported where they are needed, since a
 from __future__ import annotations
 
 import random
+import re
+from argparse import ArgumentTypeError
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +55,13 @@ class Case:
     def of(cls, row: Row) -> Case:
         """The case of a row."""
         return cls(*(int(row.case[name]) for name in ("prompt", "query", "batch")))
+
+    @staticmethod
+    def told(text: str) -> str:
+        """`text`, where `parse` understands it; for argparse, which ends with a sentence where it does not."""
+        if not re.fullmatch(r"[1-9]\d*/[1-9]\d*/[1-9]\d*", text):
+            raise ArgumentTypeError(f"{text!r} is no prompt/query/batch in tokens and examples, such as 64/64/8.")
+        return text
 
     def __str__(self) -> str:
         return f"{self.prompt}/{self.query}/{self.batch}"
@@ -137,14 +146,14 @@ def our_step(model: Any, case: Case, policy: str, **options: Any) -> Step:
     return step
 
 
-def others(name: str, ours: Any, where: torch.device) -> tuple[Build, str]:
-    """One of OTHERS on the weights of `ours`."""
+def others(name: str, ours: Any, where: torch.device, twin: Any = None) -> tuple[Build, str]:
+    """One of OTHERS on the weights of `ours`. twin: a transformers model of these weights, where there is one."""
     import transformers
 
     from embedgrad.compare.twin import transformers_twin
 
     vocabulary = ours.config.vocab_size
-    model: Any = transformers_twin(ours, attention="sdpa")
+    model: Any = transformers_twin(ours, attention="sdpa") if twin is None else twin
     with torch.no_grad():
         model(input_ids=torch.tensor([list(range(100, 108))], device=where))
     version = f"transformers {transformers.__version__}, torch {torch.__version__}"
@@ -167,7 +176,7 @@ def _peft(model: Any, vocabulary: int, case: Case, where: torch.device) -> Step:
         model, peft.PromptTuningConfig(task_type=peft.TaskType.CAUSAL_LM, num_virtual_tokens=case.prompt)
     )
     weight: Any = tuned.get_parameter("prompt_encoder.default.embedding.weight")
-    weight.data = model.get_input_embeddings().weight[prompt].clone()
+    weight.data = model.get_input_embeddings().weight[prompt].float()
     inputs = torch.tensor([q + t for q, t in zip(queries, targets, strict=True)], device=where)
     labels = torch.tensor([[-100] * case.query + t for t in targets], device=where)
 

@@ -12,6 +12,7 @@ import itertools
 import math
 import statistics
 from collections import Counter
+from functools import cache
 from typing import Any
 
 import torch
@@ -50,13 +51,13 @@ def products(config: ModelConfig, tree: TokenTree) -> Counter[tuple[str, Shape]]
 
 def visible_pairs(config: ModelConfig, tree: TokenTree) -> int:
     """Visible query-key pairs of all layers."""
-    total = 0
-    for layer, window in enumerate(config.windows):
+
+    @cache
+    def pairs(window: int | None, last: bool) -> int:
         mask = tree.mask(window)
-        if layer == config.num_layers - 1:
-            mask = mask.select_queries(tree.predicting)
-        total += int(mask.visible().sum())
-    return total
+        return int((mask.select_queries(tree.predicting) if last else mask).visible().sum())
+
+    return sum(pairs(window, layer == config.num_layers - 1) for layer, window in enumerate(config.windows))
 
 
 def operations(config: ModelConfig, tree: TokenTree) -> tuple[int, int]:

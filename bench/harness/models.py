@@ -8,10 +8,21 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import tokenizers
 import torch
+from tokenizers import decoders, models, pre_tokenizers
 from torch import Tensor
 
+from embedgrad import backends
+from embedgrad.backends.base import Backend
+from embedgrad.engine.model import Model
+from embedgrad.model.checkpoint import Checkpoint
 from embedgrad.model.config import ModelConfig
+from embedgrad.model.read_weights import read_weights
+from embedgrad.model.tokenizer import Tokenizer
+
+CPU = torch.device("cpu")
+END = "<|end|>"
 
 _LLAMA = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu", "rms_norm_eps": 1e-5,
           "rope_theta": 100_000.0, "max_position_embeddings": 8192, "vocab_size": 49_152,
@@ -36,17 +47,19 @@ SHAPES: dict[str, dict[str, Any]] = {
 """config.json, as far as it decides about a step's cost."""
 
 
-def config_of(name: str) -> ModelConfig:
-    """The configuration of a model of SHAPES."""
-    return ModelConfig.from_hf(dict(SHAPES[name]), name)
+def config_of(name: str, layers: int | None = None) -> ModelConfig:
+    """The configuration of a model of SHAPES, or of its first `layers`."""
+    config = ModelConfig.from_hf(dict(SHAPES[name]), name)
+    return config if layers is None else replace(config, num_layers=layers, windows=config.windows[:layers])
 
 
 class _RandomTensors:
-    """A `TensorSource` of random bfloat16 numbers."""
+    """A `TensorSource` of random bfloat16 numbers; on `meta`, of none."""
 
-    def __init__(self, config: ModelConfig) -> None:
-        self._shapes = config.shapes()
-        self._numbers = (torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
+    def __init__(self, config: ModelConfig, where: torch.device) -> None:
+        self._shapes, self._where = config.shapes(), where
+        count = 0 if where.type == "meta" else 1 << 20
+        self._numbers = (torch.randn(count, generator=torch.Generator().manual_seed(0)) * 0.02).bfloat16()
 
     def names(self) -> list[str]:
         return list(self._shapes)
@@ -56,6 +69,8 @@ class _RandomTensors:
 
     def get(self, name: str) -> Tensor:
         shape = self._shapes[name]
+        if self._where.type == "meta":
+            return torch.empty(shape, dtype=torch.bfloat16, device=self._where)
         if "norm" in name:
             return torch.ones(shape, dtype=torch.bfloat16)
         count = torch.Size(shape).numel()
@@ -74,20 +89,33 @@ class _RandomTensors:
         """Nothing: no tensor is quantised."""
 
 
-def random_model(name: str, layers: int | None = None) -> Any:
-    """A model of SHAPES, or its first `layers`, with bfloat16 weights as stored; it computes in float32 on the CPU."""
-    from embedgrad import backends
-    from embedgrad.engine.model import Model
-    from embedgrad.model.checkpoint import Checkpoint, read_checkpoint
-    from embedgrad.model.read_weights import read_weights
-    from embedgrad.tasks import smollm2
+def byte_tokenizer() -> Tokenizer:
+    """A tokenizer that needs no file: one token for each byte, and one that ends an answer."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(models.BPE({token: id for id, token in enumerate(alphabet)}, []))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    backend.add_special_tokens([END])
+    special = {"eos_token": END}
+    return Tokenizer(
+        backend, bos_id=None, eos_ids=[len(alphabet)], adds_bos=False, chat_template=None, special=special
+    )  # fmt: skip
 
-    config = config_of(name)
-    if layers is not None:
-        config = replace(config, num_layers=layers, windows=config.windows[:layers])
-    where, dtype = torch.device("cpu"), torch.float32
-    source = _RandomTensors(config)
-    ops = backends.choose("auto", where, dtype)
-    weights = read_weights(config, source, dtype, where, form="stored")
-    tokenizer = read_checkpoint(smollm2.path()).tokenizer
-    return Model(Checkpoint(config, tokenizer, name, source), weights, ops, dtype, where)
+
+def random_model(
+    config: ModelConfig,
+    name: str,
+    where: torch.device = CPU,
+    dtype: torch.dtype = torch.float32,
+    ops: Backend | None = None,
+    form: str = "stored",
+) -> Model:
+    """A model with random bfloat16 weights in the form `form` (see `read_weights`), computing in `dtype` on `where`.
+
+    ops: its backend; default: the one that a user would get.
+    """
+    source = _RandomTensors(config, where)
+    chosen = backends.choose("auto", where, dtype) if ops is None else ops
+    weights = read_weights(
+        config, source, dtype, where, form=form, products=chosen if chosen.quantized_rows else None
+    )  # fmt: skip
+    return Model(Checkpoint(config, byte_tokenizer(), name, source), weights, chosen, dtype, where)

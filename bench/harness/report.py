@@ -57,15 +57,33 @@ def rebuild(questions: Sequence[Question]) -> None:
 
 
 def tables_of(question: Question) -> dict[str, str]:
-    """The tables of a question's recorded rows, by name; below each, where the rows come from."""
-    found = recorded(question)
-    tables = question.tables(found) if found else {}
-    return {name: f"{text.strip()}\n\n{_source(found)}" for name, text in tables.items()}
+    """The tables of a question's recorded rows, by name; below each, where the rows come from.
+
+    A question that measures CPUs and GPUs has those of the last run on a GPU as well, as NAME-cuda. One with a HISTORY
+    says itself where its rows come from.
+    """
+    name, found = _name(question), recorded(question)
+    if getattr(question, "HISTORY", False):
+        return question.tables(found) if found else {}
+    measured = {"": found} if found else {}
+    measured |= {end: rows.newest(name, card=card) for end, card in zip(("-cuda",), rows.cards(name), strict=False)}
+    return {
+        f"{key}{end}": f"{text.strip()}\n\n{_source(own)}"
+        for end, own in measured.items()
+        for key, text in question.tables(own).items()
+    }
 
 
 def recorded(question: Question) -> list[Row]:
-    """The rows that count of a question."""
-    return rows.newest(question.__name__.rpartition(".")[2])
+    """The rows that count of a question: those of its last run on a CPU, or of all runs if it has a HISTORY."""
+    name = _name(question)
+    if getattr(question, "HISTORY", False):
+        return [one for found in rows.runs(name) for one in found]
+    return rows.newest(name)
+
+
+def _name(question: Question) -> str:
+    return question.__name__.rpartition(".")[2]
 
 
 def filled(text: str, tables: dict[str, str]) -> str:
@@ -95,13 +113,16 @@ def _source(found: list[Row]) -> str:
 
 
 def _draw(question: Question) -> None:
-    import matplotlib.pyplot as plt
-
-    from bench.harness import pictures
-
     found = recorded(question)
     if not found:
         return
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError:
+        print("matplotlib is not installed, so the pictures stay as they are.")
+        return
+    from bench.harness import pictures
+
     with pictures.style():
         for name, figure in question.pictures(found).items():
             pictures.save(figure, PICTURES / f"{name}.svg")

@@ -6,7 +6,6 @@ a line. Tables and pictures are made from them alone (`bench.harness.report`).
 
 from __future__ import annotations
 
-import json
 import os
 import platform
 import re
@@ -17,7 +16,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "bench" / "results"
@@ -30,14 +29,17 @@ class Machine(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     cpu: str
-    instruction_set: str  # what the native backend uses
+    instruction_set: str  # what the native backend uses; empty: unknown
     cores: int
-    memory_bytes: int
+    memory_bytes: int | None  # None: unknown
     gpu: str | None
     system: str
 
     def __str__(self) -> str:
-        parts = [f"{self.cores} cores of {self.cpu} ({self.instruction_set})", f"{self.memory_bytes / 2**30:.0f} GiB"]
+        told = f" ({self.instruction_set})" if self.instruction_set else ""
+        parts = [f"{self.cores} cores of {self.cpu}{told}"]
+        if self.memory_bytes is not None:
+            parts.append(f"{self.memory_bytes / 2**30:.0f} GiB")
         return ", ".join(parts if self.gpu is None else [self.gpu, *parts])
 
 
@@ -146,15 +148,70 @@ def append(rows: Iterable[Row]) -> list[Path]:
     return list(lines)
 
 
-def newest(question: str, folder: Path = RESULTS) -> list[Row]:
-    """The rows of a question's last run that was not `--quick`; of the last quick one where all were quick."""
-    path = folder / f"{question}.jsonl"
+def read(path: Path) -> list[Row]:
+    """The rows of a file; none where there is no file. ValueError, which names the line, where one is no row."""
     if not path.exists():
         return []
-    rows = [Row.model_validate(json.loads(line)) for line in path.read_text().splitlines() if line]
-    whole = [one for one in rows if one.run is not None and not one.run.quick] or rows
-    last = whole[-1].run if whole else None
-    return [one for one in whole if one.run == last]
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeError) as error:
+        raise ValueError(f"{path} cannot be read as text: {error}.") from None
+    rows = []
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            try:
+                rows.append(Row.model_validate_json(line))
+            except ValidationError as error:
+                problem = error.errors()[0]
+                at = ".".join(map(str, problem["loc"])) or "the line"
+                raise ValueError(f"line {number} of {path} is no row of a benchmark: {at}: {problem['msg']}.") from None
+    return rows
+
+
+def card_of(rows: Iterable[Row]) -> str | None:
+    """The GPU that rows of one run were measured on; None: none, whatever the machine has."""
+    return next((one.run.machine.gpu for one in rows if one.run and one.case.get("device") == "cuda"), None)
+
+
+def runs(question: str, folder: Path | None = None) -> list[list[Row]]:
+    """The rows of a question by run, from the first on; without `--quick` runs, unless all were quick."""
+    by_run: dict[str, list[Row]] = {}
+    for one in read((RESULTS if folder is None else folder) / f"{question}.jsonl"):
+        by_run.setdefault("" if one.run is None else one.run.model_dump_json(), []).append(one)
+    found = list(by_run.values())
+    return [rows for rows in found if rows[0].run is not None and not rows[0].run.quick] or found
+
+
+def newest(question: str, folder: Path | None = None, card: str | None = None) -> list[Row]:
+    """The rows of a question's last run on a CPU, or on the GPU `card`, that was not `--quick`."""
+    return next((rows for rows in reversed(runs(question, folder)) if card_of(rows) == card), [])
+
+
+def cards(question: str, folder: Path | None = None) -> list[str]:
+    """The GPUs that a question has rows of, the one of the last run first."""
+    found = (card_of(rows) for rows in reversed(runs(question, folder)))
+    return list(dict.fromkeys(card for card in found if card is not None))
+
+
+def take(path: Path) -> list[Path]:
+    """Append rows that were measured elsewhere, but those that are there already; returns the files.
+
+    Raises ValueError, before anything is written, where `path` does not hold rows that say where they come from.
+    """
+    given = read(path)
+    if not given:
+        raise ValueError(f"{path} holds no rows; give the gpu.jsonl that `python -m bench gpu` has written.")
+    if any(one.run is None for one in given):
+        raise ValueError(f"{path} has rows that do not say which run they come from; only whole rows are taken.")
+    for name in {one.question for one in given}:
+        if not (ROOT / "bench" / f"{name}.py").is_file() or not name.isidentifier():
+            raise ValueError(f"{path} names the question {name!r}, which is none of `python -m bench`.")
+    known = {one for name in {one.question for one in given} for one in _lines(RESULTS / f"{name}.jsonl")}
+    return append(one for one in given if one.model_dump_json() not in known)
+
+
+def _lines(path: Path) -> set[str]:
+    return {one.model_dump_json() for one in read(path)}
 
 
 def _commit() -> str:

@@ -133,10 +133,7 @@ class AdvanceBatch(ctypes.Structure):
     """What a chosen token changes (common/advance.h)."""
 
     _fields_ = [
-        *(
-            (name, c_int32)
-            for name in ("sequences", "vocabulary", "capacity", "max_position", "stop_size")
-        ),
+        *((name, c_int32) for name in ("sequences", "vocabulary", "capacity", "max_position", "stop_size")),
         *((name, c_void_p) for name in ("stop_tokens", "max_new_tokens", "tokens", "status")),
         *((name, c_void_p) for name in ("children", "child_tokens", "child_nodes")),
         *(

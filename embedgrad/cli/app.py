@@ -290,11 +290,16 @@ def lm_eval(context: typer.Context) -> None:
 
 
 @app.command()
-def doctor(json: Json = False) -> None:
-    """Show machine, versions and backends, and check the gradient on a tiny model."""
+def doctor(
+    device: Annotated[
+        str | None, typer.Option(help="Only this device; for cuda, its launch parameters are checked as well.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Show machine, compilers and backends, check the gradient on a tiny model, and with --device cuda the kernels."""
     from embedgrad.cli.doctor import run
 
-    raise typer.Exit(run(json))
+    raise typer.Exit(run(json, device))
 
 
 def _model(  # type: ignore[no-untyped-def]

@@ -29,11 +29,19 @@ def transformers_twin(model: Model, attention: str = "eager") -> Any:
 
     attention: transformers' attention implementation. Raises ConfigError where `no_twin` gives a reason.
     """
-    import transformers
-
     problem = no_twin(model)
     if problem:
         raise ConfigError(problem)
+    return twin_sharing(model, attention)
+
+
+def twin_sharing(model: Model, attention: str) -> Any:
+    """The twin of a model for which only its matrices' form is known to be right: one tensor for each, in one type.
+
+    It is in that type, and on the model's device.
+    """
+    import transformers
+
     c = model.config
     classes = {
         "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
@@ -47,7 +55,9 @@ def transformers_twin(model: Model, attention: str = "eager") -> Any:
         tie_word_embeddings=c.tied, max_position_embeddings=c.max_position, attn_implementation=attention,
         pad_token_id=None, bos_token_id=None, eos_token_id=None,
     )  # fmt: skip
-    twin = model_class(config).eval().requires_grad_(False)
+    with torch.device("meta"):  # no weights are drawn only to be replaced
+        twin = model_class(config).eval()
+    twin.model.rotary_emb = type(twin.model.rotary_emb)(config).to(model.device)  # its frequencies are in no state
     heads = c.num_heads * c.head_dim
     kv = c.num_kv_heads * c.head_dim
     state = {"model.embed_tokens.weight": model.weights.embedding, "model.norm.weight": model.weights.final_norm}

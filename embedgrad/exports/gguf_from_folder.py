@@ -16,7 +16,7 @@ from embedgrad.model.config import ModelConfig
 from embedgrad.model.fields import read_object
 from embedgrad.model.files.gguf import LAYER_NAMES, NAMES, ROPE_DIVISORS, StoredTensor
 from embedgrad.model.files.gguf_tokenizer import SPLITS
-from embedgrad.model.rope import RopeConfig, inverse_frequencies
+from embedgrad.model.rope import RopeConfig, inverse_frequencies, yarn_attention
 from embedgrad.util.errors import ExportError
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
@@ -29,11 +29,12 @@ def folder_as_gguf(source: Source) -> tuple[dict[str, Any], dict[str, bytes], li
     architecture = "llama" if config.family == "mistral" else config.family
     _check(source)
     tensors = [_tensor(source, name, architecture) for name in config.shapes()]
-    if config.rope.kind == "yarn":
-        raise ExportError(f"{source.name} scales its positions by YaRN, which is not written to GGUF.")
     if config.rope.kind in ("llama3", "divisors"):
-        plain = inverse_frequencies(RopeConfig(config.rope.theta), config.head_dim, torch.float64)
-        divisors = plain / inverse_frequencies(config.rope, config.head_dim, torch.float64)
+        plain, scaled = (
+            inverse_frequencies(rope, config.head_dim, torch.float64)
+            for rope in (RopeConfig(config.rope.theta), config.rope)
+        )
+        divisors = plain / scaled
         tensors.append(_stored(ROPE_DIVISORS, divisors.float()))
     table = json.loads((source.path / "tokenizer.json").read_text(encoding="utf-8"))
     fields = {
@@ -58,6 +59,13 @@ def _check(source: Source) -> None:
             f"{source.name} attends to a sliding window, which a GGUF file of its architecture cannot say; shorten the "
             f"context in config.json to the window, or use another target."
         )
+    rope = config.rope
+    usual = RopeConfig(
+        rope.theta, "yarn", rope.factor, original_max_position=rope.original_max_position,
+        attention_factor=yarn_attention(rope.factor),
+    )  # fmt: skip
+    if rope.kind == "yarn" and rope != usual:
+        raise ExportError(f"{source.name} has settings of yarn that a GGUF file cannot say; use another target.")
     if config.family in ("qwen2", "qwen3") and (config.mlp_bias or config.output_bias):
         raise ExportError(f"{source.name} has biases for which llama.cpp's {config.family} has no place.")
 
@@ -76,9 +84,11 @@ def _sizes(config: ModelConfig) -> dict[str, Typed]:
         "rope.freq_base": Typed("f32", config.rope.theta),
         "rope.dimension_count": Typed("u32", config.head_dim),
     }
-    if config.rope.kind == "linear":
-        fields["rope.scaling.type"] = Typed("str", "linear")
+    if config.rope.kind in ("linear", "yarn"):
+        fields["rope.scaling.type"] = Typed("str", config.rope.kind)
         fields["rope.scaling.factor"] = Typed("f32", config.rope.factor)
+    if config.rope.kind == "yarn":
+        fields["rope.scaling.original_context_length"] = Typed("u32", config.rope.original_max_position)
     return fields
 
 

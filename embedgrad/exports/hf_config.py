@@ -80,6 +80,10 @@ def _scaling(source: Source, rope: RopeConfig) -> dict[str, Any] | None:
         return None
     if rope.kind == "linear":
         return {"rope_type": "linear", "factor": rope.factor}
+    if rope.kind == "yarn":
+        names = ("factor", "attention_factor", "beta_fast", "beta_slow", "truncate")
+        found = {name: getattr(rope, name) for name in names}
+        return {"rope_type": "yarn", **found, "original_max_position_embeddings": rope.original_max_position}
     if rope.kind == "divisors":
         for factor, low, high, original in _LLAMA3:
             candidate = RopeConfig(rope.theta, "llama3", factor, low, high, original)
@@ -101,7 +105,7 @@ def _scaling(source: Source, rope: RopeConfig) -> dict[str, Any] | None:
 
 
 def _same_frequencies(config: ModelConfig, rope: RopeConfig) -> bool:
-    wanted, found = (inverse_frequencies(each, config.head_dim) for each in (config.rope, rope))
+    wanted, found = (inverse_frequencies(r, config.head_dim) for r in (config.rope, rope))
     return bool(torch.allclose(wanted, found, rtol=1e-5, atol=0))
 
 

@@ -18,6 +18,7 @@ from embedgrad.model.checkpoint import Checkpoint, read_checkpoint
 from embedgrad.model.config import ModelConfig
 from embedgrad.model.files.gguf import GgufFile
 from embedgrad.model.files.hub import resolve
+from embedgrad.model.fingerprint import Fingerprint
 from embedgrad.model.tokenizer import Tokenizer
 from embedgrad.prompt.belonging import hash_rows
 from embedgrad.prompt.prompt import SoftPrompt
@@ -78,6 +79,11 @@ class Source:
     def table(self) -> Tensor:
         """The embedding table [V, d] in a float type."""
         return self.checkpoint.tensors.get(EMBEDDING)
+
+    @cached_property
+    def fingerprint(self) -> Fingerprint:
+        """What tells the model from its fine-tunes."""
+        return Fingerprint.of(self.checkpoint)
 
     def embedding_rows(self, ids: list[int], /) -> Tensor:
         """Rows of the embedding table, [n, d] float32 on the CPU."""
@@ -179,4 +185,7 @@ def _forced(prompt: SoftPrompt, source: Source, reason: EmbedGradError) -> SoftP
         stacklevel=2,
     )
     anchor = rows.clone()
-    return replace(prompt, anchor=anchor, anchor_hash=hash_rows(anchor), layout_ids=ids, layout_rows=shown)
+    return replace(
+        prompt, anchor=anchor, anchor_hash=hash_rows(anchor), layout_ids=ids, layout_rows=shown,
+        fingerprint=source.fingerprint,
+    )  # fmt: skip

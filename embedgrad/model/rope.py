@@ -100,7 +100,7 @@ def _ramp(rope: RopeConfig, dim: int) -> torch.Tensor:
     return ((torch.arange(dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
 
 
-def _yarn_attention(factor: float, mscale: float = 1.0) -> float:
+def yarn_attention(factor: float, mscale: float = 1.0) -> float:
     """YaRN's √(1/t) for a scaling factor (arXiv 2309.00071, eq. 22), times DeepSeek's weight of its logarithm."""
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
@@ -158,9 +158,9 @@ def _yarn(parameters: Fields, theta: float, original: int, max_position: int) ->
     if attention is not None:
         attention = parameters.number("attention_factor")
     elif scale and scale_all:
-        attention = _yarn_attention(factor, scale) / _yarn_attention(factor, scale_all)
+        attention = yarn_attention(factor, scale) / yarn_attention(factor, scale_all)
     else:
-        attention = _yarn_attention(factor)
+        attention = yarn_attention(factor)
     return _checked_yarn(
         RopeConfig(
             theta, "yarn", factor, original_max_position=original, attention_factor=attention,
@@ -210,6 +210,6 @@ def _gguf_yarn(fields: Fields, theta: float, divisors: tuple[float, ...], max_po
     factor = fields.number("rope.scaling.factor")
     original = fields.integer("rope.scaling.original_context_length", max_position)
     return _checked_yarn(
-        RopeConfig(theta, "yarn", factor, original_max_position=original, attention_factor=_yarn_attention(factor)),
+        RopeConfig(theta, "yarn", factor, original_max_position=original, attention_factor=yarn_attention(factor)),
         fields,
     )

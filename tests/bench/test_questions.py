@@ -57,4 +57,6 @@ def test_every_question_has_rows_that_say_where_they_come_from() -> None:
     for question in QUESTIONS:
         found = report.recorded(question)
         assert found, question
-        assert all(one.run is not None and one.run.command.startswith("python -m bench") for one in found)
+        assert all(one.run is not None for one in found)
+        if not getattr(question, "HISTORY", False):  # that one has rows of scripts which are older than the question
+            assert all(one.run is not None and one.run.command.startswith("python -m bench") for one in found)

@@ -129,9 +129,7 @@ def without_csrc(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("kind", HALVES_AT)
 @pytest.mark.parametrize("compiled", [True, False])
-def test_a_files_own_types_are_kept(
-    tmp_path: Path, kind: str, compiled: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_files_own_types_are_kept(tmp_path: Path, kind: str, compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loss and gradient are those of the dequantised model, and the embedding rows too."""
     if not compiled:
         without_csrc(monkeypatch)

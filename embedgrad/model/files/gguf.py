@@ -132,6 +132,14 @@ class GgufFile:
         entry = self._entries[name]
         return entry.kind.name, self._unpermuted(name, self._blocks(entry))
 
+    def release(self, name: str) -> None:
+        """Drops the pages that only this quantised tensor lies in; they are read again when they are used."""
+        entry, page = self._entries[name], mmap.PAGESIZE
+        first, last = -(-entry.start // page) * page, (entry.start + entry.size) // page * page
+        quantised = entry.kind.name not in _PLAIN
+        if self._mapped is not None and last > first and quantised and hasattr(mmap, "MADV_DONTNEED"):
+            self._mapped.madvise(mmap.MADV_DONTNEED, first, last - first)
+
     def pairs(self) -> dict[str, bytes]:
         """For each key of the metadata the bytes of its value, which begin with the number of its type."""
         return {key: self._data[begin:end].numpy().tobytes() for key, (begin, end) in self._spans.items()}
@@ -142,14 +150,6 @@ class GgufFile:
             StoredTensor(name, e.kind.name, e.shape, self._data[e.start : e.start + e.size])
             for name, e in self._stored.items()
         ]
-
-    def release(self, name: str) -> None:
-        """Drops the pages that only this quantised tensor lies in; they are read again when they are used."""
-        entry, page = self._entries[name], mmap.PAGESIZE
-        first, last = -(-entry.start // page) * page, (entry.start + entry.size) // page * page
-        quantised = entry.kind.name not in _PLAIN
-        if self._mapped is not None and last > first and quantised and hasattr(mmap, "MADV_DONTNEED"):
-            self._mapped.madvise(mmap.MADV_DONTNEED, first, last - first)
 
     def _blocks(self, entry: _Entry) -> torch.Tensor:
         rows = _product(entry.shape[:-1])

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from embedgrad.kernels.launch_row import Row as LaunchRow
 from embedgrad.kernels.launch_table import ROWS, SHARED_LIMIT
 
 from bench.harness.accelerators import ACCELERATORS, LIMITS, occupancy
@@ -74,8 +75,18 @@ def test_limits_everywhere(all_rows: list[Row]) -> None:
 
 @pytest.mark.slow
 def test_every_row_of_the_launch_table_is_compiled(all_rows: list[Row]) -> None:
+    """A written row may be hidden by rows that were tuned for its kernel and architecture."""
+    tuned = [entry for entry in ROWS if entry.tuned is not None]
+
+    def may_be_hidden(entry: LaunchRow, arch: str) -> bool:
+        rivals = [one for one in tuned if fnmatchcase(one.kernel, entry.kernel) and fnmatchcase(arch, one.arch)]
+        return entry.tuned is None and bool(rivals)
+
     used = {(one.case["arch"], i) for one in all_rows for i in one.more["table_rows"]}
-    wanted = {(arch, i) for i, entry in enumerate(ROWS) for arch in ARCHES if fnmatchcase(arch, entry.arch)}
+    wanted = {
+        (arch, i) for i, entry in enumerate(ROWS) for arch in ARCHES
+        if fnmatchcase(arch, entry.arch) and not may_be_hidden(entry, arch)
+    }  # fmt: skip
     assert not [(arch, ROWS[i]) for arch, i in sorted(wanted - used)]
 
 

@@ -1,0 +1,1 @@
+"""What `bench gpu` measures, one section a module."""
