@@ -86,12 +86,13 @@ def loss_and_grad(
     tree = build_tree(
         sequences, [example.weight for example in batch], share=_omit.prefix_copies, keep=_omit.prefix_steps
     )
-    p = pass_over(model, tree, _omit)
-    chosen, nbytes = model.plan_memory([p.size], policy, memory_budget)
-    model.arena.begin(nbytes)
-    embeddings = send(prompt.embeddings, model.device)
-    nll, predicted, grad = launch_gradient(model, embeddings, p, chosen, whole=not _omit.whole_logits)
-    nll, grad = nll.cpu(), grad.cpu()  # only now is the device waited for
+    with model.lock:
+        p = pass_over(model, tree, _omit)
+        chosen, nbytes = model.plan_memory([p.size], policy, memory_budget)
+        model.arena.begin(nbytes)
+        embeddings = send(prompt.embeddings, model.device)
+        nll, predicted, grad = launch_gradient(model, embeddings, p, chosen, whole=not _omit.whole_logits)
+        nll, grad = nll.cpu(), grad.cpu()  # only now is the device waited for
     loss = loss_of(tree, nll)
     if not details:
         return loss, grad

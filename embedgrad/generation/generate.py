@@ -80,9 +80,11 @@ def generate(
     on_answer: on_answer(index, generation) is called after each answer.
     on_token: on_token(index, id) is called after each token of an answer.
 
-    Ctrl-C or an exception in a callback ends the call within one token. Raises PromptError, DataError or ContextError
-    (no room for an answer) before the first answer. Raises ConfigError where logit_bias names a token outside the
-    vocabulary or the logits hold NaN or +inf or are all -inf.
+    Ctrl-C or an exception in a callback ends the call within one token. Calls of several threads run one after the
+    other. A callback may use the model itself, but must not wait for another thread that uses it.
+
+    Raises PromptError, DataError or ContextError (no room for an answer) before the first answer. Raises ConfigError
+    where logit_bias names a token outside the vocabulary or the logits hold NaN or +inf or are all -inf.
     """
     if isinstance(queries, str):
         raise DataError("generate takes a list of queries, not one text; put it into a list.")
@@ -120,12 +122,13 @@ def write_answers(
     if not rendered:
         return []
     check_room(model, rendered)
-    prefix = prefill_prefix(model, prompt.embeddings.to(model.device), rendered[0], _prefix_length(rendered))
-    writer = _Writer(model, prompt, rendered, sampling, min(batch_size, len(rendered)), prefix)
-    writer.on_answer, writer.on_token, writer.on_prefill = on_answer, on_token, on_prefill
-    with interruptible() as interrupt:
-        writer.write(interrupt)
-    return [writer.answers[i] for i in range(len(rendered))]
+    with model.lock:
+        prefix = prefill_prefix(model, prompt.embeddings.to(model.device), rendered[0], _prefix_length(rendered))
+        writer = _Writer(model, prompt, rendered, sampling, min(batch_size, len(rendered)), prefix)
+        writer.on_answer, writer.on_token, writer.on_prefill = on_answer, on_token, on_prefill
+        with interruptible() as interrupt:
+            writer.write(interrupt)
+        return [writer.answers[i] for i in range(len(rendered))]
 
 
 def check_room(model: Model, rendered: Sequence[Rendered]) -> None:
@@ -193,7 +196,8 @@ class _Writer:
     def write(self, interrupt: StopRequest) -> None:
         """Answers all queries. Raises KeyboardInterrupt when `interrupt` is set."""
         each_token = bool(self._sampling.stop) or self.on_token is not None
-        self._loop = loop_for(self._model, self._slots, each_token=each_token)
+        callbacks = self.on_token is not None or self.on_answer is not None
+        self._loop = loop_for(self._model, self._slots, each_token=each_token, callbacks=callbacks)
         while len(self.answers) < len(self._rendered):
             self._enter()
             waiting = self._next < len(self._rendered)
