@@ -123,3 +123,8 @@ def _check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, where: str) -> 
             f"{where}: the tokenizer makes ids up to {tokenizer.vocab_size - 1}, but the embedding has "
             f"{config.vocab_size} rows; they do not belong together."
         )
+    if tokenizer.eos_ids and tokenizer.eos_ids[-1] >= config.vocab_size:
+        raise ModelError(
+            f"{where}: the token that ends an answer has the id {tokenizer.eos_ids[-1]}, but the embedding has "
+            f"{config.vocab_size} rows; correct eos_token_id."
+        )
