@@ -29,7 +29,7 @@ def check_steps(backend: tokenizers.Tokenizer, where: str) -> None:
             'tokens; set "dropout" to null.'
         )
     unknown = getattr(model, "unk_token", None)
-    if isinstance(model, (models.WordPiece, models.WordLevel)) and model.token_to_id(unknown) is None:
+    if isinstance(model, (models.WordPiece, models.WordLevel)) and model.token_to_id(unknown or "") is None:
         raise ModelError(
             f"{where}: its {type(model).__name__} has no token {short(unknown)} for unknown words, so that it fails on "
             "texts that hold one; add that token to the vocabulary."
