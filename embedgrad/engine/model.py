@@ -133,8 +133,8 @@ def load_model(
     memory, else "stored". max_device_memory: bytes that the weights may take on the device (default, on a GPU: three
     quarters of what is free, where they are larger than that); blocks that do not fit are streamed from host memory.
 
-    Raises ModelError (cannot be read, not supported), BackendError, ConfigError (unknown dtype or weights, or a
-    max_device_memory that is too small for two blocks).
+    Raises ModelError (cannot be read, not supported, NaN or infinity in the weights), BackendError, ConfigError
+    (unknown dtype or weights, or a max_device_memory that is too small for two blocks).
     """
     chosen_device = _device(device)
     chosen_dtype = _dtype(dtype, chosen_device)
@@ -151,7 +151,7 @@ def load_model(
     frozen = read_weights(
         checkpoint.config, checkpoint.tensors, chosen_dtype, chosen_device, form=weights,
         products=ops if ops.quantized_rows else None,
-        max_device_memory=max_device_memory,
+        max_device_memory=max_device_memory, where=checkpoint.name,
     )  # fmt: skip
     return Model(checkpoint, frozen, ops, chosen_dtype, chosen_device)
 

@@ -381,6 +381,8 @@ def _hf_windows(fields: Fields, family: str, layers: int) -> tuple[int | None, .
 
 
 def _gguf_rope(fields: Fields, divisors: tuple[float, ...]) -> RopeConfig:
+    if any(not 0 < value < math.inf for value in divisors):
+        raise ModelError(f"{fields.where}: rope_freqs.weight should hold positive numbers.")
     theta = fields.number("rope.freq_base", _DEFAULT_ROPE_THETA)
     kind = fields.take("rope.scaling.type", "none")
     if kind == "none" and fields.number("rope.scale_linear", 1.0) != 1:
@@ -395,8 +397,6 @@ def _gguf_rope(fields: Fields, divisors: tuple[float, ...]) -> RopeConfig:
         if divisors:
             return RopeConfig(theta, "divisors", divisors=tuple(factor * value for value in divisors))
         return RopeConfig(theta, "linear", factor)
-    if any(not 0 < value < math.inf for value in divisors):
-        raise ModelError(f"{fields.where}: rope_freqs.weight should hold positive numbers.")
     return (
         RopeConfig(theta, "divisors", divisors=divisors) if any(value != 1 for value in divisors) else RopeConfig(theta)
     )

@@ -39,7 +39,7 @@ class BackendError(EmbedGradError):
 
 
 class TrainingError(EmbedGradError):
-    """An optimisation cannot continue."""
+    """An optimisation cannot continue, or a loss, gradient or likelihood is not finite."""
 
 
 class SaveError(EmbedGradError):

@@ -252,7 +252,24 @@ def _parse(data: memoryview) -> tuple[dict[str, Any], dict[str, _Entry]]:
         if name in entries:
             raise _Malformed(f"tensor {name!r} twice")
         entries[name] = _entry(name, shape, kind, offset, alignment, begin, len(data))
+    _check_places(entries, alignment, begin, len(data))
     return metadata, entries
+
+
+def _check_places(entries: dict[str, _Entry], alignment: int, begin: int, end: int) -> None:
+    """Raises _Malformed unless the tensors follow one another, with no more than padding between and behind them.
+
+    A tensor whose offset is wrong would be read from the numbers of another one, and a tensor that the header lost may
+    be optional (a head that is not tied, frequencies of the rotary embedding).
+    """
+    expected, before = begin, ""
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
+        if entry.start != expected:
+            told = f"{name!r} begins at byte {entry.start}, but the tensors before it end at byte {expected}"
+            raise _Malformed(f"{told}; {name!r} and {before!r} overlap" if entry.start < expected else told)
+        expected, before = -(-(entry.start + entry.size) // alignment) * alignment, name
+    if entries and end > expected:
+        raise _Malformed(f"{end - expected} bytes behind the last tensor belong to none")
 
 
 def _counted(count: int, least: int, reader: _Reader) -> range:
