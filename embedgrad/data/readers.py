@@ -10,6 +10,7 @@ from typing import Any
 
 from embedgrad.data.example import Example
 from embedgrad.util.errors import DataError
+from embedgrad.util.shown import short
 
 
 def read_jsonl(
@@ -90,8 +91,8 @@ def text_field(fields: Mapping[str, Any], name: str, where: str) -> str:
     where: names the data row in messages. Raises DataError where the field is missing, empty, or of another type.
     """
     if name not in fields:
-        known = ", ".join(repr(key) for key in list(fields)[:8]) or "none"
-        raise DataError(f"{where} has no field {name!r}; its fields are: {known}.")
+        known = ", ".join(short(key, 60) for key in list(fields)[:8]) or "none"
+        raise DataError(f"{where} has no field {short(name)}; its fields are: {known}.")
     value = fields[name]
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)

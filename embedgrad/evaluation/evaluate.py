@@ -18,6 +18,7 @@ from embedgrad.generation.sampling import Sampling
 from embedgrad.prompt.prompt import SoftPrompt
 from embedgrad.prompt.rendering import Rendered, render_query
 from embedgrad.util.errors import DataError
+from embedgrad.util.shown import LONGEST, cut, short
 
 __all__ = [
     "Accuracy", "Evaluation", "Record", "check_evaluation", "default_sampling", "evaluate", "paired_tests",
@@ -173,12 +174,13 @@ def _prepared(
     if not examples:
         raise DataError("there are no examples to evaluate on; give at least one.")
     if labels is not None and (isinstance(labels, str) or not labels):
-        raise DataError(f"labels must be a list of at least one text, not {labels!r}.")
+        raise DataError(f"labels must be a list of at least one text, not {short(labels)}.")
     for i, example in enumerate(examples):
         if not isinstance(example.target, str):
             raise DataError(f"example {i} has a target of token ids; an evaluation compares texts.")
         if labels is not None and example.target not in labels:
-            raise DataError(f"example {i} has the target {example.target!r}, which is not one of {', '.join(labels)}.")
+            known = cut(', '.join(labels), LONGEST)
+            raise DataError(f"example {i} has the target {short(example.target)}, which is not one of {known}.")
     prompt.check_model(model)
     rendered = [render_query(model, prompt, e.query, where=f"example {i}") for i, e in enumerate(examples)]
     return rendered, None if labels is None else LabelScorer(model, prompt, examples, rendered, labels)

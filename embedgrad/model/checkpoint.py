@@ -16,6 +16,7 @@ from embedgrad.model.files.hub import name_of
 from embedgrad.model.files.safetensors import SafetensorsFiles
 from embedgrad.model.tokenizer import Tokenizer
 from embedgrad.util.errors import ModelError
+from embedgrad.util.shown import short
 
 
 class TensorSource(Protocol):
@@ -99,7 +100,8 @@ def _check_tensors(tensors: TensorSource, config: ModelConfig, where: str) -> No
         raise ModelError(f"{where} lacks {missing[0]}{more}, which its configuration calls for.")
     for name, shape in expected.items():
         if found[name] != shape:
-            raise ModelError(f"{where}: {name} has shape {list(found[name])}; its configuration says {list(shape)}.")
+            told = short(list(found[name]))
+            raise ModelError(f"{where}: {name} has shape {told}; its configuration says {list(shape)}.")
     extra = [name for name in found if name not in expected]
     if config.tied and extra == ["lm_head.weight"] and _is_tied(tensors):
         extra = []

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from embedgrad.util.errors import ModelError
+from embedgrad.util.shown import short
 
 _LARGEST_INT = 2**31 - 1
 
@@ -94,12 +95,3 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ModelError(f"{path} should hold a JSON object.")
     return value
-
-
-def short(value: object) -> str:
-    """A value as text for a message, at most some 200 characters."""
-    try:
-        text = repr(value)
-    except RecursionError:
-        text = type(value).__name__
-    return text if len(text) <= 200 else text[:200] + "..."

@@ -15,10 +15,11 @@ from typing import Any, TypeVar
 import tokenizers
 from tokenizers import AddedToken
 
-from embedgrad.model.fields import read_object, short
+from embedgrad.model.fields import read_object
 from embedgrad.model.files.gguf_tokenizer import build_backend
 from embedgrad.model.files.tokenizer_steps import check_steps
 from embedgrad.util.errors import DataError, ModelError
+from embedgrad.util.shown import short
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 _SURROGATE = re.compile("[\ud800-\udfff]")

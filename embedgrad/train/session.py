@@ -21,7 +21,7 @@ from embedgrad.maths.optimizer import SGD, AdamW, Rule, learning_rate
 from embedgrad.prompt.prompt import SoftPrompt
 from embedgrad.prompt.rendering import Rendered, render
 from embedgrad.train.alarms import Alarms
-from embedgrad.train.checkpoints import RunState, differences, identity, tensor_hash
+from embedgrad.train.checkpoints import RunState, check_counts, differences, identity, tensor_hash
 from embedgrad.train.monitors import Answered, Judge, Monitors, Stopped, step_figures, weighted_share
 from embedgrad.train.pipeline import Pipeline
 from embedgrad.train.progress import Progress
@@ -96,6 +96,7 @@ class Session:
                 raise ConfigError(
                     f"the run in {self.folder.path} cannot be resumed, because this changed: {', '.join(changed)}."
                 )
+            check_counts(saved, self.state, self.total)
             self.state = saved
             self.records = self.folder.records(saved.lines)
             self.alarms = Alarms(self.config.monitors, self.records)

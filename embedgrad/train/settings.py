@@ -26,7 +26,9 @@ from pydantic import (
 
 from embedgrad.maths.trust_region import KINDS, CosineCone, TrustRegion
 from embedgrad.prompt.template import Template
+from embedgrad.util.bounded_yaml import BoundedLoader, TooLarge
 from embedgrad.util.errors import ConfigError, TemplateError
+from embedgrad.util.shown import cut, short, visible
 
 if TYPE_CHECKING:
     from pydantic._internal._model_construction import ModelMetaclass
@@ -34,19 +36,27 @@ else:
     ModelMetaclass = type(BaseModel)
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+_LONGEST = 40  # characters of a number that is given as text
 _SHOWN = 4  # wrong keys that a message lists; further ones are only counted
 
 
 def _not_bool(value: object) -> object:
     if isinstance(value, bool):
         raise ValueError("should be a number, not true or false")
+    if isinstance(value, (int, str)) and _is_beyond(value):
+        raise ValueError("should be a number below 2^64")
     return value
+
+
+def _is_beyond(value: int | str) -> bool:
+    """Whether a whole number is larger than any that counts something; texts of digits are numbers too."""
+    return len(value) > _LONGEST if isinstance(value, str) else value.bit_length() > 64
 
 
 def _bytes(value: object) -> object:
     if not isinstance(value, str):
         return _not_bool(value)
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", value.lower())
+    match = None if len(value) > _LONGEST else re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", value.lower())
     if match is None:
         raise ValueError("should be a number of bytes, or a text such as 800MB or 2GiB")
     return int(float(match[1]) * _UNITS[match[2] or ""])
@@ -54,7 +64,7 @@ def _bytes(value: object) -> object:
 
 def _folder_name(value: str) -> str:
     if not value.strip() or value in (".", "..") or any(sign in value for sign in "/\\\0"):
-        raise ValueError(f"should be the name of one folder, not {value!r}")
+        raise ValueError(f"should be the name of one folder, not {short(value)}")
     return value
 
 
@@ -397,7 +407,9 @@ def expand_path(path: str) -> Path:
 def _yaml(text: str, what: str) -> Any:
     """The value of the YAML `text`. `what` names the text in the message of a ConfigError."""
     try:
-        return yaml.safe_load(text)
+        return yaml.load(text, BoundedLoader)
+    except TooLarge as error:
+        raise ConfigError(f"{what} {error}.") from None
     except RecursionError:
         raise ConfigError(f"{what} is not YAML that can be read: it is nested too deeply.") from None
     except Exception as error:  # PyYAML also lets errors of Python's conversions through, such as 2024-13-45 as a date
@@ -414,8 +426,8 @@ def _override(values: dict[Any, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     names = key.strip().split(".")
     if not separator or not all(names):
-        raise ConfigError(f"--set {override!r} should look like section.key=value, for example optimize.steps=30.")
-    value = _yaml(text, f"the value of --set {override!r}")
+        raise ConfigError(f"--set {short(override)} should look like section.key=value, for example optimize.steps=30.")
+    value = _yaml(text, f"the value of --set {short(override)}")
     section = values
     for name in names[:-1]:
         inner = section.get(name)
@@ -424,7 +436,8 @@ def _override(values: dict[Any, Any], override: str) -> None:
         elif inner is None:
             inner = section[name] = {}
         if not isinstance(inner, dict):
-            raise ConfigError(f"--set {override!r}: {name} is {inner!r} and has no settings of its own.")
+            told = f"{short(name)} is {short(inner)}"
+            raise ConfigError(f"--set {short(override)}: {told} and has no settings of its own.")
         section = inner
     section[names[-1]] = value
 
@@ -436,7 +449,7 @@ def _sentence(error: ValidationError, section: type[BaseModel]) -> str:
 
 
 def _problem(error: Any, section: type[BaseModel]) -> str:
-    path = ".".join(str(part) for part in error["loc"])
+    path = ".".join(cut(visible(str(part)), 60) for part in error["loc"])
     kind, value = error["type"], error["input"]
     if kind == "extra_forbidden":
         known = _keys_beside(section, error["loc"])
@@ -449,18 +462,13 @@ def _problem(error: Any, section: type[BaseModel]) -> str:
         reason = str(error["ctx"]["error"]).rstrip(".")
         return f"{path}: {reason}" if path else reason
     if kind == "model_type":
-        return f"{path} is {_shown(value)}, but should be a mapping"
+        return f"{path} is {short(value, 60)}, but should be a mapping"
     if kind == "is_instance_of":  # the only such field is a trust region
-        return f"{path} is {_shown(value)}, but should be one of {', '.join(KINDS)}, or a mapping with such a kind"
+        return f"{path} is {short(value, 60)}, but should be one of {', '.join(KINDS)}, or a mapping with such a kind"
     if kind == "string_type":
-        return f"{path} is {_shown(value)}, but should be text (in quotes where YAML reads it as something else)"
+        return f"{path} is {short(value, 60)}, but should be text (in quotes where YAML reads it as something else)"
     reason = error["msg"].replace("Input should", "should")
-    return f"{path} is {_shown(value)}, but {reason}"
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+    return f"{path} is {short(value, 60)}, but {reason}"
 
 
 def _keys_beside(section: type[BaseModel], location: tuple[int | str, ...]) -> list[str]:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from embedgrad.cli.commands.shared import STOPPED, open_configured, with_folder, with_interval, write_text
+from embedgrad.cli.terminal import cell, tell
 from embedgrad.compare.arms import arms
 from embedgrad.compare.outcome import Outcome
 from embedgrad.compare.runner import Runner, Stopped
@@ -15,6 +15,7 @@ from embedgrad.compare.table import columns, explanation, lines, markdown, to_js
 from embedgrad.evaluation.statistics import Accuracy
 from embedgrad.train.plan import plan
 from embedgrad.train.settings import expand_path, load_run_config
+from embedgrad.util.shown import visible
 
 SHOWN = ("generated_accuracy", "choice_accuracy")  # measures on the terminal; the files have all measures
 
@@ -30,12 +31,12 @@ def run(config_path: Path, overrides: Sequence[str], data: Path | None, quiet: b
     chosen, notes = arms(planned, model)
     notes.insert(0, runner.parts(runner.folds[0]).leakage.sentence() + ".")
 
-    def tell(text: str) -> None:
+    def say(text: str) -> None:
         if not (quiet or as_json):
-            print(text, file=sys.stderr, flush=True)
+            tell(text)
 
     for note in notes:
-        tell(note)
+        say(note)
     outcomes: list[Outcome] = []
     try:
         for arm in chosen:
@@ -45,11 +46,11 @@ def run(config_path: Path, overrides: Sequence[str], data: Path | None, quiet: b
                     outcomes.append(outcome)
                     if as_json:
                         print(json.dumps({"kind": "outcome", **vars(outcome)}), flush=True)
-                    tell(_told(outcome, len(runner.folds)))
+                    say(_told(outcome, len(runner.folds)))
             _write(folder, outcomes, notes)
     except (KeyboardInterrupt, Stopped) as stopped:
         reason = stopped.reason if isinstance(stopped, Stopped) else "interrupted"
-        print("Stopped; the same command goes on from here.", file=sys.stderr)
+        tell("Stopped; the same command goes on from here.")
         return STOPPED[reason]
     if not (quiet or as_json):
         _show(outcomes)
@@ -78,7 +79,7 @@ def _show(outcomes: Sequence[Outcome]) -> None:
     table = columns(lines(outcomes), SHOWN)
     shown = Table(*(heading for heading, _ in table))
     for row in zip(*(cells for _, cells in table), strict=True):
-        shown.add_row(*row)
+        shown.add_row(*map(cell, row))
     console = Console(highlight=False)
     console.print(shown)
-    console.print(explanation(outcomes), markup=False, soft_wrap=True)
+    console.print(visible(explanation(outcomes)), markup=False, soft_wrap=True)

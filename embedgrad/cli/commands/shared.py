@@ -14,7 +14,7 @@ from embedgrad.evaluation.evaluate import shares as evaluation_shares
 from embedgrad.evaluation.statistics import Accuracy
 from embedgrad.train.settings import RunConfig, expand_path
 
-STOPPED = {"interrupted": 130, "terminated": 143}
+STOPPED = {"interrupted": 130, "terminated": 143, "hung up": 129}
 """Exit codes of commands that a signal stopped: 128 + the signal's number, as in shells."""
 
 

@@ -17,6 +17,7 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from embedgrad.util.errors import ModelError
+from embedgrad.util.shown import short
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
@@ -234,23 +235,23 @@ def _parse(data: memoryview) -> tuple[dict[str, Any], dict[str, _Entry]]:
     for _ in _counted(pairs, 12, reader):
         key = reader.string()
         if key in metadata:
-            raise _Malformed(f"key {key!r} twice")
+            raise _Malformed(f"key {short(key)} twice")
         metadata[key] = reader.value(reader.scalar("<I"))
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
-        raise _Malformed(f"general.alignment is {alignment!r}")
+        raise _Malformed(f"general.alignment is {short(alignment)}")
     infos: list[tuple[str, tuple[int, ...], int, int]] = []
     for _ in _counted(tensors, 32, reader):
         name, dimensions = reader.string(), reader.scalar("<I")
         if not 1 <= dimensions <= 4:
-            raise _Malformed(f"{name!r} has {dimensions} dimensions")
+            raise _Malformed(f"{short(name)} has {dimensions} dimensions")
         shape = tuple(reader.scalar("<Q") for _ in range(dimensions))[::-1]
         infos.append((name, shape, reader.scalar("<I"), reader.scalar("<Q")))
     begin = -(-reader.at // alignment) * alignment
     entries: dict[str, _Entry] = {}
     for name, shape, kind, offset in infos:
         if name in entries:
-            raise _Malformed(f"tensor {name!r} twice")
+            raise _Malformed(f"tensor {short(name)} twice")
         entries[name] = _entry(name, shape, kind, offset, alignment, begin, len(data))
     _check_places(entries, alignment, begin, len(data))
     return metadata, entries
@@ -265,8 +266,8 @@ def _check_places(entries: dict[str, _Entry], alignment: int, begin: int, end: i
     expected, before = begin, ""
     for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
         if entry.start != expected:
-            told = f"{name!r} begins at byte {entry.start}, but the tensors before it end at byte {expected}"
-            raise _Malformed(f"{told}; {name!r} and {before!r} overlap" if entry.start < expected else told)
+            told = f"{short(name)} begins at byte {entry.start}, but the tensors before it end at byte {expected}"
+            raise _Malformed(f"{told}; {short(name)} and {short(before)} overlap" if entry.start < expected else told)
         expected, before = -(-(entry.start + entry.size) // alignment) * alignment, name
     if entries and end > expected:
         raise _Malformed(f"{end - expected} bytes behind the last tensor belong to none")
@@ -283,13 +284,13 @@ def _entry(name: str, shape: tuple[int, ...], kind: int, offset: int, alignment:
     try:
         known = GGMLQuantizationType(kind)
     except ValueError:
-        raise _Malformed(f"{name!r} has the unknown type {kind}") from None
+        raise _Malformed(f"{short(name)} has the unknown type {kind}") from None
     values, size = GGML_QUANT_SIZES[known]
     if min(shape) < 1 or shape[-1] % values:
-        raise _Malformed(f"{name!r} has shape {list(shape)}, impossible for {known.name}")
+        raise _Malformed(f"{short(name)} has shape {list(shape)}, impossible for {known.name}")
     length = _product(shape) // values * size
     if offset % alignment or begin + offset + length > end:
-        raise _Malformed(f"{name!r} lies outside the file")
+        raise _Malformed(f"{short(name)} lies outside the file")
     return _Entry(known, shape, begin + offset, length)
 
 

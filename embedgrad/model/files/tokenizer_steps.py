@@ -11,8 +11,8 @@ from typing import Any
 import tokenizers
 from tokenizers import models
 
-from embedgrad.model.fields import short
 from embedgrad.util.errors import ModelError
+from embedgrad.util.shown import short
 
 # Factor by which all steps of one kind together may lengthen a text. Unicode's own normal forms are not counted: their
 # longest, NFKC's 18 characters for one, is reached once. Published tokenizers stay below 20.
