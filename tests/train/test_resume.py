@@ -282,7 +282,8 @@ def test_nothing_usable_is_a_refusal(interrupted: Path, tmp_path: Path) -> None:
     "change",
     [
         {"step": -1}, {"step": 10**6}, {"step": 2.5}, {"step": True}, {"lines": -3}, {"lines": "x"},
-        {"validated": 10**9}, {"best_step": None}, {"before": 7}, {"after": {"loss": "x", "accuracy": 1}}, {"stop_reason": []},
+        {"validated": 10**9}, {"best_step": None}, {"before": 7}, {"after": {"loss": "x", "accuracy": 1}},
+        {"stop_reason": []},
         {"seconds": None}, {"identity": []}, {"e": torch.zeros(1, 1)}, {"m": torch.zeros(3, dtype=torch.int64)},
         {"best": torch.full((2, 2), float("nan"))},
     ],
