@@ -4,8 +4,8 @@ BLOCK_Q counts rows, that is (query, head of the group) pairs. What bounds a til
 sum of outputs (fp32, BLOCK_Q × head dimension for o or dq, twice BLOCK_K × head dimension for dk and dv), of the tiles
 that stay (q, and do in the backward), and of the logits (BLOCK_Q × BLOCK_K). Every row is the largest tile that
 compiles without a spill among those tried; the number in its reason is what the compiler makes of it, in registers of
-a lane for bf16 (`python -m bench kernels --static`). No row here was chosen by its time; `python -m bench tune` does that
-(tuned_rows.py).
+a lane for bf16 (`python -m bench kernels --static`). No row here was chosen by its time; `python -m bench tune` does
+that (tuned_rows.py).
 """
 
 from .launch_row import Row

@@ -120,6 +120,6 @@ def _one(job: tuple[str, str]) -> Row:
 def _row(trial: Trial, dtype: torch.dtype, error: float, **more: Any) -> Row:
     case = {"part": "executed", "dtype": str(dtype).removeprefix("torch.")}
     return row(
-        "kernels", trial.name, f"triton {triton.__version__}", [min(error, sys.float_info.max)], case=case, unit="error", counted=True,
-        op=trial.op, **more,
+        "kernels", trial.name, f"triton {triton.__version__}", [min(error, sys.float_info.max)], case=case,
+        unit="error", counted=True, op=trial.op, **more,
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """The command line: `embedgrad optimize | evaluate | compare | study | report | generate | show | export | ...`.
 
 This module only declares the options. A command's modules are imported when it runs, so `--help` is fast. Exit codes: 0
-success, 2 an error of the package (one sentence on stderr), 130 stopped by Ctrl-C, 143 stopped by SIGTERM.
+success, 2 an error of the package (one sentence on stderr), 130 stopped by Ctrl-C, 143 by SIGTERM, 129 by SIGHUP.
 """
 
 from __future__ import annotations

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from collections.abc import Mapping
 from typing import Any, TextIO
 
 from embedgrad.train.progress import Quiet
+from embedgrad.util.shown import visible
 
 
 class JsonLines(Quiet):
@@ -44,7 +46,8 @@ class JsonLines(Quiet):
 class Bar:
     """A progress bar on stderr with loss, similarity, tokens per second and time left.
 
-    Each validation prints a line above the bar. Without a terminal there are only these lines.
+    Each validation prints a line above the bar. Without a terminal there are only these lines. A terminal that was
+    closed ends the bar and not the run.
     """
 
     def __init__(self) -> None:
@@ -69,7 +72,8 @@ class Bar:
     def start(self, total: int, done: int) -> None:
         """Shows the bar."""
         self._bar.reset(self._task, total=total, completed=done)
-        self._bar.start()
+        with contextlib.suppress(OSError):
+            self._bar.start()
 
     def step(self, record: Mapping[str, Any]) -> None:
         """Updates the bar."""
@@ -77,7 +81,8 @@ class Bar:
             f"loss {record['loss']:.4f}  similarity ≥ {record['similarity_min']:.4f}  "
             f"{record['tokens_per_second']:,.0f} tokens/s"
         )
-        self._bar.update(self._task, completed=record["step"], told=told)
+        with contextlib.suppress(OSError):
+            self._bar.update(self._task, completed=record["step"], told=told)
 
     def validation(self, record: Mapping[str, Any]) -> None:
         """Prints a line with the validation's figures."""
@@ -92,12 +97,17 @@ class Bar:
 
     def alarm(self, record: Mapping[str, Any], sentence: str) -> None:
         """Prints the sentence in red above the bar."""
-        self._console.print(sentence, style="bold red", markup=False, soft_wrap=True)
+        self._print(sentence, "bold red")
 
     def note(self, text: str) -> None:
         """Prints a line above the bar."""
-        self._console.print(text, markup=False, soft_wrap=True)
+        self._print(text)
 
     def stop(self) -> None:
         """Removes the bar."""
-        self._bar.stop()
+        with contextlib.suppress(OSError):
+            self._bar.stop()
+
+    def _print(self, text: str, style: str | None = None) -> None:
+        with contextlib.suppress(OSError):
+            self._console.print(visible(text), style=style, markup=False, soft_wrap=True)

@@ -32,13 +32,14 @@ from embedgrad.train.run_folder import read_metrics
 from embedgrad.train.settings import OptimizeConfig
 from embedgrad.util.errors import ConfigError, EmbedGradError
 from embedgrad.util.files import write_atomic
+from embedgrad.util.interrupts import REASONS
 
 IDENTITY = "identity.json"
 _LONGEST = 4  # examples that are rendered with each further candidate of an arm
 
 
 class Stopped(Exception):
-    """A signal stopped an arm's optimisation. The same command continues it. reason: "interrupted" or "terminated"."""
+    """A signal stopped an arm's optimisation. The same command continues it. reason: one of REASONS."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -214,7 +215,7 @@ class Runner:
             run_dir=place, resume="auto", description=description, terminate_cleanly=True, judge=self.plan.judge,
             progress=_Notes(), allow_other_bits=True,
         )  # fmt: skip
-        if result.stop_reason in ("interrupted", "terminated"):
+        if result.stop_reason in REASONS:
             raise Stopped(result.stop_reason)
         return result.prompt, self._figures(result, validation)
 

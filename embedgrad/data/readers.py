@@ -17,6 +17,7 @@ from embedgrad.data.example import Example
 from embedgrad.data.json_rows import array_rows, json_type, line_rows
 from embedgrad.data.tables import SEPARATORS, table_rows
 from embedgrad.util.errors import DataError
+from embedgrad.util.shown import short
 from embedgrad.util.text import NotUtf8, decoded, numbered_lines
 
 Row = tuple[str, dict[str, Any]]
@@ -109,8 +110,8 @@ def text_field(fields: Mapping[str, Any], name: str, where: str) -> str:
     where: names the data row in messages. Raises DataError where the field is missing, empty, or of another type.
     """
     if name not in fields:
-        known = ", ".join(repr(key) for key in list(fields)[:8]) or "none"
-        raise DataError(f"{where} has no field {name!r}; its fields are: {known}.")
+        known = ", ".join(short(key, 60) for key in list(fields)[:8]) or "none"
+        raise DataError(f"{where} has no field {short(name)}; its fields are: {known}.")
     value = fields[name]
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)

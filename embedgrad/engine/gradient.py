@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, overload
 
@@ -16,7 +16,7 @@ from embedgrad.engine.packed_pass import PackedPass, build_pass
 from embedgrad.engine.tree import TokenTree, build_tree
 from embedgrad.prompt.prompt import SoftPrompt
 from embedgrad.prompt.rendering import render
-from embedgrad.util.errors import DataError
+from embedgrad.util.errors import DataError, PromptError, TrainingError
 from embedgrad.util.host import send
 
 
@@ -78,7 +78,8 @@ def loss_and_grad(
     `memory_budget` bytes of activations (default: half of the memory that is free now).
 
     Raises DataError (no examples, an empty query or target, weights that are all 0), PromptError (a prompt of another
-    model), ContextError (a sequence longer than the context), ConfigError (unknown policy, budget too small).
+    model, or with NaN or infinity in it), ContextError (a sequence longer than the context), ConfigError (unknown
+    policy, budget too small), TrainingError (a loss or gradient that is not finite).
     """
     check_batch(batch)
     prompt.check_model(model)
@@ -88,12 +89,14 @@ def loss_and_grad(
     tree = build_tree(
         sequences, [example.weight for example in batch], share=_omit.prefix_copies, keep=_omit.prefix_steps
     )
-    p = pass_over(model, tree, _omit)
-    chosen, nbytes = model.plan_memory([p.size], policy, memory_budget)
-    model.arena.begin(nbytes)
-    embeddings = send(prompt.embeddings, model.device)
-    nll, predicted, grad = launch_gradient(model, embeddings, p, chosen, whole=not _omit.whole_logits)
-    nll, grad = nll.cpu(), grad.cpu()  # only now is the device waited for
+    with model.lock:
+        p = pass_over(model, tree, _omit)
+        chosen, nbytes = model.plan_memory([p.size], policy, memory_budget)
+        model.arena.begin(nbytes)
+        embeddings = send(prompt.embeddings, model.device)
+        nll, predicted, grad = launch_gradient(model, embeddings, p, chosen, whole=not _omit.whole_logits)
+        nll, grad = nll.cpu(), grad.cpu()  # only now is the device waited for
+    check_finite(model, prompt, {"loss": nll, "gradient": grad})
     loss = loss_of(tree, nll)
     if not details:
         return loss, grad
@@ -120,6 +123,22 @@ def check_batch(batch: Sequence[Example]) -> None:
         raise DataError("the batch holds no examples; give at least one.")
     if not any(example.weight > 0 for example in batch):
         raise DataError("all examples of the batch have weight 0; at least one must count.")
+
+
+def check_finite(model: Model, prompt: SoftPrompt, results: Mapping[str, Tensor]) -> None:
+    """Raises PromptError (the prompt's fault) or TrainingError where one of `results`, by its name, is not finite."""
+    for name, result in results.items():
+        if bool(result.isfinite().all()):
+            continue
+        rows = prompt.embeddings.isfinite().all(dim=1)
+        if not bool(rows.all()):
+            row = int((~rows).nonzero()[0])
+            raise PromptError(f"row {row} of the prompt's embeddings holds NaN or infinity; give finite numbers.")
+        kind = str(model.dtype).removeprefix("torch.")
+        raise TrainingError(
+            f"the {name} is not finite, although the prompt is: the model {model.name} overflows in {kind} for these "
+            "examples, or its weights are damaged; compute in float32 or float64, or fetch the model again."
+        )
 
 
 def pass_over(model: Model, tree: TokenTree, omit: _Omit = _Omit()) -> PackedPass:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from typing import NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -24,7 +26,7 @@ from embedgrad.model.fingerprint import Fingerprint
 from embedgrad.model.read_weights import read_weights
 from embedgrad.model.tokenizer import Tokenizer
 from embedgrad.model.weights import Weights
-from embedgrad.util.errors import BackendError, ConfigError
+from embedgrad.util.errors import BackendError, ConfigError, ModelError
 from embedgrad.util.host import available_memory
 
 DTYPES = {
@@ -38,6 +40,10 @@ class Model:
     """Frozen weights, tokenizer and decoder. `dtype` is what is computed in; `name` is for people and prompt files.
 
     fingerprint: tells its weights from those of other models, such as fine-tunes of it.
+
+    Several threads may use one model. A pass or a generation holds `lock`, because it works in memory that belongs to
+    the model: the arena, the caches of prefixes, the buffers of the matrices, the native decoder. A thread that holds
+    the lock may take it again, so a callback may use the model that called it.
     """
 
     def __init__(
@@ -52,6 +58,7 @@ class Model:
         self.backend = ops.name
         self.dtype = dtype
         self.device = device
+        self.lock = threading.RLock()
         self.arena = Arena(device)
         self.decoder = Decoder(self.config, weights, ops, dtype, self.arena)
         self.prefix_cache = PrefixCache(self.decoder)
@@ -59,6 +66,13 @@ class Model:
 
     def __repr__(self) -> str:
         return f"Model({self.name!r}, {self.config.family}, {self.dtype}, backend={self.backend!r}, {self.device})"
+
+    def __reduce_ex__(self, protocol: SupportsIndex, /) -> NoReturn:
+        """Raises ModelError: `pickle` and `copy` would copy the weights, and memory that compiled code points to."""
+        raise ModelError(
+            f"the model {self.name!r} cannot be pickled or copied; share it between threads, and open it with "
+            "load_model in every process that needs it."
+        )
 
     @cached_property
     def native_decoder(self) -> NativeDecoder | None:
@@ -79,7 +93,8 @@ class Model:
 
     def weights_hash(self) -> str:
         """sha256 over every frozen tensor, hexadecimal: equal before and after an optimisation."""
-        return self.weights.hash()
+        with self.lock:  # layers that are streamed pass through shared buffers
+            return self.weights.hash()
 
     @property
     def quantisation_errors(self) -> dict[str, float]:
@@ -98,9 +113,10 @@ class Model:
 
     def release_memory(self) -> None:
         """Give the activation arena and the prefixes' keys and values back; the next step allocates them again."""
-        self.arena.release()
-        self.prefix_cache.clear()
-        self.last_prefix.clear()
+        with self.lock:
+            self.arena.release()
+            self.prefix_cache.clear()
+            self.last_prefix.clear()
 
 
 def load_model(
@@ -121,8 +137,8 @@ def load_model(
     memory, else "stored". max_device_memory: bytes that the weights may take on the device (default, on a GPU: three
     quarters of what is free, where they are larger than that); blocks that do not fit are streamed from host memory.
 
-    Raises ModelError (cannot be read, not supported), BackendError, ConfigError (unknown dtype or weights, or a
-    max_device_memory that is too small for two blocks).
+    Raises ModelError (cannot be read, not supported, NaN or infinity in the weights), BackendError, ConfigError
+    (unknown dtype or weights, or a max_device_memory that is too small for two blocks).
     """
     chosen_device = _device(device)
     chosen_dtype = _dtype(dtype, chosen_device)
@@ -139,7 +155,7 @@ def load_model(
     frozen = read_weights(
         checkpoint.config, checkpoint.tensors, chosen_dtype, chosen_device, form=weights,
         products=ops if ops.quantized_rows else None,
-        max_device_memory=max_device_memory,
+        max_device_memory=max_device_memory, where=checkpoint.name,
     )  # fmt: skip
     return Model(checkpoint, frozen, ops, chosen_dtype, chosen_device)
 

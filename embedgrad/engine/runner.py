@@ -146,6 +146,10 @@ class PassRunner:
 
     def launch(self, prepared: Prepared) -> Launched:
         """Start the pass; nothing here waits for it. Raises ConfigError where the memory budget is too small."""
+        with self._model.lock:
+            return self._launch(prepared)
+
+    def _launch(self, prepared: Prepared) -> Launched:
         size, on_host = prepared.size, prepared.on_host
         if size is None or on_host is None:
             return Launched(prepared.tree, self._plain(prepared.tree))

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from embedgrad.data.example import Example
-from embedgrad.engine.gradient import Details, check_batch, details_of
+from embedgrad.engine.gradient import Details, check_batch, check_finite, details_of
 from embedgrad.engine.loss import target_loss
 from embedgrad.engine.model import Model
 from embedgrad.engine.packed_pass import PackedPass
@@ -30,7 +30,9 @@ def score(model: Model, prompt: SoftPrompt, batch: Sequence[Example]) -> Details
     sequences = [
         render(model, prompt, example, where=example.where or f"example {i}") for i, example in enumerate(batch)
     ]
-    return Scorer(model, [prepare(sequences)]).details(prompt.embeddings, 0)
+    details = Scorer(model, [prepare(sequences)]).details(prompt.embeddings, 0)
+    check_finite(model, prompt, {"loss": details.example_loss})
+    return details
 
 
 class Scorer:

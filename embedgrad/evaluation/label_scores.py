@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from embedgrad.data.example import Example
+from embedgrad.engine.gradient import check_finite
 from embedgrad.engine.model import Model
 from embedgrad.engine.scorer import score
 from embedgrad.generation.kv_cache import KeyValueCache
@@ -68,8 +69,12 @@ class LabelScorer:
         self._scores.append(self._log_likelihoods(cache, logits, queries).cpu())
 
     def likeliest(self) -> list[LikeliestLabels]:
-        """The labels with the highest scores for each query, once all are scored. Of equal scores the first wins."""
+        """The labels with the highest scores for each query, once all are scored. Of equal scores the first wins.
+
+        Raises TrainingError or PromptError where a score is not finite.
+        """
         plain = torch.cat(self._scores, dim=1)  # [labels, queries]
+        check_finite(self._model, self._prompt, {"labels' likelihood": plain})
         lengths = torch.tensor([[len(ids) for ids in query] for query in self._continuations]).T
         calibrated = plain - self._prior()[:, None]
         chosen = [s.argmax(dim=0).tolist() for s in (plain, plain / lengths, calibrated)]

@@ -42,9 +42,11 @@ def generate(
     on_answer: on_answer(index, generation) is called after each answer.
     on_token: on_token(index, id) is called after each token of an answer.
 
-    Ctrl-C or an exception in a callback ends the call within one token. Raises PromptError, DataError or ContextError
-    (no room for an answer) before the first answer. Raises ConfigError where logit_bias names a token outside the
-    vocabulary or the logits hold NaN or +inf or are all -inf.
+    Ctrl-C or an exception in a callback ends the call within one token. Calls of several threads run one after the
+    other. A callback may use the model itself, but must not wait for another thread that uses it.
+
+    Raises PromptError, DataError or ContextError (no room for an answer) before the first answer. Raises ConfigError
+    where logit_bias names a token outside the vocabulary or the logits hold NaN or +inf or are all -inf.
     """
     if isinstance(queries, str):
         raise DataError("generate takes a list of queries, not one text; put it into a list.")
@@ -109,38 +111,40 @@ def write_sequences(
     """
     check_room(model, rendered)
     check_bias(sampling, model.config.vocab_size)
-    prefix = prefill_prefix(model, embeddings, rendered[0], common_prefix(rendered))
-    each_token = bool(sampling.stop) or on_token is not None
-    writer = Writer(
-        model, embeddings, prefix, limits_of(model, end), min(batch_size, len(rendered)), sampling.max_new_tokens,
-        lambda slots: loop_for(model, slots, each_token=each_token),
-    )  # fmt: skip
-    answers: dict[int, Generation] = {}
+    with model.lock:
+        prefix = prefill_prefix(model, embeddings, rendered[0], common_prefix(rendered))
+        each_token = bool(sampling.stop) or on_token is not None
+        callbacks = on_token is not None or on_answer is not None
+        writer = Writer(
+            model, embeddings, prefix, limits_of(model, end), min(batch_size, len(rendered)), sampling.max_new_tokens,
+            lambda slots: loop_for(model, slots, each_token=each_token, callbacks=callbacks),
+        )  # fmt: skip
+        answers: dict[int, Generation] = {}
 
-    def request(index: int, sequence: Rendered) -> Request:
-        def take(answer: Generation) -> None:
-            answers[index] = answer
-            if on_answer is not None:
-                on_answer(index, answer)
+        def request(index: int, sequence: Rendered) -> Request:
+            def take(answer: Generation) -> None:
+                answers[index] = answer
+                if on_answer is not None:
+                    on_answer(index, answer)
 
-        def fail(error: ConfigError) -> None:
-            raise ConfigError(f"query {index}: {error}")
+            def fail(error: ConfigError) -> None:
+                raise ConfigError(f"query {index}: {error}")
 
-        took = None if on_token is None else lambda token, *_: on_token(index, token)
-        return Request(sequence, sampling, take, fail, index, choice, took)
+            took = None if on_token is None else lambda token, *_: on_token(index, token)
+            return Request(sequence, sampling, take, fail, index, choice, took)
 
-    waiting = [request(index, sequence) for index, sequence in enumerate(rendered)]
-    if on_prefill is not None:
-        writer.on_prefill = lambda requests, cache, logits: on_prefill(requests[0].stream, cache, logits)
-    with interruptible() as interrupt:
-        while len(answers) < len(rendered):
-            entering = waiting[: len(writer.slots.free())]
-            del waiting[: len(entering)]
-            if entering:
-                writer.enter(entering)
-            writer.run(max(1, writer.slots.size // REFILL) if waiting else 0, lambda: interrupt.requested)
-            if interrupt.requested:
-                raise KeyboardInterrupt
+        waiting = [request(index, sequence) for index, sequence in enumerate(rendered)]
+        if on_prefill is not None:
+            writer.on_prefill = lambda requests, cache, logits: on_prefill(requests[0].stream, cache, logits)
+        with interruptible() as interrupt:
+            while len(answers) < len(rendered):
+                entering = waiting[: len(writer.slots.free())]
+                del waiting[: len(entering)]
+                if entering:
+                    writer.enter(entering)
+                writer.run(max(1, writer.slots.size // REFILL) if waiting else 0, lambda: interrupt.requested)
+                if interrupt.requested:
+                    raise KeyboardInterrupt
     return [answers[index] for index in range(len(rendered))]
 
 

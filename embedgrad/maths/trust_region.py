@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from embedgrad.util.errors import ConfigError
+from embedgrad.util.shown import short
 
 # Rounding moves a row by at most 2^-24 (float32) or 2^-53 (float64) of its length. A factor of four covers the anchor's
 # share and the norm band; in float64 the sums themselves round, hence the wider margin.
@@ -91,13 +92,13 @@ class TrustRegion(ABC):
         rest = dict(values)
         kind = rest.pop("kind", CosineCone.kind)
         if not isinstance(kind, str) or kind not in KINDS:
-            raise ConfigError(f"kind is {kind!r}, but a trust region is one of {', '.join(KINDS)}.")
+            raise ConfigError(f"kind is {short(kind)}, but a trust region is one of {', '.join(KINDS)}.")
         allowed = [field.name for field in fields(KINDS[kind])]  # type: ignore[arg-type]
         for key in rest:
             if key not in allowed:
                 near = difflib.get_close_matches(str(key), allowed, 1)
                 hint = f"; did you mean {near[0]!r}?" if near else f"; it has {', '.join(allowed) or 'no settings'}."
-                raise ConfigError(f"the trust region {kind!r} has no setting {key!r}{hint}")
+                raise ConfigError(f"the trust region {kind!r} has no setting {short(key)}{hint}")
         return KINDS[kind](**rest)
 
 
@@ -250,7 +251,7 @@ class L2Ball(TrustRegion):
         """Raises ConfigError where the radius is negative or `relative` is not a truth value."""
         _check_number("radius", self.radius, 0.0)
         if not isinstance(self.relative, bool):
-            raise ConfigError(f"relative is {self.relative!r}, but must be true or false.")
+            raise ConfigError(f"relative is {short(self.relative)}, but must be true or false.")
 
     def numbers(self, dtype: torch.dtype) -> Numbers:
         """The radius, and what it is measured by."""
@@ -349,7 +350,7 @@ def _check_number(name: str, value: object, low: float, high: float | None = Non
     allowed = f"a number from {low:g} to {high:g}" if high is not None else f"a number of at least {low:g}"
     usable = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not usable or value < low or (high is not None and value > high):  # type: ignore[operator]
-        raise ConfigError(f"{name} is {value!r}, but must be {allowed}.")
+        raise ConfigError(f"{name} is {short(value)}, but must be {allowed}.")
 
 
 def _split(e: Tensor, anchor: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -17,6 +17,7 @@ from embedgrad.model.files.recognise import refuse_adapter, refuse_file, refuse_
 from embedgrad.model.files.safetensors import SafetensorsFiles
 from embedgrad.model.tokenizer import Tokenizer
 from embedgrad.util.errors import ModelError
+from embedgrad.util.shown import short
 
 
 class TensorSource(Protocol):
@@ -115,7 +116,8 @@ def _check_tensors(tensors: TensorSource, config: ModelConfig, where: str) -> No
         raise ModelError(f"{where} lacks {missing[0]}{more}, which its configuration calls for.")
     for name, shape in expected.items():
         if found[name] != shape:
-            raise ModelError(f"{where}: {name} has shape {list(found[name])}; its configuration says {list(shape)}.")
+            told = short(list(found[name]))
+            raise ModelError(f"{where}: {name} has shape {told}; its configuration says {list(shape)}.")
     extra = [name for name in found if name not in expected]
     if config.tied and extra == ["lm_head.weight"] and _is_tied(tensors):
         extra = []
@@ -143,4 +145,9 @@ def _check_vocabulary(tokenizer: Tokenizer, config: ModelConfig, where: str) -> 
         raise ModelError(
             f"{where}: the tokenizer makes ids up to {tokenizer.words - 1}, but the embedding has "
             f"{config.vocab_size} rows; they do not belong together."
+        )
+    if tokenizer.eos_ids and tokenizer.eos_ids[-1] >= config.vocab_size:
+        raise ModelError(
+            f"{where}: the token that ends an answer has the id {tokenizer.eos_ids[-1]}, but the embedding has "
+            f"{config.vocab_size} rows; correct eos_token_id."
         )

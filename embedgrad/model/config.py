@@ -10,9 +10,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from embedgrad.model.fields import Fields, short
+from embedgrad.model.fields import Fields
 from embedgrad.model.rope import RopeConfig, gguf_rope, hf_rope
 from embedgrad.util.errors import ModelError
+from embedgrad.util.shown import short
 
 ARCHITECTURES = {
     "LlamaForCausalLM": "llama",
@@ -124,7 +125,7 @@ class ModelConfig:
         kv_heads = fields.integer("num_key_value_heads", defaults["num_key_value_heads"], none=heads)
         activation = fields.take("hidden_act", "silu")
         if activation not in ("silu", "swish"):
-            raise ModelError(f'{where}: "hidden_act" is {activation!r}; supported is "silu".')
+            raise ModelError(f'{where}: "hidden_act" is {short(activation)}; supported is "silu".')
         has_bias_switch = family in ("llama", "qwen3")
         attention_bias = fields.boolean("attention_bias", False) if has_bias_switch else False
         max_position = fields.integer("max_position_embeddings", defaults["max_position_embeddings"])
@@ -169,7 +170,8 @@ class ModelConfig:
         family = metadata.get("general.architecture")
         if family not in GGUF_ARCHITECTURES:
             raise ModelError(
-                f"{where}: architecture {family!r} is not supported; supported are {', '.join(GGUF_ARCHITECTURES)}."
+                f"{where}: architecture {short(family)} is not supported; supported are "
+                f"{', '.join(GGUF_ARCHITECTURES)}."
             )
         prefix = f"{family}."
         fields = Fields({k[len(prefix) :]: v for k, v in metadata.items() if k.startswith(prefix)}, where, prefix)

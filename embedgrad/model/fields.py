@@ -12,6 +12,7 @@ import numpy as np
 
 from embedgrad.model.files.recognise import stand_in
 from embedgrad.util.errors import ModelError
+from embedgrad.util.shown import short
 
 _LARGEST_INT = 2**31 - 1
 
@@ -95,12 +96,3 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ModelError(f"{path} should hold a JSON object.")
     return value
-
-
-def short(value: object) -> str:
-    """A value as text for a message, at most some 200 characters."""
-    try:
-        text = repr(value)
-    except RecursionError:
-        text = type(value).__name__
-    return text if len(text) <= 200 else text[:200] + "..."

@@ -12,6 +12,7 @@ from embedgrad.backends.base import Backend
 from embedgrad.kernels.packing import PackedWeight, stacked
 from embedgrad.model.checkpoint import TensorSource
 from embedgrad.model.config import ModelConfig
+from embedgrad.model.finite import check_all, check_sample
 from embedgrad.model.frozen import FrozenMatrix, Widening, product_type, tensors_of
 from embedgrad.model.narrowed import NARROWED, narrowed
 from embedgrad.model.native_matrices import is_built
@@ -39,6 +40,7 @@ def read_weights(
     form: str,
     products: Backend | None = None,
     max_device_memory: int | None = None,
+    where: str = "the model",
 ) -> Weights:
     """Reads the frozen parameters.
 
@@ -54,11 +56,12 @@ def read_weights(
     products: a backend whose products read packed weights, or None.
     max_device_memory: bytes that the weights may take on `device`. Layers that do not fit are streamed from the host.
         None: no limit.
+    where: names the model in messages.
 
-    Raises ModelError where a matrix cannot be quantised, and ConfigError where max_device_memory is too small for the
-    embedding, the head and two layers.
+    Raises ModelError where a matrix cannot be quantised or a weight is NaN or infinite, and ConfigError where
+    max_device_memory is too small for the embedding, the head and two layers.
     """
-    return _Reader(config, tensors, dtype, device, form, products).read(max_device_memory)
+    return _Reader(config, tensors, dtype, device, form, products, where).read(max_device_memory)
 
 
 class _Reader:
@@ -72,7 +75,9 @@ class _Reader:
         device: torch.device,
         form: str,
         products: Backend | None,
+        where: str,
     ) -> None:
+        self.where = where
         self.config, self.tensors, self.dtype, self.device = config, tensors, dtype, device
         self.form, self.products = form, products
         self.place = device
@@ -100,16 +105,19 @@ class _Reader:
     def _table(self, multiplied: bool) -> Any:
         name = "model.embed_tokens.weight"
         if self.form in self.wide:
-            return self.tensors.get(name).to(self.device, self.wide[self.form])
+            return check_all(name, self.tensors.get(name).to(self.device, self.wide[self.form]), self.where)
         table = self._stored(name, multiplied)
         return PackedTable(table) if is_packed(table) else table
 
     def _vector(self, name: str) -> Tensor:
         # A view would keep the whole file mapped, with every page that was read.
-        return self.tensors.get(name).to(self.place, self.dtype, copy=True)
+        return check_all(name, self.tensors.get(name).to(self.place, self.dtype, copy=True), self.where)
 
     def _stored(self, name: str, multiplied: bool = True) -> Any:
         """The matrix in the form of the file; `multiplied`: products read it, not its rows alone."""
+        return check_sample(name, self._as_in_file(name, multiplied), self.where)
+
+    def _as_in_file(self, name: str, multiplied: bool) -> Any:
         raw = self.tensors.raw(name)
         if raw is not None and self.products is None and self.device.type == "cpu":
             weight = self._blocks(*raw, name)
@@ -143,7 +151,7 @@ class _Reader:
             if self.products is None and self.device.type == "cpu":
                 return in_tiles(weight)
             return weight.to(self.place)
-        return tensor.to(self.place, self.wide[self.form])
+        return check_all(name, tensor.to(self.place, self.wide[self.form]), self.where)
 
     def _matrix(self, *names: str, bias: bool = False) -> FrozenMatrix:
         parts = [self._part(f"{name}.weight") for name in names]

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from embedgrad.model.fields import Fields, short
+from embedgrad.model.fields import Fields
 from embedgrad.util.errors import ModelError
+from embedgrad.util.shown import short
 
 _DEFAULT_THETA = 10000.0
 _BETA_FAST, _BETA_SLOW = 32.0, 1.0  # rotations within the original context; the YaRN paper's values

@@ -19,11 +19,15 @@ from tokenizers import AddedToken
 from embedgrad.model.fields import read_object
 from embedgrad.model.files.gguf_tokenizer import build_backend
 from embedgrad.model.files.recognise import stand_in
+from embedgrad.model.files.tokenizer_steps import check_steps
 from embedgrad.model.literal import ControlTokens, LiteralTokenizer, control_tokens
 from embedgrad.util.errors import DataError, ModelError
+from embedgrad.util.shown import short
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_LARGEST_ID = 2**31 - 1
+_NOT_OF_THE_PACKAGE = (KeyboardInterrupt, SystemExit, MemoryError)  # all else, panics too, is the tokenizers package's
 _T = TypeVar("_T")
 
 
@@ -65,7 +69,11 @@ class Tokenizer:
         return LiteralTokenizer(self._backend, self.controls)
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of `text`. Raises DataError for a string with half a surrogate pair, which is not Unicode text."""
+        """Token ids of `text`.
+
+        Raises DataError for a text that the tokenizer has no tokens for, and for half a surrogate pair, which is no
+        character.
+        """
         return list(self._encoding(text).ids)
 
     def encode_with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
@@ -79,7 +87,12 @@ class Tokenizer:
     def _encoding(self, text: str) -> tokenizers.Encoding:
         if not text.isascii() and _SURROGATE.search(text):
             raise DataError(f"{text[:40]!r}... holds half a surrogate pair, which is no character; repair the text.")
-        return self._backend.encode(text, add_special_tokens=False)
+        try:
+            return self._backend.encode(text, add_special_tokens=False)
+        except _NOT_OF_THE_PACKAGE:
+            raise
+        except BaseException as error:  # such as an unknown character and no token for unknown ones
+            raise DataError(f"the tokenizer cannot encode {short(text)}: {_reason(error)}.") from error
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of `ids`. An id without a token (an unused row of the embedding table) gives no text.
@@ -108,6 +121,10 @@ class Tokenizer:
         if (found := stand_in(path)) is not None:
             raise ModelError(f"{path} {found}.")
         backend = _guarded(lambda: tokenizers.Tokenizer.from_file(str(path)), f"{path} is not a usable tokenizer")
+        # Training programs save their padding and truncation; both would apply to the next line that encodes.
+        backend.no_padding()
+        backend.no_truncation()
+        _guarded(lambda: check_steps(backend, str(path)), f"{path} is not a usable tokenizer")
         config = _optional(folder / "tokenizer_config.json")
         special = _special_tokens(_optional(folder / "special_tokens_map.json") | config)
         _guarded(lambda: _add_tokens(backend, config, special, folder), f"{folder}: the added tokens are not usable")
@@ -117,8 +134,9 @@ class Tokenizer:
         if before:
             bos = before[0]
         elif bos is None:
-            bos = next(iter(_ids(model.get("bos_token_id"))), None)
-        eos = _ids(model.get("eos_token_id")) + _ids(generation.get("eos_token_id"))
+            bos = next(iter(_ids(model, "bos_token_id", folder / "config.json")), None)
+        eos = _ids(model, "eos_token_id", folder / "config.json")
+        eos += _ids(generation, "eos_token_id", folder / "generation_config.json")
         if "eos_token" in special and (own := backend.token_to_id(special["eos_token"])) is not None:
             eos.append(own)
         return cls(
@@ -137,8 +155,9 @@ class Tokenizer:
         kind, pre = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
         ids: dict[str, int] = {}
         for name in ("bos", "eos", "unknown", "padding", "eot", "eom"):
-            value = metadata.get(f"tokenizer.ggml.{name}_token_id")
-            if isinstance(value, int) and backend.id_to_token(value) is not None:
+            key = f"tokenizer.ggml.{name}_token_id"
+            value = next(iter(_ids(metadata, key, where)), None)
+            if value is not None and backend.id_to_token(value) is not None:
                 ids[name] = value
         special = {
             key: str(backend.id_to_token(ids[name]))
@@ -147,13 +166,12 @@ class Tokenizer:
         }
         # llama.cpp's default where the key is absent.
         adds_bos = metadata.get("tokenizer.ggml.add_bos_token", kind == "llama" or pre in ("llama-bpe", "llama3"))
-        template = metadata.get("tokenizer.chat_template")
         return cls(
             backend,
             bos_id=ids.get("bos"),
             eos_ids=[ids[name] for name in ("eos", "eot", "eom") if name in ids],
             adds_bos=bool(adds_bos),
-            chat_template=template if isinstance(template, str) else None,
+            chat_template=_template_in(metadata, "tokenizer.chat_template", where),
             special=special,
         )
 
@@ -165,20 +183,28 @@ def _guarded(action: Callable[[], _T], what: str) -> _T:
     """
     try:
         return action()
-    except (ModelError, KeyboardInterrupt, SystemExit, MemoryError):
+    except (ModelError, *_NOT_OF_THE_PACKAGE):
         raise
     except BaseException as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise ModelError(f"{what} ({reason}); fetch it again.") from error
+        raise ModelError(f"{what} ({_reason(error)}); fetch it again.") from error
+
+
+def _reason(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
 
 
 def _optional(path: Path) -> dict[str, Any]:
     return read_object(path) if path.is_file() else {}
 
 
-def _ids(value: Any) -> list[int]:
+def _ids(fields: Mapping[str, Any], name: str, where: object) -> list[int]:
+    """The token ids of a field that holds one, several or none; a negative number is none. Raises ModelError."""
+    value = fields.get(name)
     values = value if isinstance(value, list) else [value]
-    return [item for item in values if isinstance(item, int) and not isinstance(item, bool) and item >= 0]
+    ids = [item for item in values if isinstance(item, int) and not isinstance(item, bool) and item >= 0]
+    if ids and max(ids) > _LARGEST_ID:
+        raise ModelError(f'{where}: "{name}" is {short(value)}; a token id is at most {_LARGEST_ID}.')
+    return ids
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
@@ -229,7 +255,7 @@ def _added_in_front(backend: tokenizers.Tokenizer, where: str) -> list[int]:
 def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
     """The chat template from chat_template.jinja, else tokenizer_config.json, else chat_template.json; None for none.
 
-    Of several templates in one file it is the one named "default".
+    Of several templates in one file it is the one named "default". Raises ModelError.
     """
     file = folder / "chat_template.jinja"
     if file.is_file():
@@ -237,9 +263,21 @@ def _chat_template(folder: Path, config: Mapping[str, Any]) -> str | None:
             return file.read_text(encoding="utf-8")
         except (OSError, ValueError) as error:
             raise ModelError(f"{file} is not readable text; fetch it again.") from error
-    found = config.get("chat_template")
-    if found is None:
-        found = _optional(folder / "chat_template.json").get("chat_template")
-    if isinstance(found, list):
-        found = next((e.get("template") for e in found if isinstance(e, dict) and e.get("name") == "default"), None)
-    return found if isinstance(found, str) else None
+    if config.get("chat_template") is not None:
+        return _template_in(config, "chat_template", folder / "tokenizer_config.json")
+    file = folder / "chat_template.json"
+    return _template_in(_optional(file), "chat_template", file)
+
+
+def _template_in(fields: Mapping[str, Any], name: str, where: object) -> str | None:
+    """The chat template in a field: a text, or texts by name as an object or as a list of objects."""
+    value = found = fields.get(name)
+    if isinstance(found, list) and all(isinstance(entry, dict) for entry in found):
+        found = {entry.get("name"): entry.get("template") for entry in found if isinstance(entry.get("name"), str)}
+    if isinstance(found, dict):
+        found = found.get("default")
+    if found is not None and not isinstance(found, str):
+        raise ModelError(
+            f'{where}: "{name}" is {short(value)}; it should be text (Jinja), or a list of named templates.'
+        )
+    return found

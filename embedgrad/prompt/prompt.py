@@ -21,6 +21,7 @@ from embedgrad.prompt.prompt_file import read_prompt_file, write_prompt_file
 from embedgrad.prompt.rendering import ModelLike, check_ids, layout, prompt_tokens
 from embedgrad.prompt.template import Template
 from embedgrad.util.errors import PromptError, TemplateError
+from embedgrad.util.shown import short
 
 SYSTEM_TURN = Template.chat([{"role": "system", "content": "{prompt}"}, {"role": "user", "content": "{query}"}])
 USER_TURN = Template.chat([{"role": "user", "content": "{prompt}\n\n{query}"}])
@@ -60,7 +61,7 @@ class SoftPrompt:
         if self.anchor.dim() != 2 or 0 in self.anchor.shape or self.embeddings.shape != self.anchor.shape:
             raise PromptError(
                 "a prompt's embeddings and anchor must have one shape [tokens, hidden size], "
-                f"not {list(self.embeddings.shape)} and {list(self.anchor.shape)}."
+                f"not {short(list(self.embeddings.shape))} and {short(list(self.anchor.shape))}."
             )
         if len(self.token_ids) != self.anchor.shape[0]:
             raise PromptError(f"a prompt of {self.anchor.shape[0]} rows must not have {len(self.token_ids)} token ids.")
@@ -230,7 +231,7 @@ _FIELDS = ("text", "template", "model", "anchor_hash", "metadata")
 
 def _integers(tensor: torch.Tensor, name: str) -> list[int]:
     if tensor.dtype != torch.int64 or tensor.dim() != 1:
-        raise PromptError(f"its {name} must be a list of int64, not {tensor.dtype} {list(tensor.shape)}.")
+        raise PromptError(f"its {name} must be a list of int64, not {tensor.dtype} {short(list(tensor.shape))}.")
     return [int(value) for value in tensor.tolist()]
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load as parse_safetensors
 
 from embedgrad.util.errors import PromptError
 from embedgrad.util.files import write_atomic
+from embedgrad.util.shown import short
 
 FORMAT = "embedgrad-prompt"
 VERSION = "1"
@@ -46,7 +47,7 @@ def read_prompt_file(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tens
         raise PromptError(f"{path} is a safetensors file, but not a prompt file of embedgrad.")
     if metadata.get("version") != VERSION:
         raise PromptError(
-            f"{path} has version {metadata.get('version')!r} of the prompt format; embedgrad reads {VERSION}."
+            f"{path} has version {short(metadata.get('version'))} of the prompt format; embedgrad reads {VERSION}."
         )
     checksum = metadata.pop("checksum", None)
     if checksum != _checksum(tensors, metadata):

@@ -2,9 +2,9 @@
 
 The environment offers the same features as `transformers` (block trimming, loop controls, `tojson`, `raise_exception`,
 `strftime_now`, the `generation` tag), so that both render the same text. Jinja's sandbox hides Python from a template,
-but a template could still loop for ever or fill the memory. The budget prevents this. No value may be larger than
-`_Usage.largest`; where a small operation can make a large value, the size is checked before the value is made. Every
-operation costs units, and their number is limited.
+but a template could still loop for ever or fill the memory. The budget (`embedgrad.prompt.budget`) prevents this. No
+value may be larger than `Budget.largest`; where a small operation can make a large value, the size is checked before
+the value is made. Every operation costs units by what it walks over, and their number is limited; so is the time.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import datetime
 import json
 import re
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NoReturn, cast
@@ -21,15 +20,17 @@ import jinja2
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
-from jinja2.runtime import Context, Macro
+from jinja2.runtime import BlockReference, Context, LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.visitor import NodeTransformer
 
+from embedgrad.prompt.budget import LOOK_UP, STEP, Budget, Refused, check_bits
 from embedgrad.util.errors import TemplateError
 
-MAX_SOURCE = 1 << 19  # characters of a template; the longest published ones have about 20,000
-_STEP = 20  # units for one iteration of a loop or one call
-_ITEM = 8  # characters that an item of a list counts as, in addition to its own
+# Published templates have up to some 20,000 characters and 6,000 nodes. Compiling one of these sizes takes two seconds.
+MAX_SOURCE = 1 << 17  # characters
+MAX_NODES = 1 << 15  # of the syntax tree
+LONGEST_DATE = 200  # characters of a date's format
 # Filters that pad, wrap, slice or round to a size that the template gives are left out, and so is `random`.
 _FILTERS = re.findall(
     r"\w+",
@@ -37,57 +38,10 @@ _FILTERS = re.findall(
     "map max min reject rejectattr reverse safe select selectattr sort string title trim unique upper",
 )
 _PADDING = ("center", "expandtabs", "ljust", "rjust", "zfill")
-_REFUSED_METHODS = ("encode", "to_bytes", "translate")
+_REFUSED_METHODS = ("encode", "maketrans", "striptags", "to_bytes", "translate")
+_STRIPPING = ("strip", "lstrip", "rstrip")  # search their argument for every character of the text
+_FROM_THE_END = ("rfind", "rindex", "rpartition", "rsplit")  # compare their argument at every place of the text
 _WIDE = re.compile(r"\d{5,}|\*|\{[^{}]*:[^{}]*\{")  # a width of 5 digits or more in a format, or one from an argument
-
-
-class _Refused(Exception):
-    """A template exceeded its budget or used something that is not allowed."""
-
-
-class _Usage(threading.local):
-    """The budget of a rendering, per thread. units: what is left of it. largest: characters of the largest value."""
-
-    units = 0
-    largest = 0
-
-    def begin(self, length: int) -> None:
-        """Starts a rendering. Both limits grow with the number of characters of the conversation, `length`."""
-        self.units = (1 << 22) + 64 * length
-        self.largest = (1 << 20) + 4 * length
-
-    def spend(self, units: int) -> None:
-        """Subtracts `units`. Raises _Refused where too few are left."""
-        self.units -= units
-        if self.units < 0:
-            raise _Refused("it runs for too long or writes too much text")
-
-    def check(self, size: int) -> None:
-        """Raises _Refused for a value of more than `largest` characters."""
-        if size > self.largest:
-            raise _Refused(f"it makes a value of more than {self.largest:,} characters")
-
-    def measure(self, value: Any) -> int:
-        """The size of `value` in characters, checked and paid for.
-
-        An item that a nested value contains several times counts several times, as it would be written.
-        """
-        if isinstance(value, str):
-            self.check(len(value))
-            self.spend(len(value) >> 2)
-            return len(value)
-        total, stack = 0, [value]
-        while stack:
-            item = stack.pop()
-            total += _ITEM + (len(item) if isinstance(item, str) else 0)
-            self.check(total)
-            if isinstance(item, Mapping):
-                stack.extend(item.keys())
-                stack.extend(item.values())
-            elif isinstance(item, (list, tuple, set, frozenset)):
-                stack.extend(item)
-        self.spend(total)
-        return total
 
 
 class _Guard(NodeTransformer):
@@ -105,7 +59,8 @@ class _Guard(NodeTransformer):
     def visit_For(self, node: nodes.For) -> nodes.For:
         self.generic_visit(node)
         text = sum(len(data.data) for data in node.find_all(nodes.TemplateData))
-        node.iter = self._through("_steps", node.iter, _STEP + text)
+        parts = sum(1 for _ in node.find_all(nodes.Node))  # a few of them take as long as a unit
+        node.iter = self._through("_steps", node.iter, STEP + text + parts // 4)
         return node
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Filter:
@@ -115,9 +70,9 @@ class _Guard(NodeTransformer):
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Compare:
         self.generic_visit(node)
-        node.expr = self._through("_measured", node.expr)
+        node.expr = self._through("_walked", node.expr)
         for operand in node.ops:
-            operand.expr = self._through("_measured", operand.expr)
+            operand.expr = self._through("_walked", operand.expr)
         return node
 
     def visit_Getitem(self, node: nodes.Getitem) -> nodes.Node:
@@ -150,11 +105,11 @@ class _Generation(Extension):
 class _Environment(ImmutableSandboxedEnvironment):
     """The sandbox of one template, in which every call, operator and filter is paid for."""
 
-    intercepted_binops = frozenset(["+", "*", "**", "%"])
+    intercepted_binops = frozenset(["+", "-", "*", "/", "//", "**", "%"])
 
     def __init__(self, length: int) -> None:
         """length: characters of the template; a macro may write them all, so its call costs as many units."""
-        self.usage = _Usage()
+        self.usage = Budget()
         self._length = length
         super().__init__(
             trim_blocks=True,
@@ -169,22 +124,37 @@ class _Environment(ImmutableSandboxedEnvironment):
             "join": self._join,
             "replace": self._replace,
         }
-        own |= {"sum": self._sum, "tojson": self._tojson}
+        own |= {"sum": self._sum, "tojson": self._tojson, "trim": self._trim}
         self.filters = {name: self._paid(function) for name, function in own.items()}
         self.filters |= {name: self._paid(jinja2.filters.FILTERS[name]) for name in _FILTERS}
-        self.filters |= {"_steps": self._steps, "_measured": self._measured}
+        self.filters |= {"_steps": self._steps, "_measured": self._measured, "_walked": self.usage.walked}
+        tests: Mapping[str, Any] = jinja2.tests.TESTS
+        self.tests = {name: self._paid(function) for name, function in tests.items()}
         now = datetime.datetime.now()  # fixed per template, so that a run past midnight keeps its header
         self.globals = {name: self.globals[name] for name in ("range", "dict", "namespace", "cycler", "joiner")}
-        self.globals |= {"raise_exception": _raise_exception, "strftime_now": lambda form: now.strftime(form)}
+        self.globals |= {"raise_exception": _raise_exception, "strftime_now": lambda form: _date(now, form)}
+
+    def getitem(self, obj: Any, argument: Any) -> Any:
+        self.usage.spend(LOOK_UP)
+        if isinstance(argument, tuple):
+            self.usage.measure(argument)  # a tuple's hash is computed at every look-up
+        return super().getitem(obj, argument)
+
+    def getattr(self, obj: Any, attribute: str) -> Any:
+        self.usage.spend(LOOK_UP)
+        return super().getattr(obj, attribute)
 
     def call(self, context: Context, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
-        self.usage.spend(_STEP + (self._length if isinstance(obj, Macro) else 0))
+        self.usage.spend(STEP + (self._length if isinstance(obj, (Macro, BlockReference)) else 0))
+        if isinstance(obj, LoopContext) and args:  # a recursive loop, whose body may write the whole template each time
+            args = (self._steps(args[0], STEP + self._length), *args[1:])
+        args = tuple(map(self._argument, args))
         sizes = [self.usage.measure(value) for value in (*args, *kwargs.values())]
         method = getattr(obj, "__wrapped__", obj)  # Jinja's sandbox wraps str.format
         owner, name = getattr(method, "__self__", None), getattr(method, "__name__", "")
-        if isinstance(owner, (str, int, float, list, tuple, dict)):
+        if isinstance(owner, (str, int, float, list, tuple, dict, range)):
             if name in _REFUSED_METHODS:
-                raise _Refused(f"it calls the method {name}")
+                raise Refused(f"it calls the method {name}")
             self.usage.measure(owner)
         if isinstance(owner, str):
             self._check_method(owner, name, [*args, *kwargs.values()], sizes)
@@ -193,10 +163,9 @@ class _Environment(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         usage = self.usage
         if isinstance(left, (int, float)) and isinstance(right, (int, float)):
+            usage.measure([left, right])
             if operator in ("*", "**") and isinstance(left, int) and isinstance(right, int):
-                bits = left.bit_length() * (abs(right) if operator == "**" else 1) + right.bit_length()
-                if bits > 4096:
-                    raise _Refused("it computes with integers of more than 4,096 bits")
+                check_bits(left.bit_length() * (abs(right) if operator == "**" else 1) + right.bit_length())
         elif operator == "+":
             usage.check(usage.measure(left) + usage.measure(right))
         elif operator == "%":
@@ -207,23 +176,27 @@ class _Environment(ImmutableSandboxedEnvironment):
         return self._measured(super().call_binop(context, operator, left, right))
 
     def _paid(self, function: Callable[..., Any]) -> Callable[..., Any]:
-        """The filter `function` with its arguments and its result measured; jinja_pass_arg is kept."""
+        """The filter or test `function` with its arguments and its result measured; jinja_pass_arg is kept."""
         skip = 1 if hasattr(function, "jinja_pass_arg") else 0
 
         def paid(*args: Any, **kwargs: Any) -> Any:
-            self.usage.spend(_STEP)
-            for value in (*args[skip:], *kwargs.values()):
-                self.usage.measure(value)
-            return self._measured(function(*args, **kwargs))
+            self.usage.spend(STEP)
+            given = map(self.usage.walked, args[skip:])
+            named = {name: self.usage.walked(value) for name, value in kwargs.items()}
+            return self._measured(function(*args[:skip], *given, **named))
 
         if skip:
             paid.jinja_pass_arg = function.jinja_pass_arg  # type: ignore[attr-defined]
         return paid
 
     def _measured(self, value: Any) -> Any:
-        if isinstance(value, (str, list, tuple, dict, set, frozenset)):
+        if isinstance(value, (str, int, list, tuple, dict, set, frozenset)):
             self.usage.measure(value)
         return value
+
+    def _argument(self, value: Any) -> Any:
+        """`value` for a call, which measures it; an iterator, which has no size, pays while it is walked over."""
+        return self.usage.walked(value) if isinstance(value, Iterator) else value
 
     def _finalize(self, value: Any) -> Any:
         self.usage.spend(4 * self.usage.measure(value))
@@ -234,15 +207,10 @@ class _Environment(ImmutableSandboxedEnvironment):
         if isinstance(value, (list, tuple, str, dict)):
             self.usage.spend(cost * len(value))
             return value
-        return self._counted(value, cost)
-
-    def _counted(self, values: Iterable[Any], cost: int) -> Iterator[Any]:
-        for value in values:
-            self.usage.spend(cost)
-            yield value
+        return self.usage.counted(value, cost)
 
     def _check_method(self, owner: str, name: str, args: Sequence[Any], sizes: Sequence[int]) -> None:
-        """Raises _Refused where the method `name` of the text `owner` would make too large a value."""
+        """Raises Refused where the method `name` of the text `owner` would make too large a value."""
         if name in _PADDING:
             width = max((arg for arg in args if isinstance(arg, int)), default=8)
             self.usage.check(len(owner) + width * (owner.count("\t") if name == "expandtabs" else 1))
@@ -250,15 +218,17 @@ class _Environment(ImmutableSandboxedEnvironment):
             self._check_format(owner, "{", max(sizes, default=0))
         elif name == "replace" and len(args) > 1:
             self.usage.check(len(owner) + owner.count(str(args[0])) * sizes[1])
+        elif name in (*_STRIPPING, *_FROM_THE_END) and args and isinstance(args[0], str):
+            self.usage.pairs(len(owner), len(args[0]))
         elif name == "join" and args:
             if not isinstance(args[0], (list, tuple, str)):
-                raise _Refused("it joins something that is not a list")
+                raise Refused("it joins something that is not a list")
             self.usage.check(sizes[0] + len(args[0]) * len(owner))
 
     def _check_format(self, pattern: Any, sign: str, largest: int) -> None:
         text = str(pattern)
         if _WIDE.search(text):
-            raise _Refused("it formats to a width of five digits or more, or to one that it computes")
+            raise Refused("it formats to a width of five digits or more, or to one that it computes")
         self.usage.check(len(text) + text.count(sign) * (largest + 10_000 if re.search(r"\d{3}", text) else largest))
 
     def _format(self, pattern: str, *args: Any, **kwargs: Any) -> str:
@@ -273,7 +243,7 @@ class _Environment(ImmutableSandboxedEnvironment):
     def _join(self, values: Iterable[Any], d: str = "", attribute: str | int | None = None) -> str:
         if attribute is not None:
             values = map(jinja2.filters.make_attrgetter(self, attribute), values)
-        items = list(self._counted(values, _STEP))
+        items = list(self.usage.counted(values, STEP))
         self.usage.check(self.usage.measure(items) + len(items) * len(str(d)))
         return str(d).join(map(str, items))
 
@@ -285,10 +255,14 @@ class _Environment(ImmutableSandboxedEnvironment):
     def _sum(self, values: Iterable[Any], attribute: str | int | None = None, start: Any = 0) -> Any:
         if attribute is not None:
             values = map(jinja2.filters.make_attrgetter(self, attribute), values)
-        items = [start, *self._counted(values, _STEP)]
+        items = [start, *self.usage.counted(values, STEP)]
         if not all(isinstance(item, (int, float)) for item in items):
-            raise _Refused("it sums what are not numbers")
+            raise Refused("it sums what are not numbers")
         return sum(items)
+
+    def _trim(self, text: Any, chars: str | None = None) -> str:
+        self.usage.pairs(len(str(text)), len(chars or ""))
+        return jinja2.filters.do_trim(text, chars)
 
     @staticmethod
     def _tojson(
@@ -299,14 +273,20 @@ class _Environment(ImmutableSandboxedEnvironment):
         sort_keys: bool = False,
     ) -> str:
         if indent is not None and not (isinstance(indent, int) and indent <= 16):
-            raise _Refused("it asks tojson for an indent that is not a number up to 16")
+            raise Refused("it asks tojson for an indent that is not a number up to 16")
         if separators is not None and sum(map(len, separators)) > 16:
-            raise _Refused("it asks tojson for separators of more than 16 characters")
+            raise Refused("it asks tojson for separators of more than 16 characters")
         return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise_exception(message: Any) -> NoReturn:
     raise jinja2.exceptions.TemplateError(str(message))
+
+
+def _date(now: datetime.datetime, form: Any) -> str:
+    if not isinstance(form, str) or len(form) > LONGEST_DATE:
+        raise Refused(f"it asks for a date by a format that is not text of at most {LONGEST_DATE} characters")
+    return now.strftime(form)
 
 
 def _sentence(error: BaseException) -> str:
@@ -325,11 +305,19 @@ class ChatTemplate:
         environment = _Environment(len(source))
         self._usage = environment.usage
         try:
-            self._template = environment.from_string(_Guard(environment).visit(environment.parse(source)))
+            tree = environment.parse(source)
+            nodes_found = sum(1 for _ in tree.find_all(nodes.Node))
+            if nodes_found > MAX_NODES:
+                raise TemplateError(
+                    f"the chat template has {nodes_found:,} parts, such as names and tags; {MAX_NODES:,} are allowed."
+                )
+            self._template = environment.from_string(_Guard(environment).visit(tree))
         except jinja2.TemplateSyntaxError as error:
             raise TemplateError(
                 f"line {error.lineno} of the chat template is not Jinja: {_sentence(error)}."
             ) from error
+        except TemplateError:
+            raise
         except Exception as error:  # Python's limits on nesting and size
             raise TemplateError(f"the chat template cannot be compiled: {_sentence(error)}.") from error
 
@@ -356,7 +344,8 @@ class ChatTemplate:
                 size += len(piece)
                 self._usage.check(size)
                 pieces.append(piece)
-        except _Refused as error:
+            return "".join(pieces)
+        except Refused as error:
             raise TemplateError(f"the chat template is refused: {error}.") from error
         except jinja2.TemplateError as error:
             raise TemplateError(f"the chat template does not accept this conversation: {_sentence(error)}.") from error
@@ -364,7 +353,6 @@ class ChatTemplate:
             raise TemplateError(
                 f"the chat template cannot be rendered: {type(error).__name__}: {_sentence(error)}."
             ) from error
-        return "".join(pieces)
 
 
 @lru_cache(maxsize=64)

@@ -15,6 +15,7 @@ from typing import Any
 
 from embedgrad.prompt.sandbox import compile_chat_template
 from embedgrad.util.errors import TemplateError
+from embedgrad.util.shown import short
 
 PROMPT, QUERY = "{prompt}", "{query}"
 DATE = "strftime_now"  # the function with which chat templates ask for the date; as a variable, the date that it tells
@@ -87,7 +88,7 @@ class Template:
         if not isinstance(body, str):
             raise TemplateError(f"a text template must be text, not {type(body).__name__}.")
         if not isinstance(end, bool):
-            raise TemplateError(f"`end` of a text template must be true or false, not {end!r}.")
+            raise TemplateError(f"`end` of a text template must be true or false, not {short(end)}.")
         _require_slots(body, "the text template")
         return cls("text", body=body, end=end, control_tokens=_flag(control_tokens))
 
@@ -181,11 +182,11 @@ class Template:
         }
         kind = fields.get("kind", "chat" if {"messages", "enable_thinking", *_SETTINGS[:2]} & set(fields) else None)
         if not isinstance(kind, str) or kind not in allowed:
-            raise TemplateError(f"a template's kind must be chat, text or plain, not {kind!r}.")
+            raise TemplateError(f"a template's kind must be chat, text or plain, not {short(kind)}.")
         unknown = sorted(map(str, set(fields) - allowed[kind]))
         if unknown:
             known = ", ".join(sorted(allowed[kind]))
-            raise TemplateError(f"a {kind} template has no field {unknown[0]!r}; its fields are {known}.")
+            raise TemplateError(f"a {kind} template has no field {short(unknown[0])}; its fields are {known}.")
         keeps = fields.get("control_tokens", False)
         if kind == "chat":
             variables = fields.get("variables")
@@ -231,10 +232,10 @@ def _message(message: Any, index: int) -> tuple[str, str]:
         raise TemplateError(f"{where} must be an object with role and content, not {type(message).__name__}.")
     unknown = sorted(map(str, set(message) - {"role", "content"}))
     if unknown:
-        raise TemplateError(f"{where} has the field {unknown[0]!r}; a message has role and content only.")
+        raise TemplateError(f"{where} has the field {short(unknown[0])}; a message has role and content only.")
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str) or role not in ROLES:
-        raise TemplateError(f"{where} has the role {role!r}; allowed roles are {', '.join(ROLES)}.")
+        raise TemplateError(f"{where} has the role {short(role)}; allowed roles are {', '.join(ROLES)}.")
     if not isinstance(content, str):
         raise TemplateError(f"{where} ({role}) has no text as its content.")
     return role, content

@@ -13,7 +13,9 @@ import yaml
 from embedgrad.maths.trust_region import norm_ratio
 from embedgrad.prompt.prompt import SoftPrompt
 from embedgrad.train.run_folder import holds_run, read_metrics
+from embedgrad.util.bounded_yaml import BoundedLoader
 from embedgrad.util.errors import ConfigError, PromptError
+from embedgrad.util.interrupts import REASONS
 
 Record = dict[str, Any]
 
@@ -79,8 +81,13 @@ def find(values: Any, *keys: str) -> Any:
 
 def number(value: Any) -> float | None:
     """`value` as a float if it is a finite number, else None."""
-    usable = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    return float(value) if usable else None
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        found = float(value)
+    except OverflowError:  # a whole number of hundreds of digits
+        return None
+    return found if math.isfinite(found) else None
 
 
 def read_run(path: Path) -> Run:
@@ -110,7 +117,7 @@ def read_run(path: Path) -> Run:
             f"There is no usable summary.json: the run is still going on, or was cut off after step {last}; "
             "`embedgrad optimize ... --resume` ends it."
         )
-    elif summary.get("stop_reason") in ("interrupted", "terminated"):
+    elif summary.get("stop_reason") in REASONS:
         missing.append(
             f"The run was {summary['stop_reason']} after step {summary.get('steps')}; "
             "`embedgrad optimize ... --resume` goes on with it."
@@ -138,8 +145,8 @@ def _config(path: Path, missing: list[str]) -> tuple[Record, str]:
         missing.append("There is no readable config.yaml, so the settings are not known.")
         return {}, ""
     try:
-        values = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError):
+        values = yaml.load(text, BoundedLoader)
+    except Exception:  # PyYAML also lets errors of Python's conversions through
         missing.append("config.yaml is not YAML; it is shown as it is.")
         values = {}
     return (values if isinstance(values, dict) else {}), text

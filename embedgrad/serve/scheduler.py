@@ -178,10 +178,11 @@ class Scheduler:
         end = time.monotonic() + TURN
         try:
             while group.waiting or group.running:
-                writer = self._writer(group)
-                self._enter(group, writer)
-                if group.running:
-                    writer.run(0, lambda writer=writer: self._interrupts(group, writer, end))  # type: ignore[misc]
+                with self._model.lock:
+                    writer = self._writer(group)
+                    self._enter(group, writer)
+                    if group.running:
+                        writer.run(0, lambda writer=writer: self._interrupts(group, writer, end))  # type: ignore[misc]
                 if self._closing or (time.monotonic() >= end and self._others(group)):
                     break
                 self._forget_cancelled()

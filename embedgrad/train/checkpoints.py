@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -25,6 +26,7 @@ from torch import Tensor
 from embedgrad.data.example import Example
 from embedgrad.util.errors import ConfigError
 from embedgrad.util.files import write_atomic
+from embedgrad.util.shown import short
 
 KEPT = 2  # the newest checkpoint, and the one before in case the newest is damaged
 FORMAT = 1
@@ -181,9 +183,54 @@ def load_state(path: Path) -> RunState:
         if record.pop("format") != FORMAT:
             raise ValueError("it was written by another version of embedgrad")
         values: dict[str, Any] = {**tensors, **record}
-        return RunState(**values)
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        state = RunState(**values)
+        _check_types(state)
+        return state
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigError(f"the checkpoint {path} cannot be used: {error}.") from error
+
+
+def check_counts(state: RunState, like: RunState, total: int) -> None:
+    """Raises ConfigError where `state` cannot be of a run of `total` steps that began as `like`."""
+    for name in _TENSORS:
+        found, right = getattr(state, name), getattr(like, name)
+        if found.shape != right.shape or found.dtype != right.dtype:
+            raise ConfigError(
+                f"the checkpoint of step {state.step} cannot be used: its {name} is {short(list(found.shape))} "
+                f"{found.dtype}, but should be {list(right.shape)} {right.dtype}."
+            )
+    if state.step > total:
+        raise ConfigError(f"the checkpoint of step {state.step} cannot be used: the run has {total} steps only.")
+
+
+def _check_types(state: RunState) -> None:
+    """Raises ValueError where a part of `state` is of another type than a run writes, or a count is impossible."""
+    for name in _TENSORS:
+        tensor = getattr(state, name)
+        if not tensor.is_floating_point() or tensor.dim() != 2 or not bool(tensor.isfinite().all()):
+            raise ValueError(f"its {name} is not a matrix of finite numbers")
+    for name, least in (("step", 0), ("lines", 0), ("validated", -1), ("best_step", 0), ("stale", 0)):
+        value = getattr(state, name)
+        if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 1 << 53:
+            raise ValueError(f"its {name} is {short(value)}, but should be a whole number from {least} on")
+    if max(state.validated, state.best_step) > state.step:
+        raise ValueError(f"its step is {state.step}, but its validations are of later steps")
+    for name in ("before", "after"):
+        measured = getattr(state, name)
+        if measured is not None and not (isinstance(measured, dict) and all(map(_is_number, measured.values()))):
+            raise ValueError(f"its {name} is {short(measured)}, but should be measures by their names")
+        if measured and not {"accuracy", "loss"} <= set(measured):
+            raise ValueError(f"its {name} lacks accuracy or loss")
+    if state.stop_reason is not None and not isinstance(state.stop_reason, str):
+        raise ValueError(f"its stop_reason is {short(state.stop_reason)}, but should be text")
+    if not isinstance(state.identity, dict) or not _is_number(state.seconds):
+        raise ValueError("its identity or its seconds are of a wrong type")
+
+
+def _is_number(value: object) -> bool:
+    if isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < 1 << 53
+    return isinstance(value, float) and math.isfinite(value)
 
 
 def _checksum(text: str, tensors: Mapping[str, Tensor]) -> str:

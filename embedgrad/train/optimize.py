@@ -31,8 +31,8 @@ class OptimizeResult:
     prompt: the best by validation (with the trust region and its figures in `metadata`); last_prompt: after the last
     step. history, validations, alarms: the records of metrics.jsonl. before, after: accuracy and loss on the validation
     data of the prompt as it started and of the best one; None without validation data. stop_reason: "completed",
-    "early stopping", "alarm", or, where a signal ended it and it can be resumed, "interrupted" (SIGINT) or "terminated"
-    (SIGTERM).
+    "early stopping", "alarm", or, where a signal ended it and it can be resumed, "interrupted" (SIGINT),
+    "terminated" (SIGTERM) or "hung up" (SIGHUP).
     train_seconds: time in steps, validations and checkpoints, over all sessions of the run. min_similarity: the lowest
     cosine of a row of `prompt` with its anchor.
     """
@@ -82,7 +82,7 @@ def optimize(
     `accuracy_by` says otherwise.
 
     Ctrl-C ends the run after the step at hand, saves it and returns (a second one raises KeyboardInterrupt at once);
-    with `terminate_cleanly` SIGTERM does the same. Signals are left alone outside the main thread.
+    with `terminate_cleanly` SIGTERM and SIGHUP do the same. Signals are left alone outside the main thread.
 
     Raises ConfigError (settings that do not fit, a folder with another run, a resumed run whose settings, data, prompt
     or model changed), DataError, PromptError, ContextError (before the first step), SaveError (disk full, folder not

@@ -20,6 +20,7 @@ import yaml
 from embedgrad.train.checkpoints import RunState, checkpoints, load_latest, save_state, step_of
 from embedgrad.util.errors import ConfigError, SaveError
 from embedgrad.util.files import write_atomic
+from embedgrad.util.shown import short
 
 try:
     import fcntl
@@ -157,8 +158,8 @@ class RunFolder:
 def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     """(records of metrics.jsonl in a run folder, for each the offset in bytes at which its line ends).
 
-    Reading stops before the first line that is incomplete or not a JSON object. Raises ConfigError where the file
-    cannot be read.
+    Reading stops before the first line that is incomplete or not a record: a JSON object with a text `kind` and a whole
+    number `step`. Raises ConfigError where the file cannot be read.
     """
     try:
         data = (path / "metrics.jsonl").read_bytes()
@@ -172,14 +173,21 @@ def read_metrics(path: Path) -> tuple[list[dict[str, Any]], list[int]]:
     for line in data.split(b"\n")[:-1]:
         try:
             record = json.loads(line)
-        except ValueError:
+        except (ValueError, RecursionError):
             break
-        if not isinstance(record, dict):
+        if not _is_record(record):
             break
         position += len(line) + 1
         records.append(record)
         ends.append(position)
     return records, ends
+
+
+def _is_record(value: object) -> bool:
+    if not isinstance(value, dict) or not isinstance(value.get("kind"), str):
+        return False
+    step = value.get("step")
+    return isinstance(step, int) and not isinstance(step, bool) and 0 <= step < 1 << 53
 
 
 def holds_run(path: Path) -> bool:
@@ -203,8 +211,8 @@ def read_summary(path: str | os.PathLike[str]) -> dict[str, Any]:
     file = Path(path) / "summary.json"
     try:
         values = json.loads(file.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"cannot read {file}: {error}.") from error
+    except (OSError, ValueError, RecursionError) as error:
+        raise ConfigError(f"cannot read {file}: {short(str(error))}.") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{file} does not hold a JSON object.")
     return values

@@ -21,7 +21,7 @@ from embedgrad.maths.optimizer import SGD, AdamW, Rule, learning_rate
 from embedgrad.prompt.prompt import SoftPrompt
 from embedgrad.prompt.rendering import Rendered, render
 from embedgrad.train.alarms import Alarms
-from embedgrad.train.checkpoints import RunState, identity, tensor_hash
+from embedgrad.train.checkpoints import RunState, check_counts, identity, tensor_hash
 from embedgrad.train.monitors import Answered, Judge, Monitors, Stopped, step_figures, weighted_share
 from embedgrad.train.pipeline import Pipeline
 from embedgrad.train.progress import Progress
@@ -98,6 +98,7 @@ class Session:
         notes: list[str] = []
         if saved is not None:
             notes = accept(saved, self.state, self.total, self.folder.path, allow_other_bits)
+            check_counts(saved, self.state, self.total)
             if goes_on(saved, self.total):
                 saved.identity, saved.stop_reason = self.state.identity, None
             self.state = saved

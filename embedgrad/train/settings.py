@@ -29,6 +29,7 @@ from embedgrad.train.hints import hint
 from embedgrad.train.paths import count_from
 from embedgrad.train.yaml_text import read_yaml
 from embedgrad.util.errors import ConfigError, TemplateError
+from embedgrad.util.shown import cut, short, visible
 from embedgrad.util.text import read_text, without_final_break
 
 if TYPE_CHECKING:
@@ -37,19 +38,27 @@ else:
     ModelMetaclass = type(BaseModel)
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+_LONGEST = 40  # characters of a number that is given as text
 _SHOWN = 4  # wrong keys that a message lists; further ones are only counted
 
 
 def _not_bool(value: object) -> object:
     if isinstance(value, bool):
         raise ValueError("should be a number, not true or false")
+    if isinstance(value, (int, str)) and _is_beyond(value):
+        raise ValueError("should be a number below 2^64")
     return value
+
+
+def _is_beyond(value: int | str) -> bool:
+    """Whether a whole number is larger than any that counts something; texts of digits are numbers too."""
+    return len(value) > _LONGEST if isinstance(value, str) else value.bit_length() > 64
 
 
 def _bytes(value: object) -> object:
     if not isinstance(value, str):
         return _not_bool(value)
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", value.lower())
+    match = None if len(value) > _LONGEST else re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?)?b?\s*", value.lower())
     if match is None:
         raise ValueError("should be a number of bytes, or a text such as 800MB or 2GiB")
     return int(float(match[1]) * _UNITS[match[2] or ""])
@@ -68,7 +77,7 @@ def _size(value: object) -> object:
 
 def _folder_name(value: str) -> str:
     if not value.strip() or value in (".", "..") or any(sign in value for sign in "/\\\0"):
-        raise ValueError(f"should be the name of one folder, not {value!r}")
+        raise ValueError(f"should be the name of one folder, not {short(value)}")
     return value
 
 
@@ -421,8 +430,8 @@ def _override(values: dict[Any, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     names = key.strip().split(".")
     if not separator or not all(names):
-        raise ConfigError(f"--set {override!r} should look like section.key=value, for example optimize.steps=30.")
-    value = read_yaml(text, f"the value of --set {override!r}")
+        raise ConfigError(f"--set {short(override)} should look like section.key=value, for example optimize.steps=30.")
+    value = read_yaml(text, f"the value of --set {short(override)}")
     section: Any = values
     for name in names[:-1]:
         place = _item(section, name, override)
@@ -433,7 +442,7 @@ def _override(values: dict[Any, Any], override: str) -> None:
         elif inner is None:
             inner = {}
         if not isinstance(inner, (dict, list)):
-            raise ConfigError(f"--set {override!r}: {name} is {_shown(inner)} and has no settings of its own.")
+            raise ConfigError(f"--set {short(override)}: {name} is {_shown(inner)} and has no settings of its own.")
         _put(section, place, inner)
         section = inner
     _put(section, _item(section, names[-1], override), value)
@@ -445,7 +454,7 @@ def _item(section: dict[Any, Any] | list[Any], name: str, override: str) -> Any:
         return name
     if not (name.isascii() and name.isdigit() and len(name) < 9 and int(name) <= len(section)):
         raise ConfigError(
-            f"--set {override!r}: {name!r} should be the index of an item of the list, from 0 to {len(section)}."
+            f"--set {short(override)}: {name!r} should be the index of an item of the list, from 0 to {len(section)}."
         )
     return int(name)
 
@@ -464,7 +473,7 @@ def _sentence(error: ValidationError, section: type[BaseModel]) -> str:
 
 
 def _problem(error: Any, section: type[BaseModel]) -> str:
-    path = ".".join(str(part) for part in error["loc"])
+    path = ".".join(cut(visible(str(part)), 60) for part in error["loc"])
     kind, value = error["type"], error["input"]
     if kind == "extra_forbidden":
         return f"{path} is not a setting; {hint(section, error['loc'])}"
@@ -474,11 +483,11 @@ def _problem(error: Any, section: type[BaseModel]) -> str:
         reason = str(error["ctx"]["error"]).rstrip(".")
         return f"{path}: {reason}" if path else reason
     if kind == "model_type":
-        return f"{path} is {_shown(value)}, but should be a mapping"
+        return f"{path} is {short(value, 60)}, but should be a mapping"
     if kind == "is_instance_of":  # the only such field is a trust region
-        return f"{path} is {_shown(value)}, but should be one of {', '.join(KINDS)}, or a mapping with such a kind"
+        return f"{path} is {short(value, 60)}, but should be one of {', '.join(KINDS)}, or a mapping with such a kind"
     if kind == "string_type":
-        return f"{path} is {_shown(value)}, but should be text (in quotes where YAML reads it as something else)"
+        return f"{path} is {short(value, 60)}, but should be text (in quotes where YAML reads it as something else)"
     reason = error["msg"].replace("Input should", "should")
     return f"{path} is {_shown(value)}, but {reason}"
 

@@ -6,7 +6,9 @@ from typing import Any
 
 import yaml
 
+from embedgrad.util.bounded_yaml import BoundedLoader, TooLarge
 from embedgrad.util.errors import ConfigError
+from embedgrad.util.shown import short
 
 _MERGE = "tag:yaml.org,2002:merge"
 
@@ -15,7 +17,7 @@ class _Twice(Exception):
     """A key that a mapping has twice; the message continues a sentence that begins with the text's name."""
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(BoundedLoader):
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         lines: dict[tuple[str, str], int] = {}
         for key, _ in node.value if isinstance(node, yaml.MappingNode) else ():
@@ -24,7 +26,7 @@ class _Loader(yaml.SafeLoader):
             name, line = (key.tag, key.value), key.start_mark.line + 1
             if name in lines:
                 where = f"in line {line}" if lines[name] == line else f"in line {lines[name]} and in line {line}"
-                raise _Twice(f"has the key {key.value!r} twice, {where}; one of them would be lost")
+                raise _Twice(f"has the key {short(key.value)} twice, {where}; one of them would be lost")
             lines[name] = line
         return super().construct_mapping(node, deep)
 
@@ -35,6 +37,8 @@ def read_yaml(text: str, what: str) -> Any:
         return yaml.load(text, _Loader)
     except _Twice as twice:
         raise ConfigError(f"{what} {twice}.") from None
+    except TooLarge as error:
+        raise ConfigError(f"{what} {error}.") from None
     except RecursionError:
         raise ConfigError(f"{what} is not YAML that can be read: it is nested too deeply.") from None
     except Exception as error:  # PyYAML also lets errors of Python's conversions through, such as 2024-13-45 as a date

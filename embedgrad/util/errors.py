@@ -5,9 +5,19 @@ A message is one sentence: what is wrong, where, and what would be right.
 
 from __future__ import annotations
 
+from embedgrad.util.shown import cut, one_line
+
+_LONGEST = 2000  # characters of a message
+
 
 class EmbedGradError(Exception):
-    """Base class of the package's errors. The command line prints the message and exits with code 2."""
+    """Base class of the package's errors. The command line prints the message and exits with code 2.
+
+    A message may quote a file. So it is cut to a bounded length, and what a terminal would obey is escaped.
+    """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(one_line(cut(str(message), _LONGEST)))
 
 
 class ConfigError(EmbedGradError):
@@ -39,7 +49,7 @@ class BackendError(EmbedGradError):
 
 
 class TrainingError(EmbedGradError):
-    """An optimisation cannot continue."""
+    """An optimisation cannot continue, or a loss, gradient or likelihood is not finite."""
 
 
 class SaveError(EmbedGradError):

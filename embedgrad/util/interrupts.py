@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as a request that the program fulfils at a moment of its own choice."""
+"""Ctrl-C, SIGTERM and SIGHUP as a request that the program fulfils at a moment of its own choice."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ from collections.abc import Iterator
 from types import FrameType
 from typing import Any
 
-_REASONS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated"}
+_HANG_UP = getattr(signal, "SIGHUP", None)  # the terminal was closed; Windows has no such signal
+_REASONS = {signal.SIGINT: "interrupted", signal.SIGTERM: "terminated", _HANG_UP: "hung up"}
+REASONS = ("interrupted", "terminated", "hung up")
+"""Why a run stopped that can be resumed: SIGINT, SIGTERM, SIGHUP."""
 
 
 class StopRequest:
-    """Whether a signal has asked the program to stop. reason: "interrupted" (SIGINT), "terminated" (SIGTERM), None."""
+    """Whether a signal has asked the program to stop. reason: one of REASONS, or None."""
 
     def __init__(self) -> None:
         self.reason: str | None = None
@@ -26,7 +29,9 @@ class StopRequest:
 
 @contextlib.contextmanager
 def stop_on_signals(terminate: bool) -> Iterator[StopRequest]:
-    """Inside the block the first SIGINT (with `terminate` also SIGTERM) only sets the request.
+    """Inside the block the first SIGINT (with `terminate` also SIGTERM and SIGHUP) only sets the request.
+
+    SIGHUP stays ignored where it is, as under nohup.
 
     The first signal also restores the previous handlers, so that a second signal acts at once. Python allows signal
     handlers in the main thread only; in other threads the request is never set.
@@ -46,11 +51,18 @@ def stop_on_signals(terminate: bool) -> Iterator[StopRequest]:
         restore()
 
     try:
-        for number in (signal.SIGINT, signal.SIGTERM) if terminate else (signal.SIGINT,):
+        for number in _caught(terminate):
             before[number] = signal.signal(number, note)
         yield request
     finally:
         restore()
+
+
+def _caught(terminate: bool) -> list[signal.Signals]:
+    found = [signal.SIGINT, *([signal.SIGTERM] if terminate else [])]
+    if terminate and _HANG_UP is not None and signal.getsignal(_HANG_UP) is not signal.SIG_IGN:
+        found.append(_HANG_UP)
+    return found
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
@@ -19,19 +20,31 @@ class PerObject(Generic[Value]):
     def __init__(self, limit: int = 256) -> None:
         self._limit = limit
         self._values: dict[int, tuple[weakref.ref[object], dict[Hashable, Value]]] = {}
+        self._lock = threading.Lock()
 
     def get(self, owner: object, key: Hashable, make: Callable[[], Value]) -> Value:
-        """The value for (owner, key), made by `make()` on first use. Nothing is stored when `make` raises."""
+        """The value for (owner, key), made by `make()` on first use. Nothing is stored when `make` raises.
+
+        Threads that ask at the same time may each make a value; all of them get the first one that is stored.
+        """
+        with self._lock:
+            values = self._of(owner)
+            if key in values:
+                return values[key]
+        value = make()
+        with self._lock:
+            if key in values:
+                return values[key]
+            while len(values) >= self._limit:
+                del values[next(iter(values))]
+            values[key] = value
+            return value
+
+    def _of(self, owner: object) -> dict[Hashable, Value]:
         number = id(owner)
         entry = self._values.get(number)
         if entry is None or entry[0]() is not owner:
+            # Without the lock: the garbage collector may call it while this thread holds the lock.
             entry = (weakref.ref(owner, lambda _: self._values.pop(number, None)), {})
             self._values[number] = entry
-        values = entry[1]
-        if key in values:
-            return values[key]
-        value = make()
-        while len(values) >= self._limit:
-            values.pop(next(iter(values)), None)
-        values[key] = value
-        return value
+        return entry[1]

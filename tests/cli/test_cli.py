@@ -26,6 +26,7 @@ from embedgrad.evaluation.neighbours import neighbours
 from embedgrad.prompt.prompt import SoftPrompt
 from embedgrad.train.run_folder import read_summary
 from embedgrad.util.errors import EmbedGradError
+from embedgrad.util.shown import visible
 from tests.train.training import model_folder, outcome, start_prompt, tiny_model
 
 ROOT = Path(__file__).parents[2]
@@ -274,7 +275,7 @@ def test_generate_at_the_terminal(
     assert "the model's context holds" in said.err  # one refusal, and the conversation goes on
     monkeypatch.undo()
     generate.run(tiny_model, prompt_file, generate.Options(["one", "two"], sampling={"max_new_tokens": 2}))
-    assert said.out == capsys.readouterr().out
+    assert said.out == visible(capsys.readouterr().out)
 
 
 @pytest.mark.parametrize(

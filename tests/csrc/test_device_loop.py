@@ -51,14 +51,14 @@ class Counted(DeviceLoop):
 
 @contextmanager
 def loops(make: Callable[..., Any]) -> Iterator[None]:
-    """Inside, generation uses the loop that `make(model, slots, each_token=…)` gives."""
+    """Inside, generation uses the loop that `make(model, slots, each_token=…, callbacks=…)` gives."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(generation, "loop_for", make)
         yield
 
 
 def plainly(model: Model, *arguments: Any, **options: Any) -> list[Generation]:
-    with loops(lambda model, slots, each_token: PlainLoop(model, slots)):
+    with loops(lambda model, slots, **_: PlainLoop(model, slots)):
         return generate(model, *arguments, **options)
 
 
@@ -66,7 +66,7 @@ def on_device(core: Core, model: Model, *arguments: Any, **options: Any) -> list
     """Through the device loop; also looks for faults that the emulation has seen."""
     library = declared(core.lib)
 
-    def make(model: Model, slots: Slots, each_token: bool) -> DeviceLoop:
+    def make(model: Model, slots: Slots, each_token: bool, callbacks: bool) -> DeviceLoop:
         return Counted(model, slots, library, each_token=each_token)
 
     with loops(make):

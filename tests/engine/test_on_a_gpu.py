@@ -225,7 +225,7 @@ def test_the_device_loop_writes_what_the_plain_loop_writes(
     p, asked = moved(model), [[50 + i, *range(60, 60 + i % 5)] for i in range(7)]
     ours = generate(model, p, asked, sampling, batch_size=3)
     assert ours == generate(model, p, asked, sampling, batch_size=3)
-    monkeypatch.setattr(generation, "loop_for", lambda model, slots, each_token: PlainLoop(model, slots))
+    monkeypatch.setattr(generation, "loop_for", lambda model, slots, **_: PlainLoop(model, slots))
     theirs = generate(model, p, asked, sampling, batch_size=3)
     assert ours == theirs
     for one, other in zip(ours, theirs, strict=True):

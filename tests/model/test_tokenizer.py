@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedgrad.model.checkpoint import read_checkpoint
+from embedgrad.model.files.tokenizer_steps import LARGEST_GROWTH
 from embedgrad.model.tokenizer import Tokenizer
 from embedgrad.util.errors import DataError, ModelError
 from tests.model import tiny
@@ -150,23 +151,31 @@ def test_half_a_surrogate_pair(pairs: dict[str, tuple[Tokenizer, Any]]) -> None:
         pairs["smollm"][0].encode_with_offsets("\udfff")
 
 
-def test_truncation_and_padding_of_the_file_do_not_apply(tmp_path: Path) -> None:
-    folder = folder_of("smollm", tmp_path)
-    table = json.loads((folder / "tokenizer.json").read_text())
-    table["truncation"] = {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0}
-    table["padding"] = {
-        "strategy": {"Fixed": 9},
-        "direction": "Right",
-        "pad_to_multiple_of": None,
-        "pad_id": 2,
-        "pad_type_id": 0,
-        "pad_token": "<|im_end|>",
+PAD = {"pad_to_multiple_of": None, "pad_id": 2, "pad_type_id": 0, "pad_token": "x"}
+CUT = {"direction": "Right", "strategy": "LongestFirst", "stride": 0}
+PADDINGS = st.fixed_dictionaries(
+    {
+        "strategy": st.just("BatchLongest") | st.builds(lambda n: {"Fixed": n}, st.sampled_from([1, 16, 10**9])),
+        "direction": st.sampled_from(["Left", "Right"]),
+        "pad_to_multiple_of": st.sampled_from([None, 8, 10**9]),
     }
+).map(lambda drawn: PAD | drawn)
+TRUNCATIONS = st.integers(0, 3).map(lambda length: {**CUT, "max_length": length})
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(tiny.STYLES), st.none() | PADDINGS, st.none() | TRUNCATIONS)
+def test_padding_and_truncation_of_the_file_do_not_apply(
+    pairs: dict[str, tuple[Tokenizer, Any]], tmp_path_factory: Any, style: str, padding: Any, truncation: Any
+) -> None:
+    """They neither change a text's tokens, nor hide that BOS stands in front of it, nor take memory."""
+    folder = folder_of(style, tmp_path_factory.mktemp("saved"))
+    table = {**json.loads(tiny.tokenizer_json(style)), "padding": padding, "truncation": truncation}
     (folder / "tokenizer.json").write_text(json.dumps(table))
+    found, right = Tokenizer.from_folder(folder), pairs[style][0]
     text = "Classify the sentiment of the movie review, 123456."
-    found = Tokenizer.from_folder(folder)
-    assert found.decode(found.encode(text)) == text
-    assert len(found.encode("a")) == 1
+    assert found.encode_with_offsets(text) == right.encode_with_offsets(text)
+    assert (found.adds_bos, found.bos_id, found.eos_ids) == (right.adds_bos, right.bos_id, right.eos_ids)
 
 
 @pytest.mark.parametrize("style", ["smollm", "llama3", "mistral"])
@@ -181,6 +190,89 @@ def test_adds_bos_as_transformers(tmp_path: Path, style: str, config: dict[str, 
     full, bare = theirs("The movie").input_ids, theirs("The movie", add_special_tokens=False).input_ids
     assert ([ours.bos_id] if ours.adds_bos else []) + ours.encode("The movie") == full
     assert bare == ours.encode("The movie")
+
+
+def rewritten(folder: Path, **parts: Any) -> Path:
+    """tokenizer.json of the folder with other parts."""
+    path = folder / "tokenizer.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **parts}))
+    return folder
+
+
+def steps(kind: str, single: list[Any]) -> dict[str, Any]:
+    return {"type": "Sequence", kind: single}
+
+
+def replace(content: str, **pattern: str) -> dict[str, Any]:
+    return {"type": "Replace", "pattern": pattern, "content": content}
+
+
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": False, "use_regex": False}
+GROWING = {
+    "one": ("normalizer", replace("ab" * 200, String="a"), "Replace"),
+    "doubling": ("normalizer", steps("normalizers", [replace("aa", String="a")] * 40), "Replace"),
+    "empty matches": ("normalizer", steps("normalizers", [replace("-", Regex="x*")] * 40), "Replace"),
+    "nested": ("normalizer", steps("normalizers", [steps("normalizers", [replace("a" * 20, String="a")])] * 2), "Repl"),
+    "bytes": ("normalizer", steps("normalizers", [{"type": "ByteLevel"}] * 40), "ByteLevel"),
+    "prepend": ("normalizer", {"type": "Prepend", "prepend": "a" * 10**6}, "characters in front"),
+    "split": ("pre_tokenizer", steps("pretokenizers", [BYTES] * 40), "ByteLevel"),
+    "decode": ("decoder", steps("decoders", [replace("aa", String="a")] * 40), "Replace"),
+}
+
+
+@pytest.mark.parametrize("case", GROWING.values(), ids=GROWING)
+def test_steps_that_blow_a_text_up_are_refused_by_name(tmp_path: Path, case: tuple[str, Any, str]) -> None:
+    part, step, name = case
+    with pytest.raises(ModelError, match=rf"tokenizer\.json: its (normalizer|pre-tokenizer|decoder) .*{name}.*\.$"):
+        Tokenizer.from_folder(rewritten(folder_of("smollm", tmp_path), **{part: step}))
+
+
+def test_steps_of_published_tokenizers_are_read(tmp_path: Path) -> None:
+    """Those of ALBERT, T5, Llama-2 and Gemma, and of GPT-2."""
+    several = [replace(" ", Regex=" {2,}"), replace('"', String="``"), {"type": "NFKD"}, {"type": "StripAccents"}]
+    several += [{"type": "Lowercase"}, {"type": "Prepend", "prepend": "▁"}, replace("▁", String=" ")]
+    for normalizer in (None, steps("normalizers", several), {"type": "NFKC"}, replace("", Regex="\\s+$")):
+        Tokenizer.from_folder(rewritten(folder_of("smollm", tmp_path), normalizer=normalizer))
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.sampled_from([replace("bb", String="a"), replace("a-", Regex="b*"), {"type": "NFKC"}]), max_size=12))
+def test_what_is_read_makes_no_text_longer_than_promised(tmp_path_factory: Any, drawn: list[Any]) -> None:
+    folder = rewritten(folder_of("smollm", tmp_path_factory.mktemp("t")), normalizer=steps("normalizers", drawn))
+    try:
+        found = Tokenizer.from_folder(folder)
+    except ModelError:
+        return
+    assert len(found.encode("ab" * 20)) <= (40 + 1) * LARGEST_GROWTH
+
+
+@pytest.mark.parametrize("rate", [0.1, 1.0])
+def test_bpe_dropout_is_refused(tmp_path: Path, rate: float) -> None:
+    model = json.loads(tiny.tokenizer_json("smollm"))["model"]
+    with pytest.raises(ModelError, match=rf"leaves out merges at random \(dropout {rate:g}\)"):
+        Tokenizer.from_folder(rewritten(folder_of("smollm", tmp_path), model={**model, "dropout": rate}))
+    Tokenizer.from_folder(rewritten(folder_of("smollm", tmp_path), model={**model, "dropout": 0.0}))
+
+
+def test_a_vocabulary_of_words_without_its_unknown_word_is_refused(tmp_path: Path) -> None:
+    words: dict[str, Any] = {"vocab": {"a": 0, "movie": 1}, "unk_token": "[UNK]"}
+    piece = {"type": "WordPiece", "continuing_subword_prefix": "##", "max_input_chars_per_word": 100}
+    parts = {"pre_tokenizer": {"type": "Whitespace"}, "added_tokens": [], "post_processor": None, "decoder": None}
+    for model in ({**words, **piece}, {**words, "type": "WordLevel"}):
+        folder = rewritten(folder_of("smollm", tmp_path), model=model, **parts)
+        with pytest.raises(ModelError, match=rf"its {model['type']} has no token '\[UNK\]' for unknown words"):
+            Tokenizer.from_folder(folder)
+        model["vocab"] = {**words["vocab"], "[UNK]": 2}
+        assert Tokenizer.from_folder(rewritten(folder, model=model)).encode("a zebra movie") == [0, 2, 1]
+
+
+def test_a_text_that_has_no_tokens_is_refused(tmp_path: Path) -> None:
+    model = {"type": "Unigram", "unk_id": None, "vocab": [["a", -1.0]], "byte_fallback": False}
+    parts = {"pre_tokenizer": None, "added_tokens": [], "post_processor": None, "decoder": None}
+    found = Tokenizer.from_folder(rewritten(folder_of("smollm", tmp_path), model=model, **parts))
+    assert found.encode("aa") == [0, 0]
+    with pytest.raises(DataError, match=r"^the tokenizer cannot encode 'zebra': .*\.$"):
+        found.encode("zebra")
 
 
 def test_several_tokens_before_a_text_are_refused(tmp_path: Path) -> None:
@@ -251,9 +343,50 @@ def test_where_the_chat_template_stands(tmp_path: Path) -> None:
     found = Tokenizer.from_folder(folder_of("smollm", tmp_path, chat_template="S")).chat_template
     assert found == "F\n"
     assert found == transformers.AutoTokenizer.from_pretrained(tmp_path).chat_template
+    assert Tokenizer.from_folder(folder_of("smollm", tmp_path, chat_template=5)).chat_template == "F\n"  # not read
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(ModelError, match=r"chat_template\.jinja"):
         Tokenizer.from_folder(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "wrong", [5, True, ["T"], [3], {"default": 5}, [{"name": "default", "template": ["T"]}]], ids=str
+)
+def test_a_chat_template_of_a_wrong_type_is_refused(tmp_path: Path, wrong: Any) -> None:
+    with pytest.raises(ModelError, match=r'tokenizer_config\.json: "chat_template" is .*; it should be text'):
+        Tokenizer.from_folder(folder_of("smollm", tmp_path, chat_template=wrong))
+    folder = folder_of("smollm", tmp_path, chat_template=None)
+    (folder / "chat_template.json").write_text(json.dumps({"chat_template": wrong}))
+    with pytest.raises(ModelError, match=r'chat_template\.json: "chat_template" is .*; it should be text'):
+        Tokenizer.from_folder(folder)
+    metadata = tiny.tokenizer_metadata("qwen2") | {"tokenizer.chat_template": wrong}
+    metadata["tokenizer.ggml.token_type"] = np.array(metadata["tokenizer.ggml.token_type"])
+    with pytest.raises(ModelError, match="chat_template"):
+        Tokenizer.from_gguf(metadata)
+
+
+@pytest.mark.parametrize("wrong", [2**31, 2**70, [0, 10**400]], ids=lambda wrong: str(wrong)[:12])
+def test_end_tokens_that_are_no_ids_are_refused(tmp_path: Path, wrong: Any) -> None:
+    for name in ("config.json", "generation_config.json"):
+        folder = folder_of("smollm", tmp_path / name)
+        (folder / name).write_text(
+            json.dumps({"eos_token_id": wrong}) if wrong != [0, 10**400] else f'{{"eos_token_id": [0, {"9" * 400}]}}'
+        )
+        with pytest.raises(ModelError, match=rf'{name}: "eos_token_id" is .*; a token id is at most') as refusal:
+            Tokenizer.from_folder(folder)
+        assert len(str(refusal.value)) < 600
+    metadata = tiny.tokenizer_metadata("qwen2") | {"tokenizer.ggml.eos_token_id": 2**63}
+    metadata["tokenizer.ggml.token_type"] = np.array(metadata["tokenizer.ggml.token_type"])
+    with pytest.raises(ModelError, match="eos_token_id"):
+        Tokenizer.from_gguf(metadata)
+
+
+def test_an_end_token_without_a_row_is_refused(tmp_path: Path) -> None:
+    tiny.write_folder(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "eos_token_id": 420}))
+    with pytest.raises(ModelError, match="has the id 420, but the embedding has 420 rows"):
+        read_checkpoint(tmp_path)
 
 
 def test_no_tokenizer_json(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 
 import pytest
@@ -9,10 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers.utils.chat_template_utils import render_jinja_template
 
+from embedgrad.prompt.budget import SECONDS, Budget
 from embedgrad.prompt.sandbox import ChatTemplate
 from embedgrad.util.errors import TemplateError
 from tests.prompt.fake_model import CHAT_TEMPLATES
 
+LONGEST = 5.0  # seconds of one core, to compile and render once
 SPECIAL = {"bos_token": "<s>", "eos_token": "</s>"}
 TEXT = st.text(st.sampled_from(list("ab {}<>\n\t'\"é漢😀|%#-")), max_size=12)
 
@@ -152,7 +155,109 @@ def test_hostile_templates_are_refused_in_one_sentence_and_soon(name: str) -> No
         ChatTemplate(HOSTILE[name]).render([{"role": "user", "content": "x"}], {}, add_generation_prompt=True)
     assert "\n" not in str(raised.value)
     assert len(str(raised.value)) < 300
-    assert time.process_time() - start < 20
+    assert time.process_time() - start < LONGEST
+
+
+def again(value: str, *before: str) -> str:
+    """A template that computes `value` as often as Jinja's longest range has numbers."""
+    return "".join(before) + "{% for a in range(99999) %}{% set y = " + value + " %}{% endfor %}"
+
+
+def deep(value: str) -> str:
+    """A template that follows a path of many steps from each of many texts."""
+    return "{% set p = '0.' * 100000 ~ '0' %}{{ (['a'] * 5000) | " + value + " }}"
+
+
+TEXT_1M = "{% set x = 'a' * 1000000 %}"
+NUMBERS = "{% set x = range(60000) | list %}"
+TUPLE = "{% set t = (" + "1," * 8000 + ") %}{% set d = {t: 1} %}"
+VALUES = "{% set d = {" + ",".join(f"{i}: 1" for i in range(4000)) + "} %}"
+LATE = "{% set p = 'ab' ~ 'a' * 250000 %}"
+SLOW = {
+    "max of a range": again("range(99999) | max"),
+    "min of a range": again("range(99999) | min"),
+    "in a range": again("0.5 in range(99999)"),
+    "not in a range": again("0.5 not in range(99999)"),
+    "select": again("range(99999) | select('eq', -1) | first"),
+    "reject": again("range(99999) | reject('ge', 0) | first"),
+    "select in a range": "{{ range(9999) | map('float') | select('in', range(99999)) | list | length }}",
+    "a test of a range": again("0.5 is in(range(99999))"),
+    "tests of lists": again("x is eq(x)", NUMBERS),
+    "comparisons of lists": again("x < x", NUMBERS),
+    "count in a range": again("range(99999).count(0.5)"),
+    "count in a list": again("x.count(0.5)", NUMBERS),
+    "values": again("d.values() | max", VALUES),
+    "in values": again("5 in d.values()", VALUES),
+    "trim": TEXT_1M + "{% set c = 'b' * 900000 ~ 'a' %}{{ x | trim(c) }}",
+    "strip": TEXT_1M + "{% set c = 'b' * 900000 ~ 'a' %}{{ x.strip(c) }}",
+    "lstrip": TEXT_1M + "{% set c = 'é' * 900000 ~ 'a' %}{{ x.lstrip(c) }}",
+    "rfind": "{% set x = 'a' * 500000 %}" + LATE + "{{ x.rfind(p) }}",
+    "rsplit": "{% set x = 'a' * 500000 %}" + LATE + "{{ x.rsplit(p) | length }}",
+    "find": again("x.find(p)", TEXT_1M, LATE),
+    "replace": again("x.replace(p, '')", TEXT_1M, LATE),
+    "tags": "{% set x = '<!---->' * 140000 %}{{ (x | safe).striptags() }}",
+    "tables": again("x.maketrans(x, x)", TEXT_1M),
+    "hashes": again("d[t]", TUPLE),
+    "paths": deep("map(attribute=p) | list"),
+    "paths sorted": deep("sort(attribute=p)"),
+    "paths summed": deep("sum(attribute=p)"),
+    "paths grouped": deep("groupby(p)"),
+    "paths selected": deep("selectattr(p) | list"),
+    "paths formatted": again("p.format('a')", "{% set p = '{0' ~ '[0]' * 300000 ~ '}' %}"),
+    "hexadecimal": "{{ 0x" + "f" * 90000 + " // 0x" + "f" * 30000 + " }}",
+    "read hexadecimal": "{% set n = ('f' * 1000000) | int(base=16) %}{{ n // 3 }}",
+    "dates": "{{ strftime_now('%c' * 100000) }}",
+    "wide dates": "{{ strftime_now('%9999999999c') | length }}",
+    "recursive loop": "{% for a in [range(99999) | list] recursive %}"
+    + "x" * 100000
+    + "{% if a is iterable %}{{ loop(a) }}{% endif %}{% endfor %}",
+    "recursive block": "{% block b %}" + "x" * 100000 + "{{ self.b() }}{{ self.b() }}{% endblock %}",
+    "chained macros": "".join(
+        f"{{% macro m{i}() %}}{{% for a in range(9999) %}}{{{{ m{i + 1}() }}}}{{% endfor %}}{{% endmacro %}}"
+        for i in range(9)
+    )
+    + "{% macro m9() %}x{% endmacro %}{{ m0() }}",
+    "long bodies": NUMBERS + "{% for a in x %}" + "{% set b = a %}" * 5000 + "{% endfor %}",
+    "JSON": again("x | tojson(indent=2)", NUMBERS),
+    "title": again("x | title", "{% set x = 'a ' * 500000 %}"),
+    "arguments": again("cycler(*range(99999))"),
+    "changes": NUMBERS + "{% for a in range(99999) %}{% if loop.changed(x) %}{% endif %}{% endfor %}",
+    "many names": "{{ [" + "a," * 60000 + "] }}",
+    "many parts": "{{ " + "a~" * 30000 + "a }}",
+    "many texts": "{{x}}" * 26000,
+    "a list in a filter block": "{% filter list %}x{% endfilter %}",
+}
+
+
+@pytest.mark.parametrize("name", sorted(SLOW))
+def test_no_template_computes_for_longer_than_promised(name: str) -> None:
+    """Compiled and rendered, or refused by name: 5 seconds of one core are the most."""
+    start = time.process_time()
+    with contextlib.suppress(TemplateError):
+        ChatTemplate(SLOW[name]).render([{"role": "user", "content": "x"}], {}, add_generation_prompt=True)
+    assert time.process_time() - start < LONGEST
+
+
+def test_the_clock_ends_what_the_units_misjudge(monkeypatch: pytest.MonkeyPatch) -> None:
+    template = ChatTemplate("{% for a in range(90000) %}{% for b in range(90000) %}{% endfor %}{% endfor %}")
+    monkeypatch.setattr(Budget, "measure", lambda *_: 0)
+    monkeypatch.setattr(template._usage, "begin", lambda length: _endless(template._usage))
+    start = time.process_time()
+    with pytest.raises(TemplateError, match="runs for too long"):
+        template.render([], {}, add_generation_prompt=True)
+    assert 0.5 * SECONDS < time.process_time() - start < LONGEST
+
+
+def _endless(usage: Budget) -> None:
+    Budget.begin(usage, 0)
+    usage.units = 10**18
+
+
+def test_time_that_others_take_does_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread that waits, as on a busy machine, has computed for no longer."""
+    template = ChatTemplate("{{ strftime_now('x') }}{% for a in range(9) %}{{ a }}{% endfor %}")
+    monkeypatch.setattr("embedgrad.prompt.sandbox._date", lambda *_: time.sleep(SECONDS + 0.2) or "x")
+    assert template.render([], {}, add_generation_prompt=True) == "x012345678"
 
 
 @pytest.mark.parametrize(

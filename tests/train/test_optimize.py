@@ -284,7 +284,8 @@ def test_changed_weights_are_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("number", "clean", "reason"), [(signal.SIGINT, False, "interrupted"), (signal.SIGTERM, True, "terminated")]
+    ("number", "clean", "reason"),
+    [(signal.SIGINT, False, "interrupted"), (signal.SIGTERM, True, "terminated"), (signal.SIGHUP, True, "hung up")],
 )
 def test_signals_end_a_run_after_the_step(tmp_path: Path, number: int, clean: bool, reason: str) -> None:
     model = tiny_model()
@@ -297,6 +298,20 @@ def test_signals_end_a_run_after_the_step(tmp_path: Path, number: int, clean: bo
     assert read_summary(tmp_path)["stop_reason"] == reason
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+
+
+def test_a_hang_up_that_is_ignored_stays_ignored() -> None:
+    """As under nohup."""
+    model = tiny_model()
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        spy = Spy(lambda step: os.kill(os.getpid(), signal.SIGHUP) if step == 2 else None)
+        result = optimize(model, start_prompt(model), TRAIN, None, quick_config(), progress=spy, terminate_cleanly=True)
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert result.stop_reason == "completed"
 
 
 def test_a_second_interrupt_acts_at_once() -> None:

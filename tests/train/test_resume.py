@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,27 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import save
 
 from embedgrad.data.example import Example
 from embedgrad.engine.model import load_model
 from embedgrad.prompt.prompt import SoftPrompt
 from embedgrad.prompt.template import Template
-from embedgrad.train.checkpoints import RunState, checkpoints, load_latest, load_state, save_state
+from embedgrad.train.checkpoints import RunState, _checksum, checkpoints, load_latest, load_state, save_state
 from embedgrad.train.optimize import OptimizeResult, optimize
 from embedgrad.train.progress import Quiet
 from embedgrad.train.run_folder import RunFolder
 from embedgrad.util.errors import ConfigError
 from tests.model.tiny import write_folder
 from tests.train.training import TRAIN, VALIDATION, model_folder, outcome, quick_config, start_prompt, tiny_model
+
+
+def write_forged(path: Path, state: RunState) -> None:
+    """Writes `state` as it is, with a right checksum, under the name of another step."""
+    tensors = {name: getattr(state, name) for name in ("e", "m", "v", "best")}
+    record = {one.name: getattr(state, one.name) for one in fields(state) if one.name not in tensors}
+    text = json.dumps({"format": 1, **record})
+    path.write_bytes(save(tensors, metadata={"state": text, "sha256": _checksum(text, tensors)}))
 
 
 class StopAt(Quiet):
@@ -269,6 +278,41 @@ def test_nothing_usable_is_a_refusal(interrupted: Path, tmp_path: Path) -> None:
         run(tmp_path / "run")
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"step": -1}, {"step": 10**6}, {"step": 2.5}, {"step": True}, {"lines": -3}, {"lines": "x"},
+        {"validated": 10**9}, {"best_step": None}, {"before": 7}, {"after": {"loss": "x", "accuracy": 1}},
+        {"stop_reason": []},
+        {"seconds": None}, {"identity": []}, {"e": torch.zeros(1, 1)}, {"m": torch.zeros(3, dtype=torch.int64)},
+        {"best": torch.full((2, 2), float("nan"))},
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_forged_checkpoint_with_a_right_checksum(change: dict[str, Any], interrupted: Path, tmp_path: Path) -> None:
+    shutil.copytree(interrupted, tmp_path / "run")
+    newest, *older = checkpoints(tmp_path / "run" / "checkpoints")
+    state = load_state(newest)
+    for path in (newest, *older):
+        path.unlink()
+    write_forged(newest, replace(state, **change))
+    with pytest.raises(ConfigError, match=r"cannot be used|cannot be resumed"):
+        run(tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "line", [b"[" * 10**6, b"{}", b'{"kind": "step"}', b'{"kind": 3, "step": 1}', b'{"kind": "step", "step": -1}']
+)
+def test_damaged_lines_of_the_metrics(
+    line: bytes, interrupted: Path, whole: tuple[OptimizeResult, dict[str, Any], Path], tmp_path: Path
+) -> None:
+    shutil.copytree(interrupted, tmp_path / "run")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    metrics.write_bytes(metrics.read_bytes() + line + b"\n")
+    run(tmp_path / "run")
+    assert outcome(tmp_path / "run") == whole[1]
+
+
 def test_a_run_killed_before_its_first_checkpoint_starts_again(
     tmp_path: Path, whole: tuple[OptimizeResult, dict[str, Any], Path]
 ) -> None:
@@ -283,7 +327,8 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(
 
 def test_checkpoints_hold_everything_and_nothing_is_executed(tmp_path: Path) -> None:
     tensors = [torch.randn(3, 5) for _ in range(4)]
-    state = RunState(*tensors, {"model": {"weights": "x"}}, 12, 30, 9, 6, 1, {"loss": 0.1}, {"loss": 1e-17}, None, 2.5)
+    before, after = {"accuracy": 0.5, "loss": 0.1}, {"accuracy": 1.0, "loss": 1e-17}
+    state = RunState(*tensors, {"model": {"weights": "x"}}, 12, 30, 9, 6, 1, before, after, None, 2.5)
     path = save_state(tmp_path, state)
     again = load_state(path)
     for name in ("e", "m", "v", "best"):

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from embedgrad.cli.commands.shared import STOPPED, open_configured, with_folder, with_interval, write_text
 from embedgrad.cli.tables import tables
+from embedgrad.cli.terminal import tell
 from embedgrad.compare.arms import arms
 from embedgrad.compare.outcome import Outcome
 from embedgrad.compare.runner import Runner, Stopped
@@ -17,6 +17,7 @@ from embedgrad.evaluation.statistics import Accuracy
 from embedgrad.train.paths import expand_path
 from embedgrad.train.plan import plan
 from embedgrad.train.settings import load_run_config
+from embedgrad.util.shown import visible
 
 SHOWN = ("generated_accuracy", "choice_accuracy")  # measures on the terminal; the files have all measures
 
@@ -32,12 +33,12 @@ def run(config_path: Path, overrides: Sequence[str], data: Path | None, quiet: b
     chosen, notes = arms(runner.plan, model)
     notes.insert(0, runner.parts(runner.folds[0]).leakage.sentence() + ".")
 
-    def tell(text: str) -> None:
+    def say(text: str) -> None:
         if not (quiet or as_json):
-            print(text, file=sys.stderr, flush=True)
+            tell(text)
 
     for note in notes:
-        tell(note)
+        say(note)
     runner.check(chosen)  # errors come now and not after hours
     outcomes: list[Outcome] = []
     try:
@@ -48,11 +49,11 @@ def run(config_path: Path, overrides: Sequence[str], data: Path | None, quiet: b
                     outcomes.append(outcome)
                     if as_json:
                         print(json.dumps({"kind": "outcome", **vars(outcome)}), flush=True)
-                    tell(_told(outcome, len(runner.folds)))
+                    say(_told(outcome, len(runner.folds)))
             _write(folder, outcomes, notes)
     except (KeyboardInterrupt, Stopped) as stopped:
         reason = stopped.reason if isinstance(stopped, Stopped) else "interrupted"
-        print("Stopped; the same command goes on from here.", file=sys.stderr)
+        tell("Stopped; the same command goes on from here.")
         return STOPPED[reason]
     if not (quiet or as_json):
         _show(outcomes)
@@ -79,5 +80,5 @@ def _show(outcomes: Sequence[Outcome]) -> None:
 
     console = Console(highlight=False)
     shown = tables(columns(lines(outcomes), SHOWN), console.width)
-    console.print(f"{shown}\n", markup=False, soft_wrap=True)
-    console.print(explanation(outcomes), markup=False, soft_wrap=True)
+    console.print(visible(f"{shown}\n"), markup=False, soft_wrap=True)
+    console.print(visible(explanation(outcomes)), markup=False, soft_wrap=True)

@@ -18,6 +18,7 @@ from embedgrad.generation.sampling import Sampling
 from embedgrad.prompt.prompt import SoftPrompt
 from embedgrad.util.errors import DataError, EmbedGradError, SaveError
 from embedgrad.util.files import behind_links, check_target
+from embedgrad.util.shown import visible
 
 DIGITS = 4  # decimal places of an answer's figures
 
@@ -110,7 +111,7 @@ def _tell(stream: TextIO, query: str, answer: Generation, as_json: bool) -> None
         }
         stream.write(json.dumps(record, ensure_ascii=stream is sys.stdout) + "\n")  # stdout may have any encoding
     else:
-        stream.write(answer.text + "\n")
+        stream.write((visible(answer.text) if stream.isatty() else answer.text) + "\n")
     stream.flush()
 
 
@@ -127,7 +128,7 @@ def _converse(model: Model, prompt: SoftPrompt, sampling: Sampling) -> None:
                 typed = _Typed(model)
                 on_token = None if sampling.stop else typed.take  # else the beginning of a stop text would show
                 answer = generate(model, prompt, [query], sampling, on_token=on_token)[0]
-                print(answer.text[typed.printed :], flush=True)
+                print(visible(answer.text[typed.printed :]), flush=True)
             except KeyboardInterrupt:
                 print("stopped", file=sys.stderr)
             except EmbedGradError as refusal:  # the conversation continues, for instance after a query that is too long
@@ -147,5 +148,5 @@ class _Typed:
         self._ids.append(token)
         text = self._model.tokenizer.decode(self._ids)
         if not text.endswith("\ufffd"):
-            print(text[self.printed :], end="", flush=True)
+            print(visible(text[self.printed :]), end="", flush=True)
             self.printed = len(text)

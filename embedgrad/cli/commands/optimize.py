@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shlex
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from embedgrad.cli.commands.shared import (
 )
 from embedgrad.cli.progress import Bar, JsonLines
 from embedgrad.cli.tables import tables
+from embedgrad.cli.terminal import tell
 from embedgrad.data.example import Example
 from embedgrad.engine.model import Model
 from embedgrad.evaluation.evaluate import MEASURES, Evaluation, evaluate, paired_tests
@@ -33,6 +33,7 @@ from embedgrad.train.progress import Progress, Quiet, Several
 from embedgrad.train.run_folder import read_summary, write_summary
 from embedgrad.train.settings import load_run_config
 from embedgrad.util.host import peak_memory
+from embedgrad.util.shown import short
 
 _SHOWN = 3  # test examples in the report
 
@@ -69,7 +70,7 @@ def run(
     if result.stop_reason in STOPPED:
         sets = "".join(f" --set {_quoted(one)}" for one in overrides)
         again = f"embedgrad optimize {shlex.quote(str(config_path))}{sets} --resume"
-        print(f"Stopped after step {result.steps}, all of it saved; to go on: {again}", file=sys.stderr)
+        tell(f"Stopped after step {result.steps}, all of it saved; to go on: {again}")
         return STOPPED[result.stop_reason]
     tested = _test(model, prompt, result, parts.test, planned)
     if tested:
@@ -125,8 +126,10 @@ def _report(result: OptimizeResult, tested: Mapping[str, Evaluation], folder: Pa
     if tested:
         pairs = list(zip(tested["before"].records, tested["after"].records, strict=True))
         for before, after in pairs[:_SHOWN]:
-            told = f"{_short(before.query)}\n  expected {_short(after.target)}; before: {_short(before.generated)}; "
-            console.print(told + f"after: {_short(after.generated)}", markup=False, soft_wrap=True)
+            texts = (before.query, after.target, before.generated, after.generated)
+            query, target, first, last = (short(text, 100) for text in texts)
+            told = f"{query}\n  expected {target}; before: {first}; after: {last}"
+            console.print(told, markup=False, soft_wrap=True)
     console.print(
         f"{result.steps} steps in {result.train_seconds:.1f} s ({result.stop_reason}); best prompt from step "
         f"{result.best_step}, lowest similarity {result.min_similarity:.4f}; weights unchanged.\n"
@@ -134,8 +137,3 @@ def _report(result: OptimizeResult, tested: Mapping[str, Evaluation], folder: Pa
         markup=False,
         soft_wrap=True,
     )
-
-
-def _short(text: object) -> str:
-    told = repr(text)
-    return told if len(told) <= 100 else told[:97] + "..."

@@ -15,7 +15,7 @@ from embedgrad.evaluation.statistics import Accuracy
 from embedgrad.train.paths import expand_path
 from embedgrad.train.settings import RunConfig
 
-STOPPED = {"interrupted": 130, "terminated": 143}
+STOPPED = {"interrupted": 130, "terminated": 143, "hung up": 129}
 """Exit codes of commands that a signal stopped: 128 + the signal's number, as in shells."""
 
 

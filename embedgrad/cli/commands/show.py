@@ -6,10 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+from embedgrad.cli.terminal import cell
 from embedgrad.engine.model import Model
 from embedgrad.evaluation.neighbours import neighbours
 from embedgrad.maths.trust_region import norm_ratio
 from embedgrad.prompt.prompt import SoftPrompt
+from embedgrad.util.shown import visible
 
 
 def run(path: Path, model: Model | None, as_json: bool) -> None:
@@ -58,9 +60,10 @@ def _print(content: dict[str, Any]) -> None:
 
     console = Console(highlight=False)
     for name in ("text", "model", "tokens", "hidden_size"):
-        console.print(f"{name.replace('_', ' ')}: {content[name]}", markup=False, soft_wrap=True)
+        console.print(visible(f"{name.replace('_', ' ')}: {content[name]}"), markup=False, soft_wrap=True)
     for name in ("template", "metadata"):
-        console.print(f"{name}: {json.dumps(content[name], ensure_ascii=False)}", markup=False, soft_wrap=True)
+        told = json.dumps(content[name], ensure_ascii=False)
+        console.print(visible(f"{name}: {told}"), markup=False, soft_wrap=True)
     console.print(f"similarity: lowest {content['min_similarity']:.4f}, mean {content['mean_similarity']:.4f}")
     with_tokens = "token" in content["rows"][0]
     table = Table("row", "id", *(["token"] if with_tokens else []), "similarity", "norm", box=None)
@@ -68,14 +71,9 @@ def _print(content: dict[str, Any]) -> None:
         table.add_column("nearest")
         table.add_column("cosine")
     for number, row in enumerate(content["rows"]):
-        cells = [str(number), str(row["id"])] + ([_quoted(row["token"])] if with_tokens else [])
+        cells = [str(number), str(row["id"])] + ([repr(row["token"])] if with_tokens else [])
         cells += [f"{row['similarity']:.4f}", f"{row['norm_ratio']:.4f}"]
         if with_tokens:
-            cells += [_quoted(row["nearest_token"]), f"{row['nearest_cosine']:.4f}"]
-        table.add_row(*cells)
+            cells += [repr(row["nearest_token"]), f"{row['nearest_cosine']:.4f}"]
+        table.add_row(*map(cell, cells))
     console.print(table)
-
-
-def _quoted(text: str) -> str:
-    """`text` in quotes, so that white space is visible, with square brackets escaped for rich."""
-    return repr(text).replace("[", "\\[")

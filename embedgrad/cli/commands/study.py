@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from embedgrad.cli.commands.shared import STOPPED, open_configured, with_folder, write_text
+from embedgrad.cli.terminal import tell
 from embedgrad.compare.runner import Runner, Stopped
 from embedgrad.compare.studies import NAMES, find_study
 from embedgrad.compare.studies.pictures import save, style
@@ -15,6 +15,7 @@ from embedgrad.engine.model import Model
 from embedgrad.train.paths import expand_path
 from embedgrad.train.plan import Plan, plan
 from embedgrad.train.settings import load_run_config
+from embedgrad.util.shown import visible
 
 
 def run(name: str, config_path: Path, overrides: Sequence[str], data: Path | None, output: Path | None) -> int:
@@ -38,10 +39,10 @@ def run(name: str, config_path: Path, overrides: Sequence[str], data: Path | Non
                 save(found.figure, folder / f"{one}.svg")
                 pages.append(f"## {one}: {study.question}\n\n{found.paragraph}\n\n![{one}]({one}.svg)\n")
                 write_text(folder / f"{one}.md", pages[-1])
-                print(f"{one}: {found.paragraph}\n", flush=True)
+                print(visible(f"{one}: {found.paragraph}\n"), flush=True)
         except (KeyboardInterrupt, Stopped) as stopped:
             reason = stopped.reason if isinstance(stopped, Stopped) else "interrupted"
-            print("Stopped; the same command goes on from here.", file=sys.stderr)
+            tell("Stopped; the same command goes on from here.")
             return STOPPED[reason]
     if name == "all":
         write_text(folder / "studies.md", _together(planned, model, len(runner.parts(0).test), pages))

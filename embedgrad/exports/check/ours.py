@@ -22,7 +22,8 @@ def next_logits(model: Model, embeddings: Tensor, rendered: Sequence[Rendered]) 
     """Logits [n, V] for the token after each sequence, with the prompt rows `embeddings` [k, d]."""
     rows = []
     for sequence in rendered:
-        prefix = prefill_prefix(model, embeddings, sequence, len(sequence.ids) - 1)
-        _, logits = prefill_suffixes(model, embeddings, [sequence], prefix)
+        with model.lock:
+            prefix = prefill_prefix(model, embeddings, sequence, len(sequence.ids) - 1)
+            _, logits = prefill_suffixes(model, embeddings, [sequence], prefix)
         rows.append(logits[0].float())
     return torch.stack(rows)

@@ -14,14 +14,16 @@ from embedgrad.generation.slots import Slots
 Loop = NativeLoop | DeviceLoop | PlainLoop
 
 
-def loop_for(model: Model, slots: Slots, *, each_token: bool) -> Loop:
-    """The fastest generation loop for `model`. each_token: the caller must see every token.
+def loop_for(model: Model, slots: Slots, *, each_token: bool, callbacks: bool = False) -> Loop:
+    """The fastest generation loop for `model`.
+
+    each_token: the caller must see every token. callbacks: code of the user runs between steps and may use the model.
 
     It is the loop in csrc/ for the native backend, the loop on the device for a GPU, and otherwise the plain loop.
     Where csrc/cuda is not built or does not run on the GPU, it is the plain loop and a BackendWarning is given.
     """
     if model.native_decoder is not None:
-        return NativeLoop(model.native_decoder, slots)
+        return NativeLoop(model.native_decoder, slots, callbacks=callbacks)
     if model.device.type == "cuda":
         try:
             return DeviceLoop(model, slots, cuda_core.library_for(model.device), each_token=each_token)

@@ -19,6 +19,7 @@ from gguf.quants import dequantize
 
 from embedgrad.model.files.recognise import GGUF_MAGIC
 from embedgrad.util.errors import ModelError
+from embedgrad.util.shown import short
 
 _SCALARS = {0: "<B", 1: "<b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "<?", 10: "<Q", 11: "<q", 12: "<d"}
 _STRING, _ARRAY = 8, 9
@@ -288,27 +289,44 @@ def _parse(data: memoryview) -> tuple[dict[str, Any], dict[str, _Entry], dict[st
     for _ in _counted(pairs, 12, reader):
         key = reader.string()
         if key in metadata:
-            raise _Malformed(f"key {key!r} twice")
+            raise _Malformed(f"key {short(key)} twice")
         begin = reader.at
         metadata[key] = reader.value(reader.scalar("<I"))
         spans[key] = begin, reader.at
     alignment = metadata.get("general.alignment", 32)
     if not isinstance(alignment, int) or alignment < 8 or alignment & (alignment - 1):
-        raise _Malformed(f"general.alignment is {alignment!r}")
+        raise _Malformed(f"general.alignment is {short(alignment)}")
     infos: list[tuple[str, tuple[int, ...], int, int]] = []
     for _ in _counted(tensors, 32, reader):
         name, dimensions = reader.string(), reader.scalar("<I")
         if not 1 <= dimensions <= 4:
-            raise _Malformed(f"{name!r} has {dimensions} dimensions")
+            raise _Malformed(f"{short(name)} has {dimensions} dimensions")
         shape = tuple(reader.scalar("<Q") for _ in range(dimensions))[::-1]
         infos.append((name, shape, reader.scalar("<I"), reader.scalar("<Q")))
     begin = -(-reader.at // alignment) * alignment
     entries: dict[str, _Entry] = {}
     for name, shape, kind, offset in infos:
         if name in entries:
-            raise _Malformed(f"tensor {name!r} twice")
+            raise _Malformed(f"tensor {short(name)} twice")
         entries[name] = _entry(name, shape, kind, offset, alignment, begin, len(data))
+    _check_places(entries, alignment, begin, len(data))
     return metadata, entries, spans
+
+
+def _check_places(entries: dict[str, _Entry], alignment: int, begin: int, end: int) -> None:
+    """Raises _Malformed unless the tensors follow one another, with no more than padding between and behind them.
+
+    A tensor whose offset is wrong would be read from the numbers of another one, and a tensor that the header lost may
+    be optional (a head that is not tied, frequencies of the rotary embedding).
+    """
+    expected, before = begin, ""
+    for name, entry in sorted(entries.items(), key=lambda item: item[1].start):
+        if entry.start != expected:
+            told = f"{short(name)} begins at byte {entry.start}, but the tensors before it end at byte {expected}"
+            raise _Malformed(f"{told}; {short(name)} and {short(before)} overlap" if entry.start < expected else told)
+        expected, before = -(-(entry.start + entry.size) // alignment) * alignment, name
+    if entries and end > expected:
+        raise _Malformed(f"{end - expected} bytes behind the last tensor belong to none")
 
 
 def _counted(count: int, least: int, reader: _Reader) -> range:
@@ -323,15 +341,15 @@ def _entry(name: str, shape: tuple[int, ...], kind: int, offset: int, alignment:
         known = GGMLQuantizationType(kind)
     except ValueError:
         raise _Unsupported(
-            f"holds {name[:80]!r} in type {kind}, which is unsupported (the gguf package here does not know it); take "
+            f"holds {short(name)} in type {kind}, which is unsupported (the gguf package here does not know it); take "
             f"a file of another type, such as Q8_0 or Q4_K_M"
         ) from None
     values, size = GGML_QUANT_SIZES[known]
     if min(shape) < 1 or shape[-1] % values:
-        raise _Malformed(f"{name!r} has shape {list(shape)}, impossible for {known.name}")
+        raise _Malformed(f"{short(name)} has shape {list(shape)}, impossible for {known.name}")
     length = _product(shape) // values * size
     if offset % alignment or begin + offset + length > end:
-        raise _Malformed(f"{name!r} lies outside the file")
+        raise _Malformed(f"{short(name)} lies outside the file")
     return _Entry(known, shape, begin + offset, length)
 
 

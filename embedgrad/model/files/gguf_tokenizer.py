@@ -13,6 +13,7 @@ import numpy as np
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
 from embedgrad.util.errors import ModelError
+from embedgrad.util.shown import short
 
 _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED = 2, 3, 4, 5
 
@@ -59,7 +60,7 @@ def build_backend(metadata: Mapping[str, Any], where: str) -> Tokenizer:
     elif kind == "llama":
         backend = _sentencepiece_bpe(metadata, tokens, types, vocabulary, where)
     else:
-        raise ModelError(f"{where}: tokenizer model {kind!r} is not supported; supported are gpt2 and llama.")
+        raise ModelError(f"{where}: tokenizer model {short(kind)} is not supported; supported are gpt2 and llama.")
     added = [
         AddedToken(text, normalized=False, special=type != _USER_DEFINED)
         for text, type in zip(tokens, types, strict=True)
@@ -74,7 +75,8 @@ def _byte_level_bpe(metadata: Mapping[str, Any], vocabulary: dict[str, int], whe
     name = _ALIASES.get(name, name) if isinstance(name, str) else name
     if name not in SPLITS:
         raise ModelError(
-            f"{where}: the text splitting {name!r} is not supported; supported are {', '.join([*SPLITS, *_ALIASES])}."
+            f"{where}: the text splitting {short(name)} is not supported; supported are "
+            f"{', '.join([*SPLITS, *_ALIASES])}."
         )
     merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in _table(metadata, "merges", where))]
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=name == "llama-bpe"))

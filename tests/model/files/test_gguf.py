@@ -199,7 +199,7 @@ def test_mistral_files_without_their_window(changes: dict[str, Any], window: int
 @pytest.mark.parametrize(
     ("metadata", "said"),
     [
-        ({"general.architecture": "gemma2"}, ["gemma2", "llama, qwen2, qwen3"]),
+        ({"general.architecture": "gemma"}, ["gemma", "llama, qwen2, qwen3"]),
         ({"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 4.0}, ["longrope"]),
         ({"llama.rope.scaling.type": "yarn"}, ["rope.scaling.factor", "missing"]),
         ({"llama.rope.scaling.attn_factor": 1.5}, ["rope.scaling.attn_factor", "1.5"]),
@@ -283,6 +283,40 @@ def test_truncated_anywhere(tmp_path_factory: pytest.TempPathFactory, content: b
         assert len(content) - length < gguf.GGUF_DEFAULT_ALIGNMENT
         for name in checkpoint.tensors.names():
             checkpoint.tensors.get(name)
+
+
+def _moved(content: bytes, name: str, by: int) -> bytes:
+    """`content` with another offset for the tensor `name`."""
+    mark = len(name).to_bytes(8, "little") + name.encode()
+    at = content.index(mark) + len(mark)
+    dimensions = int.from_bytes(content[at : at + 4], "little")
+    at += 4 + 8 * dimensions + 4
+    offset = int.from_bytes(content[at : at + 8], "little") + by
+    return content[:at] + offset.to_bytes(8, "little") + content[at + 8 :]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.sampled_from(["blk.0.attn_q.weight", "blk.1.ffn_down.weight", "output_norm.weight"]), st.integers(-9, 9))
+def test_tensors_that_do_not_follow_one_another(
+    tmp_path_factory: pytest.TempPathFactory, content: bytes, name: str, steps: int
+) -> None:
+    path = tmp_path_factory.mktemp("moved") / "m.gguf"
+    path.write_bytes(_moved(content, name, 32 * steps))
+    if steps == 0:
+        read_checkpoint(path)
+    else:
+        assert "is not a complete GGUF file" in refused(path)
+
+
+def test_two_tensors_in_one_place(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "m.gguf").write_bytes(_moved(content, "blk.1.attn_norm.weight", -32))
+    assert "overlap" in refused(tmp_path / "m.gguf")
+
+
+@pytest.mark.parametrize("size", [1, 32, 5000])
+def test_bytes_behind_the_last_tensor(tmp_path: Path, content: bytes, size: int) -> None:
+    (tmp_path / "m.gguf").write_bytes(content + bytes(size))
+    assert f"{size} bytes behind the last tensor" in refused(tmp_path / "m.gguf")
 
 
 @settings(max_examples=150, deadline=None)
