@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from embedgrad.report.content import Content, Examples, Section, Table
 from embedgrad.report.curves import HeatMap, Panel
+from embedgrad.util.shown import isolated
 
 _SIGNS = re.compile(r"([\\`*_{}\[\]<>#|~$&!])")  # among them <> for HTML, $ for mathematics, & for entities
 _FIRST = re.compile(r"^(\s*\d*)([-+=.)])(?!\d)", re.MULTILINE)  # list items and underlined headings
@@ -34,7 +35,7 @@ def render(content: Content, pictures: Mapping[str, str], version: str) -> str:
 
 def plain(text: str) -> str:
     """`text` as one line with all markup escaped."""
-    escaped = _FIRST.sub(r"\1\\\2", _SIGNS.sub(r"\\\1", text))
+    escaped = _FIRST.sub(r"\1\\\2", _SIGNS.sub(r"\\\1", isolated(text)))
     return re.sub(r"\s*[\r\n\u2028\u2029\x0b\x0c\x85]+\s*", " ↵ ", escaped.strip())
 
 

@@ -12,6 +12,7 @@ import jinja2
 
 from embedgrad.report.content import Content
 from embedgrad.report.figures import curve_figure, heat_figure, plotly_script
+from embedgrad.util.shown import isolated
 
 THEMES = {
     "light": {"paper": "#ffffff", "ink": "#1c2126", "quiet": "#5c6670", "line": "#d8dde2", "soft": "#f4f6f8",
@@ -34,7 +35,12 @@ def render(content: Content, version: str) -> str:
             figures[f"run{number}-{section.heat.key}"] = heat_figure(section.heat)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
+        trim_blocks=True, lstrip_blocks=True, finalize=_isolated,
     )  # fmt: skip
     template = environment.get_template("page.html.jinja")
     return template.render(content=content, figures=figures, themes=THEMES, plotly=script, version=version)
+
+
+def _isolated(value: Any) -> Any:
+    """What is put into the page: texts of a run turn the direction of nothing around them."""
+    return isolated(value) if type(value) is str else value  # not of Markup, which is the page's own

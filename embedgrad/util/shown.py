@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import reprlib
+from unicodedata import bidirectional
 
 LONGEST = 200  # characters of a value in a message
 _MOST_BITS = 256  # of a whole number that is written out
@@ -11,7 +12,10 @@ _MOST_BITS = 256  # of a whole number that is written out
 # halves of surrogate pairs, which no encoding has. Tabs and line feeds are not among them.
 _CONTROLS = "\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff"
 _DIRECTIONS = "\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"  # they change the direction of the text around them
-_CONTROL, _OBEYED = re.compile(f"[{_CONTROLS}]"), re.compile(f"[{_CONTROLS}{_DIRECTIONS}]")
+_OBEYED = re.compile(f"[{_CONTROLS}{_DIRECTIONS}]")
+# Classes of signs that are written from right to left, or change the direction of others (unicodedata.bidirectional).
+_TURNING = frozenset(("R", "AL", "AN", "LRE", "LRO", "RLE", "RLO", "PDF", "LRI", "RLI", "FSI", "PDI"))
+_OPENING, _PDI = "\u2066\u2067\u2068", "\u2069"
 
 
 class _Repr(reprlib.Repr):
@@ -54,9 +58,25 @@ def visible(text: str) -> str:
     return _OBEYED.sub(lambda found: _escape(ord(found[0])), text)
 
 
-def without_controls(text: str) -> str:
-    """`visible(text)` that keeps the signs for the direction of writing."""
-    return _CONTROL.sub(lambda found: _escape(ord(found[0])), text)
+def isolated(text: str) -> str:
+    """`text` such that it changes the direction of nothing around it: each line that is written from right to left, or
+    holds signs for the direction, stands in an isolate (Unicode Standard Annex 9, FSI and PDI)."""
+    return "\n".join(_isolated(line) if _turns(line) else line for line in text.split("\n"))
+
+
+def _turns(line: str) -> bool:
+    return not line.isascii() and any(bidirectional(sign) in _TURNING for sign in line)
+
+
+def _isolated(line: str) -> str:
+    """`line` between FSI and PDI; a PDI of its own that closes nothing would end the isolate, so it is left out."""
+    kept, depth = [], 0
+    for sign in line:
+        depth += sign in _OPENING
+        if sign != _PDI or depth:
+            kept.append(sign)
+            depth -= sign == _PDI
+    return f"\u2068{''.join(kept)}{_PDI * (depth + 1)}"
 
 
 def one_line(text: str) -> str:

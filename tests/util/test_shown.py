@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedgrad.util.errors import ConfigError
-from embedgrad.util.shown import LONGEST, cut, one_line, short, visible
+from embedgrad.util.shown import LONGEST, cut, isolated, one_line, short, visible
 
 VALUES: Any = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
@@ -70,3 +70,22 @@ def test_a_message_is_bounded_and_obeys_nothing() -> None:
     assert told.startswith("begin \\x1b]0;title\\x07 x")
     assert told.endswith("x end")
     assert len(told) < 2100
+
+
+@given(st.text(st.sampled_from("ab \u05d0\u0627\u202e\u202b\u2066\u2067\u2068\u2069\u202c\n"), max_size=30))
+def test_isolated_text_turns_nothing_around_it(text: str) -> None:
+    """Every line has as many openings as ends, none of which ends what was not opened in it."""
+    for line in isolated(text).split("\n"):
+        depth = 0
+        for sign in line:
+            depth += sign in "\u2066\u2067\u2068"
+            depth -= sign == "\u2069"
+            assert depth >= 0
+        assert depth == 0
+        turning = [i for i, sign in enumerate(line) if sign in "\u05d0\u0627\u202e\u202b\u202c"]
+        assert not turning or (line[0], line[-1]) == ("\u2068", "\u2069")
+
+
+def test_text_from_left_to_right_stays_as_it_is() -> None:
+    for text in ("plain", "naïve — 8,1 %", "日本語", "a\nb"):
+        assert isolated(text) == text
