@@ -10,6 +10,7 @@ that of reading W, if little is done to each element. So the matrix cores multip
 
     forward     y += scale ⊙ ((q − zero) xᵀ) + offset ⊗ Σ x     over the groups of a row, with fp32 sums
     backward    dx += (dy ⊙ scale) (q − zero) + Σ dy ⊙ offset   over the rows of W; dy ⊙ scale is rounded to dy's type
+                (in float16 scale ⊙ (q − zero) is, because dy ⊙ scale may be too small for it)
 
 The reduction is shared out over programs where a matrix has too few tiles to keep a GPU busy; each leaves fp32 partial
 sums, and a second kernel adds them in a fixed order. No atomics, equal bits in every run.
@@ -138,8 +139,12 @@ def quantized_linear_kernel(
 @triton.jit
 def _backward_step(b_dx, b_sum, b_dy, b_w, b_scale, b_offset, OFFSETS: tl.constexpr):
     """dx [BLOCK_M, BLOCK_K] with some rows of W added, and Σ dy ⊙ offset [BLOCK_M] over them."""
-    b_scaled = b_dy.to(tl.float32) * b_scale.to(tl.float32)[None, :]
-    b_dx = tl.dot(b_scaled.to(b_dy.dtype), b_w, b_dx, input_precision="ieee")
+    if b_dy.dtype == tl.float16:  # where dy ⊙ scale would be so small that float16 keeps few of its bits
+        b_scaled = (b_w.to(tl.float32) * b_scale.to(tl.float32)[:, None]).to(tl.float16)
+        b_dx = tl.dot(b_dy, b_scaled, b_dx, input_precision="ieee")
+    else:
+        b_scaled = (b_dy.to(tl.float32) * b_scale.to(tl.float32)[None, :]).to(b_dy.dtype)
+        b_dx = tl.dot(b_scaled, b_w, b_dx, input_precision="ieee")
     if OFFSETS:
         b_sum += tl.sum(b_dy.to(tl.float32) * b_offset.to(tl.float32)[None, :], 1)
     return b_dx, b_sum

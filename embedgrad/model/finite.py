@@ -19,7 +19,7 @@ def check_all(name: str, tensor: Tensor, where: str) -> Tensor:
 
     name, where: of the tensor and its model, for the message. This takes as long as reading the memory once.
     """
-    if tensor.numel() and not _is_finite(tensor):
+    if tensor.numel() and not tensor.is_meta and not _is_finite(tensor):
         kind = str(tensor.dtype).removeprefix("torch.")
         raise ModelError(
             f"{where}: {name} holds NaN or infinity as {kind}, with which every loss and answer is meaningless; fetch "

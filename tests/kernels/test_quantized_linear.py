@@ -121,6 +121,16 @@ def test_quantized_linear_backward(
     check_canaries()
 
 
+def test_weights_as_small_as_a_models_keep_their_precision_in_float16() -> None:
+    """dy times the scale of such a weight is below float16's normal numbers."""
+    weight = quantize_int8(0.02 * normal(0, (33, 77)))[0]
+    dy = 0.01 * normal(1, (3, 33), torch.float16)
+    with small("quantized_linear_backward", 32):
+        out = quantized_linear_backward(dy, weight, out=guarded((3, 77), torch.float16))
+    plain = dy @ weight.dequantize(torch.float16)
+    three_way(out, plain, dy.double() @ weight.dequantize(torch.float64))
+
+
 @pytest.mark.parametrize("form", ["int8", "int4"])
 def test_both_directions_read_the_same_weight(form: str) -> None:
     """<x Wᵀ, y> = <x, y W>: in fp32 both are the same sum in another order."""
