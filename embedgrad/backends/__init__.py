@@ -18,13 +18,23 @@ class BackendWarning(UserWarning):
     """A slower backend serves, because the one meant for this machine cannot be loaded."""
 
 
+GPU_TORCH = (2, 8)
+"""The first release whose mm and addmm take an out_dtype on a GPU."""
+
+
 def choose(name: str, device: torch.device, dtype: torch.dtype = torch.float32) -> Backend:
     """The backend called `name`, for a model on `device` that computes in `dtype`.
 
     "auto" is triton on GPUs (torch calls those of ROCm "cuda", too), native on CPUs for float32 and
     bfloat16 (with a BackendWarning and reference where csrc/ is not built), and reference otherwise.
-    Raises BackendError: an unknown name, or a backend that cannot run here or not in this type.
+    Raises BackendError: an unknown name, a backend that cannot run here or not in this type, or a GPU and a torch whose
+    products cannot give float32 for 16-bit operands.
     """
+    if device.type == "cuda" and _release(torch.__version__) < GPU_TORCH:
+        oldest = ".".join(map(str, GPU_TORCH))
+        raise BackendError(
+            f"a GPU needs torch {oldest} or newer, and this is {torch.__version__}; install a newer one."
+        )
     if name == "auto":
         return _best(device, dtype)
     if name not in NAMES:
@@ -34,6 +44,10 @@ def choose(name: str, device: torch.device, dtype: torch.dtype = torch.float32) 
     if name == "native":
         return _native(device, dtype)
     return _module(name).OPS
+
+
+def _release(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split("+")[0].split(".")[:2])
 
 
 def _module(name: str):  # type: ignore[no-untyped-def]

@@ -142,3 +142,10 @@ except BackendError as error:
     environment = {**os.environ, "TRITON_INTERPRET": "0"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     return done.stdout.strip()
+
+
+def test_an_old_torch_is_refused_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.7.1+cu126")
+    for name in ("auto", "triton", "reference"):
+        with pytest.raises(BackendError, match=r"needs torch 2\.8 or newer, and this is 2\.7\.1"):
+            backends.choose(name, torch.device("cuda"))
