@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ from hypothesis import strategies as st
 
 from embedgrad.engine.model import Model, load_model
 from embedgrad.generation.entropy import token_entropy
-from embedgrad.generation.generate import Generation, generate
-from embedgrad.generation.kv_cache import KeyValueCache
+from embedgrad.generation.generate import Generation, generate, limits_of
+from embedgrad.generation.kv_cache import GROWTH, KeyValueCache
+from embedgrad.generation.loops import loop_for
 from embedgrad.generation.prefill import prefill_prefix, prefill_suffixes
 from embedgrad.generation.sampler import Penalties, choose_token
 from embedgrad.generation.sampling import Sampling
+from embedgrad.generation.writer import Request, Writer
 from embedgrad.prompt.prompt import SoftPrompt
 from embedgrad.prompt.rendering import render_query
 from embedgrad.prompt.template import Template
@@ -302,3 +305,38 @@ def test_any_number_of_threads_writes_the_same() -> None:
     ]
     assert outputs[0] == outputs[1]
     assert "[" in outputs[0]
+
+
+@pytest.mark.parametrize("callbacks", [False, True])
+@pytest.mark.parametrize("native", [True, False])
+def test_the_cache_fills_at_a_step_at_which_the_loop_ends(tmp_path: Path, native: bool, callbacks: bool) -> None:
+    """At the caller's wish, or because a slot is free: the next call makes room first, and no neighbour is touched."""
+    model = tiny(tmp_path, "int8", max_position_embeddings=1024)
+    model = model if native else plain(model)
+    p = prompt_of(model)
+    rendered = render_query(model, p, ASKED[0])
+    prefix = prefill_prefix(model, p.embeddings, rendered, 1)
+    endless = {token: float("-inf") for token in model.tokenizer.eos_ids}
+
+    def written(lengths: list[int], stopped: bool) -> dict[int, list[int]]:
+        answers: dict[int, list[int]] = {}
+
+        def request(index: int, most: int) -> Request:
+            sampling = Sampling(max_new_tokens=most, temperature=1.0, seed=3, logit_bias=endless)
+            return Request(rendered, sampling, lambda a: answers.update({index: a.ids}), pytest.fail, index)
+
+        waiting = [request(index, most) for index, most in enumerate(lengths)]
+        make_loop = partial(loop_for, model, each_token=True, callbacks=callbacks)
+        writer = Writer(model, p.embeddings, prefix, limits_of(model, None), 2, 200, make_loop)
+        while len(answers) < len(lengths):
+            entering = waiting[: len(writer.slots.free())]
+            del waiting[: len(entering)]
+            if entering:
+                writer.enter(entering)
+            writer.run(1 if waiting else 0, lambda: stopped)
+        return answers
+
+    right = written([180, 180], stopped=False)
+    assert written([180, 180], stopped=True) == right
+    for most in range(GROWTH - 3, GROWTH + 5):  # the first cache has room for the input and GROWTH tokens
+        assert written([180, most, 5], stopped=False)[0] == right[0], most

@@ -66,15 +66,21 @@ class NativeLoop:
 
         callback = native_core.STEP(step)
         while True:
+            if self._is_full():  # the call before may have ended for another reason at the step that filled the cache
+                self._grow(self._own.shape[3] + max(GROWTH, self._own.shape[3] // 2))
             end = self._decoder.run(self._state(callback, refill))
             if raised:
                 raise raised[0]
             if end == "stopped" and self._callbacks:
                 end = "stopped" if on_step() else self._end(refill)
-            if end == "cache full":
-                self._grow(self._own.shape[3] + max(GROWTH, self._own.shape[3] // 2))
-            elif end != "go on":
+            if end not in ("cache full", "go on"):
                 return
+
+    def _is_full(self) -> bool:
+        """Whether a running sequence has no room for its next token."""
+        slots = self._slots
+        running = slots.reasons == RUNNING
+        return bool(running.any()) and slots.positions[running].max() >= self._prefix.shape[2] + self._own.shape[3]
 
     def _end(self, refill: int) -> str:
         """What csrc/ would say after a step at which `on_step` does not stop the loop."""
@@ -84,8 +90,7 @@ class NativeLoop:
             return "all done"
         if refill and slots.size - int(running.sum()) >= refill:
             return "slots free"
-        room = self._prefix.shape[2] + self._own.shape[3]
-        return "cache full" if slots.positions[running].max() >= room else "go on"
+        return "go on"
 
     def _state(self, callback: object, refill: int) -> native_core.Loop:
         slots = self._slots
