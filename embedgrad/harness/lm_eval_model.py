@@ -23,7 +23,7 @@ from embedgrad.generation.sampling import Sampling
 from embedgrad.prompt.prompt import SoftPrompt
 from embedgrad.prompt.rendering import Rendered
 from embedgrad.serve.served import ServedModel
-from embedgrad.util.errors import ConfigError, DataError
+from embedgrad.util.errors import ConfigError, DataError, TrainingError
 
 MARK = "\uf8f0prompt\uf8f1"  # private-use characters; no data has this text
 BATCH = 32  # the harness' default of 1 is its default, not a wish: the batch size changes speed only
@@ -177,6 +177,11 @@ class EmbedGradLM(TemplateLM):
             sequences = [self._sequence(*requests[i][1:]) for i in chunk]
             details = Scorer(self._served.model, [prepare(sequences)]).details(self._served.embeddings, 0)
             for i, nll, exact in zip(chunk, details.token_nll, details.exact.tolist(), strict=True):
+                if not bool(nll.isfinite().all()):
+                    raise TrainingError(
+                        f"request {i} has a log-likelihood that is not finite: the model overflows in its dtype for "
+                        "this text (compute in float32), or its weights or the prompt are damaged (fetch them again)."
+                    )
                 found[i] = -math.fsum(nll.double().tolist()), bool(exact)
         for request, answer in zip(requests, found, strict=True):
             if request[0] != ("", ""):

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import embedgrad
-from embedgrad.util.errors import DataError
+from embedgrad.util.errors import DataError, TrainingError
 from tests.exports.shared import TEMPLATES, tiny_folder, tuned
 
 pytest.importorskip("lm_eval")
@@ -110,3 +110,10 @@ def test_the_command_runs_a_task_of_ones_own(folder: Path, tmp_path: Path) -> No
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "acc" in done.stdout
+
+
+def test_a_likelihood_that_is_not_finite_is_an_error(folder: Path) -> None:
+    lm = EmbedGradLM(embedgrad.load_model(folder), tuned(folder))
+    lm._served.embeddings.fill_(float("nan"))
+    with pytest.raises(TrainingError, match="request 0 has a log-likelihood that is not finite"):
+        lm.loglikelihood(instances("loglikelihood", [("a joy", "yes")]))
