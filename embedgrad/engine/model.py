@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import NoReturn, SupportsIndex
@@ -27,6 +26,7 @@ from embedgrad.model.read_weights import read_weights
 from embedgrad.model.tokenizer import Tokenizer
 from embedgrad.model.weights import Weights
 from embedgrad.util.errors import BackendError, ConfigError, ModelError
+from embedgrad.util.fair_lock import FairLock
 from embedgrad.util.host import available_memory
 
 DTYPES = {
@@ -58,7 +58,7 @@ class Model:
         self.backend = ops.name
         self.dtype = dtype
         self.device = device
-        self.lock = threading.RLock()
+        self.lock = FairLock()
         self.arena = Arena(device)
         self.decoder = Decoder(self.config, weights, ops, dtype, self.arena)
         self.prefix_cache = PrefixCache(self.decoder)

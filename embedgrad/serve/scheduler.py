@@ -1,7 +1,8 @@
 """The thread that writes answers. Requests of a served model join its running loop; served models take turns.
 
 A served model has a *group* of slots for conversations that begin with its usual prefix, whose keys and values are
-kept, and one for all others. A group's loop runs until somebody waits for one of its slots or another group has work.
+kept, and one for all others. A group's loop runs until somebody waits for one of its slots, another group has work, or
+another thread waits for the model.
 """
 
 from __future__ import annotations
@@ -253,7 +254,7 @@ class Scheduler:
     def _interrupts(self, group: _Group, writer: Writer, end: float) -> bool:
         """Called after each step: hands the tokens out, and says whether the loop must end."""
         self._flush()
-        if self._closing or self._cancelled:
+        if self._closing or self._cancelled or self._model.lock.wanted:
             return True
         if group.waiting:
             group.since += 1

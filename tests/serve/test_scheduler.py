@@ -113,3 +113,37 @@ def test_jobs_beyond_the_bound_are_refused_together(models: list[ServedModel]) -
     found.cancel(asked.jobs)
     found.start()
     found.close()
+
+
+def test_another_thread_uses_the_model_between_two_steps(models: list[ServedModel]) -> None:
+    """While answers are written without a pause. Neither side's results change, nor does one wait for whole answers."""
+    served, example = models[0], embedgrad.Example("a joy", "yes")
+    prompt = served.prompt
+    assert prompt is not None
+    endless = {token: float("-inf") for token in served.limits.stop_ids}
+    sampling = {"max_new_tokens": 400, "logit_bias": endless, "temperature": 1.0}
+
+    def used() -> tuple[float, list[float], list[int]]:
+        loss, gradient = embedgrad.loss_and_grad(served.model, prompt, [example])
+        (answer,) = embedgrad.generate(served.model, prompt, ["b"], embedgrad.Sampling(max_new_tokens=4))
+        return loss, gradient.flatten().tolist(), answer.ids
+
+    def written(between: bool) -> tuple[list[list[int]], list[Any], int]:
+        found, asked = scheduler(models, max_waiting=64), Asked()
+        jobs = [asked.job(served, "a", **sampling, seed=i) for i in range(16)]
+        found.submit(jobs)
+        found.start()
+        others = [used() for _ in range(6)] if between else []
+        early = len(asked.results)
+        assert asked.done.wait(120)
+        found.close()
+        answers = [result for result in asked.results if isinstance(result, Generation)]
+        return sorted(answer.ids for answer in answers), others, early
+
+    alone = used()
+    right, _, _ = written(between=False)
+    answers, others, early = written(between=True)
+    assert len(right) == 16
+    assert answers == right
+    assert others == [alone] * 6
+    assert early < 16

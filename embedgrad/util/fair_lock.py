@@ -1,0 +1,36 @@
+"""A re-entrant lock that a thread cannot take again before one that waits for it."""
+
+from __future__ import annotations
+
+import threading
+
+
+class FairLock:
+    """As `threading.RLock`, but whoever lets it go and takes it again lets a thread in that waited meanwhile."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self._gate = threading.Lock()  # held by the next thread while it waits; the others queue behind it
+        self._owner: int | None = None
+        self._depth = 0
+
+    @property
+    def wanted(self) -> bool:
+        """Whether a thread waits for the lock."""
+        return self._gate.locked()
+
+    def __enter__(self) -> None:
+        me = threading.get_ident()
+        if self._owner == me:
+            self._lock.acquire()
+        else:
+            with self._gate:
+                self._lock.acquire()
+        self._owner = me
+        self._depth += 1
+
+    def __exit__(self, *_: object) -> None:
+        self._depth -= 1
+        if not self._depth:
+            self._owner = None
+        self._lock.release()
