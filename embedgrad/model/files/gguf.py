@@ -18,6 +18,8 @@ from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
 from embedgrad.model.files.recognise import GGUF_MAGIC
+from embedgrad.model.native_matrices import is_built
+from embedgrad.model.quantised import QUANTISED, BlockWeight
 from embedgrad.util.errors import ModelError
 from embedgrad.util.shown import short
 
@@ -175,6 +177,10 @@ class GgufFile:
         plain = _PLAIN.get(entry.kind.name)
         if plain is not None:
             return blocks.view(plain).view(entry.shape)
+        if entry.kind.name in QUANTISED and is_built():
+            columns = entry.shape[-1]
+            matrix = BlockWeight(entry.kind.name, blocks, (_product(entry.shape[:-1]), columns))
+            return matrix.dequantize().view(entry.shape)
         block_bytes = GGML_QUANT_SIZES[entry.kind][1]
         flat = blocks.reshape(-1)
         wide = _BLOCKS_PER_ROW * block_bytes
