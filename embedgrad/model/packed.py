@@ -42,7 +42,7 @@ class PackedMatrix(FrozenMatrix):
 
     def backward(self, dy: Tensor, out: Tensor) -> Tensor:
         """out [T, in] = dy [T, out] W."""
-        if not self._few(dy) or dy.dtype == torch.float16:  # there, dy times a scale could underflow
+        if not self._few(dy):
             return super().backward(dy, out)
         return self._products.quantized_linear_backward(dy, self._weight, out=out)
 
