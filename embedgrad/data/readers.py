@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import reprlib
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import islice
 from pathlib import Path
@@ -116,7 +115,7 @@ def text_field(fields: Mapping[str, Any], name: str, where: str) -> str:
     if isinstance(value, int) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str):
-        told = json_type(value) + ("" if value is None else f" ({reprlib.repr(value)})")
+        told = json_type(value) + ("" if value is None else f" ({short(value)})")
         raise DataError(f"{where}: the field {name!r} must be text or a whole number, not {told}.")
     if not value.strip():
         raise DataError(f"{where}: the field {name!r} is empty.")

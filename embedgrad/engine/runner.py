@@ -26,6 +26,7 @@ from embedgrad.engine.size_classes import fitting, size_classes
 from embedgrad.engine.tree import TokenTree
 from embedgrad.model.streaming import StreamedLayers
 from embedgrad.util.host import Parcel
+from embedgrad.util.shown import first_line
 
 STAGES = 2  # passes whose inputs wait for the device in pinned memory at once: one is launched before one is read
 
@@ -248,5 +249,5 @@ class PassRunner:
             one.replay, one.numbers = self._capture(lambda: self._run(one, on_host, policy))
         except RuntimeError as error:
             self._capture = None
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            warnings.warn(f"No CUDA graph can be had, launches go one by one: {reason}", GraphWarning, stacklevel=2)
+            told = f"No CUDA graph can be had, launches go one by one: {first_line(error)}"
+            warnings.warn(told, GraphWarning, stacklevel=2)

@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from embedgrad.data.example import Example
 from embedgrad.evaluation.grading.grader import Grader
 from embedgrad.evaluation.grading.labels import same_answer
+from embedgrad.util import shown
 from embedgrad.util.errors import DataError
+from embedgrad.util.shown import LONGEST, cut
 
 _LONGEST = 80  # characters of a text that a message quotes
 
@@ -21,7 +23,7 @@ def check_targets(
     of token ids are not looked at.
     """
     if labels is not None and (isinstance(labels, str) or not labels):
-        raise DataError(f"labels must be a list of at least one text, not {labels!r}.")
+        raise DataError(f"labels must be a list of at least one text, not {short(labels)}.")
     seen: set[str] = set()
     for number, example in enumerate(examples, 1):
         target = example.target
@@ -31,8 +33,9 @@ def check_targets(
         where = example.where or f"{what} {number}"
         if labels is not None and target not in labels:
             near = next((label for label in labels if same_answer(label, target)), None)
-            hint = "" if near is None else f"; the label is written {near!r}"
-            raise DataError(f"{where} has the target {short(target)}, which is not one of {', '.join(labels)}{hint}.")
+            hint = "" if near is None else f"; the label is written {short(near)}"
+            known = cut(", ".join(labels), LONGEST)
+            raise DataError(f"{where} has the target {short(target)}, which is not one of {known}{hint}.")
         if grader is not None:
             ideal = grader.ideal(target)
             grade = grader.grade(ideal, target)
@@ -44,9 +47,6 @@ def check_targets(
                 )
 
 
-def short(text: str) -> str:
-    """`text` in quotes, with its middle left out where it is long, so that beginning and end can be seen."""
-    if len(text) <= _LONGEST:
-        return repr(text)
-    half = _LONGEST // 2
-    return f"{text[:half]!r}…{text[-half:]!r}"
+def short(value: object) -> str:
+    """`value` as a message about a target quotes it: shorter than elsewhere, because it quotes several."""
+    return shown.short(value, _LONGEST)

@@ -22,7 +22,7 @@ from embedgrad.model.files.recognise import stand_in
 from embedgrad.model.files.tokenizer_steps import check_steps
 from embedgrad.model.literal import ControlTokens, LiteralTokenizer, control_tokens
 from embedgrad.util.errors import DataError, ModelError
-from embedgrad.util.shown import short
+from embedgrad.util.shown import first_line, short
 
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -92,7 +92,7 @@ class Tokenizer:
         except _NOT_OF_THE_PACKAGE:
             raise
         except BaseException as error:  # such as an unknown character and no token for unknown ones
-            raise DataError(f"the tokenizer cannot encode {short(text)}: {_reason(error)}.") from error
+            raise DataError(f"the tokenizer cannot encode {short(text)}: {first_line(error)}.") from error
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """The text of `ids`. An id without a token (an unused row of the embedding table) gives no text.
@@ -186,11 +186,7 @@ def _guarded(action: Callable[[], _T], what: str) -> _T:
     except (ModelError, *_NOT_OF_THE_PACKAGE):
         raise
     except BaseException as error:
-        raise ModelError(f"{what} ({_reason(error)}); fetch it again.") from error
-
-
-def _reason(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        raise ModelError(f"{what} ({first_line(error)}); fetch it again.") from error
 
 
 def _optional(path: Path) -> dict[str, Any]:

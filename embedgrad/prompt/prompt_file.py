@@ -15,7 +15,7 @@ from safetensors.torch import load as parse_safetensors
 
 from embedgrad.util.errors import PromptError
 from embedgrad.util.files import write_atomic
-from embedgrad.util.shown import short
+from embedgrad.util.shown import first_line, short
 
 FORMAT = "embedgrad-prompt"
 VERSION = "1"
@@ -41,7 +41,7 @@ def read_prompt_file(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tens
         tensors = parse_safetensors(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
     except (SafetensorError, ValueError, KeyError, TypeError, RecursionError, RuntimeError, AttributeError) as error:
-        raise PromptError(f"{path} is not a readable safetensors file ({_first_line(error)}).") from error
+        raise PromptError(f"{path} is not a readable safetensors file ({first_line(error)}).") from error
     metadata = header.get("__metadata__")
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise PromptError(f"{path} is a safetensors file, but not a prompt file of embedgrad.")
@@ -55,7 +55,7 @@ def read_prompt_file(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tens
     try:
         fields = {name: json.loads(text) for name, text in metadata.items() if name not in ("format", "version")}
     except (ValueError, RecursionError) as error:
-        raise PromptError(f"{path} has metadata that is not JSON ({_first_line(error)}).") from error
+        raise PromptError(f"{path} has metadata that is not JSON ({first_line(error)}).") from error
     if not all(isinstance(text, str) for text in fields.values()):
         raise PromptError(f"{path} has metadata that is not text.")
     return tensors, fields
@@ -90,7 +90,7 @@ def _read(path: Path) -> bytes:
     except FileNotFoundError:
         raise PromptError(f"there is no prompt file {path}.") from None
     except (OSError, ValueError) as error:
-        raise PromptError(f"the prompt file {path} cannot be read: {_first_line(error)}.") from error
+        raise PromptError(f"the prompt file {path} cannot be read: {first_line(error)}.") from error
     if not data:
         raise PromptError(f"the prompt file {path} is empty.")
     return data
@@ -104,8 +104,3 @@ def _checksum(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) 
         digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
         digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return (lines[0] if lines else type(error).__name__)[:200]

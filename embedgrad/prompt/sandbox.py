@@ -26,6 +26,7 @@ from jinja2.visitor import NodeTransformer
 
 from embedgrad.prompt.budget import LOOK_UP, STEP, Budget, Refused, check_bits
 from embedgrad.util.errors import TemplateError
+from embedgrad.util.shown import first_line
 
 # Published templates have up to some 20,000 characters and 6,000 nodes. Compiling one of these sizes takes two seconds.
 MAX_SOURCE = 1 << 17  # characters
@@ -289,13 +290,6 @@ def _date(now: datetime.datetime, form: Any) -> str:
     return now.strftime(form)
 
 
-def _sentence(error: BaseException) -> str:
-    """The first line of an exception's message, at most 200 characters."""
-    lines = str(error).strip().splitlines()
-    text = lines[0].strip().rstrip(".") if lines else type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."
-
-
 class ChatTemplate:
     """A compiled chat template (Jinja source). Raises TemplateError where it does not compile."""
 
@@ -314,12 +308,12 @@ class ChatTemplate:
             self._template = environment.from_string(_Guard(environment).visit(tree))
         except jinja2.TemplateSyntaxError as error:
             raise TemplateError(
-                f"line {error.lineno} of the chat template is not Jinja: {_sentence(error)}."
+                f"line {error.lineno} of the chat template is not Jinja: {first_line(error)}."
             ) from error
         except TemplateError:
             raise
         except Exception as error:  # Python's limits on nesting and size
-            raise TemplateError(f"the chat template cannot be compiled: {_sentence(error)}.") from error
+            raise TemplateError(f"the chat template cannot be compiled: {first_line(error)}.") from error
 
     def render(
         self,
@@ -348,10 +342,10 @@ class ChatTemplate:
         except Refused as error:
             raise TemplateError(f"the chat template is refused: {error}.") from error
         except jinja2.TemplateError as error:
-            raise TemplateError(f"the chat template does not accept this conversation: {_sentence(error)}.") from error
+            raise TemplateError(f"the chat template does not accept this conversation: {first_line(error)}.") from error
         except Exception as error:  # a template can make any Python operation fail
             raise TemplateError(
-                f"the chat template cannot be rendered: {type(error).__name__}: {_sentence(error)}."
+                f"the chat template cannot be rendered: {type(error).__name__}: {first_line(error)}."
             ) from error
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from embedgrad.data.readers import read_rows
 from embedgrad.util.errors import DataError
+from embedgrad.util.shown import first_line
 
 VARIABLE = "EMBEDGRAD_DATA"
 
@@ -67,7 +68,6 @@ def _from_hub(file: str, hub: HubSet) -> list[tuple[str, Mapping[str, Any]]]:
         try:
             loaded = load_dataset(hub.repository, hub.configuration, split=part)
         except Exception as error:  # the package raises errors of many classes
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-            raise DataError(f"{where} could not be had from the Hugging Face hub: {reason}.") from error
+            raise DataError(f"{where} could not be had from the Hugging Face hub: {first_line(error)}.") from error
         rows += [(f"{where}, row {number}", dict(row)) for number, row in enumerate(loaded)]
     return rows

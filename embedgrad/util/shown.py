@@ -79,6 +79,12 @@ def _isolated(line: str) -> str:
     return f"\u2068{''.join(kept)}{_PDI * (depth + 1)}"
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, or its type where it says nothing, in one line without a full stop."""
+    lines = str(error).strip().splitlines()
+    return cut(lines[0].rstrip("."), LONGEST) if lines else type(error).__name__
+
+
 def one_line(text: str) -> str:
     """`visible(text)` without line breaks."""
     return re.sub(r"\s*\n\s*", " ", visible(text))

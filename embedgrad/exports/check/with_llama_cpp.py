@@ -26,6 +26,7 @@ from embedgrad.model.files.gguf import GgufFile
 from embedgrad.prompt.rendering import Rendered
 from embedgrad.prompt.sandbox import compile_chat_template
 from embedgrad.util.errors import ExportError
+from embedgrad.util.shown import first_line
 
 TOP = 40  # likeliest tokens whose log-probabilities are compared
 # llama.cpp rounds activations to 8 bits and keys to float16; it may be this much farther off than for plain text.
@@ -147,7 +148,7 @@ def _server(path: Path, context: int, program: str) -> Iterator[Any]:
     try:
         server = xllamacpp.Server(params)
     except Exception as error:
-        raise ExportError(f"{program} does not load the export: {str(error).strip()[:200]}.") from error
+        raise ExportError(f"{program} does not load the export: {first_line(error)}.") from error
 
     def ask(address: str, body: dict[str, Any]) -> Any:
         request = urllib.request.Request(

@@ -12,12 +12,13 @@ import torch
 
 from embedgrad.exports.check.ours import engine, next_logits
 from embedgrad.exports.check.report import CheckReport, largest, require_close, same_likeliest
-from embedgrad.exports.check.with_transformers import TOLERANCE, first_line, quiet
+from embedgrad.exports.check.with_transformers import TOLERANCE, quiet
 from embedgrad.exports.hf_config import hf_config
 from embedgrad.exports.peft import rest_of, virtual_tokens
 from embedgrad.exports.same_ids import QUERIES, quietly_rendered
 from embedgrad.exports.source import EMBEDDING, HEAD, NamedPrompt, Source
 from embedgrad.util.errors import ExportError
+from embedgrad.util.shown import first_line
 
 
 def check_peft(source: Source, prompts: Sequence[NamedPrompt], folder: Path) -> CheckReport:

@@ -19,6 +19,7 @@ from embedgrad.exports.vocabulary import Vocabulary
 from embedgrad.model.files.safetensors import SafetensorsFiles
 from embedgrad.prompt.rendering import Rendered
 from embedgrad.util.errors import ExportError
+from embedgrad.util.shown import first_line
 
 # Both compute in float32 and add in other orders: SmolLM2 differs by 1e-5, deep random models by more.
 TOLERANCE = 1e-3  # of the largest logit
@@ -112,9 +113,3 @@ def quiet() -> Iterator[Any]:
         transformers.utils.logging.set_verbosity(level)
         if bars:
             transformers.utils.logging.enable_progress_bar()
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an exception's message."""
-    lines = str(error).strip().splitlines()
-    return (lines[0].rstrip(".") if lines else type(error).__name__)[:200]

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from embedgrad.util.errors import ModelError
+from embedgrad.util.shown import first_line
 
 # The files that read_checkpoint may open. Weights in other formats are not downloaded.
 PATTERNS = (
@@ -65,9 +66,8 @@ def resolve(path_or_id: str | os.PathLike[str]) -> Path:
     except ModelError:
         raise
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [""])[0].rstrip(".") or type(error).__name__
         raise ModelError(
-            f"{path_or_id} is no file here{_looked(path)} and could not be fetched from the hub: {reason}."
+            f"{path_or_id} is no file here{_looked(path)} and could not be fetched from the hub: {first_line(error)}."
         ) from error
 
 

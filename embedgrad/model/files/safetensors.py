@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from embedgrad.model.files.recognise import stand_in
 from embedgrad.util.errors import ModelError
+from embedgrad.util.shown import first_line
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -85,7 +86,7 @@ class SafetensorsFiles:
                 self._files[name] = file
                 self._shapes[name] = tuple(header.get_shape())
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-            found = stand_in(path) or f"is not a complete safetensors file ({_line(error)}); fetch it again"
+            found = stand_in(path) or f"is not a complete safetensors file ({first_line(error)}); fetch it again"
             raise ModelError(f"{path} {found}.") from error
 
 
@@ -136,7 +137,3 @@ def _listed(folder: Path, index: Path) -> tuple[list[Path], Iterable[str]]:
         if not (folder / name).is_file():
             raise ModelError(f"{folder} lacks {name}, which {index.name} names; fetch it as well.")
     return [folder / name for name in names], weights
-
-
-def _line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -13,6 +13,7 @@ from typing import Any
 
 from embedgrad.train.progress import Progress
 from embedgrad.util.errors import ConfigError
+from embedgrad.util.shown import first_line
 
 _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb"}  # package that each logger needs
 
@@ -84,7 +85,7 @@ class Dispensable:
             getattr(self._inner, method)(*arguments)
         except Exception as error:  # the other package may raise any error
             self._inner = None
-            reason = (str(error).splitlines() or [""])[0] or type(error).__name__
             self._note(
-                f"The logger {self._name} failed and is left out from here on ({reason}); metrics.jsonl goes on."
+                f"The logger {self._name} failed and is left out from here on ({first_line(error)}); metrics.jsonl "
+                "goes on."
             )
