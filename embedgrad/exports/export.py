@@ -17,6 +17,7 @@ import torch
 from embedgrad.exports.check.report import CheckReport
 from embedgrad.exports.source import NamedPrompt, Prompts, Source, named_prompts
 from embedgrad.util.errors import ConfigError, SaveError
+from embedgrad.util.files import umask
 from embedgrad.util.host import available_memory
 
 TARGETS = ("hf", "gguf", "peft", "vllm", "ollama")
@@ -165,7 +166,7 @@ def _building(target: Path) -> Iterator[Path]:
         building = folder / target.name
         yield building
         if building.is_dir():
-            os.chmod(building, 0o777 & ~_umask())
+            os.chmod(building, 0o777 & ~umask())
         os.replace(building, target)
     except OSError as error:
         raise SaveError(
@@ -174,9 +175,3 @@ def _building(target: Path) -> Iterator[Path]:
     finally:
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-def _umask() -> int:
-    current = os.umask(0)
-    os.umask(current)
-    return current

@@ -20,6 +20,7 @@ from torch import Tensor
 from embedgrad.exports.same_ids import QUERIES, quietly_rendered
 from embedgrad.exports.source import NamedPrompt, Source
 from embedgrad.exports.tensor_file import tensor_entry, write_entries
+from embedgrad.generation.generate import common_prefix
 from embedgrad.prompt.conversation import Conversation
 from embedgrad.prompt.rendering import Rendered
 from embedgrad.prompt.tokenise import Slot
@@ -86,7 +87,7 @@ def virtual_tokens(source: Source, named: NamedPrompt) -> VirtualTokens:
     texts = [part if isinstance(part, str) else part.text for part in parts]
     prefix, suffix = "".join(texts[: places[0]]), "".join(texts[places[0] + 1 :])
     rendered = [quietly_rendered(source, named.prompt, query) for query in (*QUERIES, *_OTHERS)]
-    length = _common([sequence.ids for sequence in rendered])
+    length = common_prefix(rendered)
     ids, rows = rendered[0].ids[:length], rendered[0].prompt_rows[:length]
     if any(row >= 0 for sequence in rendered for row in sequence.prompt_rows[length:]):
         raise ExportError(
@@ -105,13 +106,6 @@ def virtual_rows(source: Source, named: NamedPrompt, tokens: VirtualTokens) -> T
 def rest_of(rendered: Rendered, tokens: VirtualTokens) -> list[int]:
     """The ids that the program feeds behind the virtual tokens."""
     return rendered.ids[len(tokens.ids) :]
-
-
-def _common(sequences: Sequence[Sequence[int]]) -> int:
-    length = min(map(len, sequences)) - 1
-    for other in sequences[1:]:
-        length = next((i for i in range(length) if other[i] != sequences[0][i]), length)
-    return length
 
 
 def _card(source: Source, named: NamedPrompt, tokens: VirtualTokens) -> str:

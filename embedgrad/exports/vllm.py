@@ -50,7 +50,8 @@ def requests(source: Source, named: NamedPrompt) -> dict[str, Any]:
             parts[-1] += text  # a query and the texts around it are tokenised together
     bos = source.tokenizer.bos_id
     begins = prompt.template.kind == "text" and source.tokenizer.adds_bos and bos is not None
-    chat, refused = _chat(named, encoded(prompt.embeddings.detach().float()))
+    data = encoded(prompt.embeddings.detach().float())
+    chat, refused = _chat(named, data)
     content = {
         "model": source.asked,
         "token_ids": list(prompt.token_ids),
@@ -58,7 +59,7 @@ def requests(source: Source, named: NamedPrompt) -> dict[str, Any]:
         "parts": parts,
         "chat": chat,
         "chat_refused": refused,
-        "prompt_embeds": encoded(prompt.embeddings.detach().float()),
+        "prompt_embeds": data,
     }
     for query in QUERIES:
         rendered = quietly_rendered(source, prompt, query)

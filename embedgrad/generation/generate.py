@@ -17,6 +17,7 @@ from embedgrad.generation.slots import Limits, check_bias
 from embedgrad.generation.writer import Generation, Request, Writer
 from embedgrad.prompt.prompt import SoftPrompt
 from embedgrad.prompt.rendering import Rendered, answer_tokens, end_token, render_query
+from embedgrad.prompt.tokenise import continue_with
 from embedgrad.util.errors import ConfigError, ContextError, DataError
 from embedgrad.util.interrupts import interruptible
 
@@ -175,11 +176,20 @@ def common_prefix(sequences: Sequence[Rendered]) -> int:
     return length
 
 
-def forced_choice(model: Model, prompt: SoftPrompt, texts: Sequence[str], end: int | None) -> ForcedChoice | None:
-    """The trie of `texts` as answers; None without texts."""
+def forced_choice(
+    model: Model, prompt: SoftPrompt | None, texts: Sequence[str], end: int | None
+) -> ForcedChoice | None:
+    """The trie of `texts` as answers with a prompt, or to plain text; None without texts.
+
+    end: the token that ends an answer; None: the model's own. Raises DataError where there is none.
+    """
     if not texts:
         return None
-    stop = min(model.tokenizer.eos_ids) if end is None else end
+    stop = min(model.tokenizer.eos_ids, default=None) if end is None else end
+    if stop is None:
+        raise DataError("the model has no token that ends a text, so an answer cannot be one of a list.")
+    if prompt is None:
+        return ForcedChoice.among([continue_with(model.tokenizer, text) for text in texts], stop)
     return ForcedChoice.among([answer_tokens(model, prompt, text) for text in texts], stop)
 
 

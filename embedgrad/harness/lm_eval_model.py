@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -84,6 +85,11 @@ class EmbedGradLM(TemplateLM):
         self.max_length = min(max_length or opened.config.max_position, opened.config.max_position)
         self.max_gen_toks = max_gen_toks
 
+    @cached_property
+    def _beginning(self) -> tuple[Rendered, int]:
+        """See `ServedModel.prefix`."""
+        return self._served.prefix()
+
     @property
     def eot_token_id(self) -> int:
         """The token that ends a text."""
@@ -150,16 +156,12 @@ class EmbedGradLM(TemplateLM):
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         """The answer to each context, cut at the task's stop texts."""
         arguments = list(_arguments(requests))
-        groups: dict[tuple[Any, ...], list[int]] = {}
-        settings: dict[tuple[Any, ...], Sampling] = {}
+        groups: dict[str, tuple[Sampling, list[int]]] = {}
         for number, (_, options) in enumerate(arguments):
             sampling = self._sampling(options)
-            key = (str(sampling),)
-            settings[key] = sampling
-            groups.setdefault(key, []).append(number)
-        answers = [""] * len(arguments)
-        for key, numbers in groups.items():
-            sampling, served = settings[key], self._served
+            groups.setdefault(str(sampling), (sampling, []))[1].append(number)
+        answers, served = [""] * len(arguments), self._served
+        for sampling, numbers in groups.values():
             contexts = [self._context(arguments[number][0], sampling.max_new_tokens) for number in numbers]
             found = write_sequences(
                 served.model, served.embeddings, served.end, contexts, sampling, batch_size=self._batch
@@ -222,7 +224,7 @@ class EmbedGradLM(TemplateLM):
             return ids
         shared = 0
         if self._served.prompt is not None:
-            sequence, shared = self._served.prefix()
+            sequence, shared = self._beginning
             shared = shared if ids[: min(shared, 1)] == sequence.ids[: min(shared, 1)] else 0
         if len(ids) - shared <= excess:
             raise DataError(

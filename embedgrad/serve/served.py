@@ -13,18 +13,18 @@ from torch import Tensor
 from embedgrad.engine.model import Model
 from embedgrad.exports.chat_template import VARIABLE, Placed, chat_template
 from embedgrad.generation.constrained import ForcedChoice
-from embedgrad.generation.generate import common_prefix, limits_of
+from embedgrad.generation.generate import common_prefix, forced_choice, limits_of
 from embedgrad.generation.slots import Limits
 from embedgrad.prompt.prompt import SoftPrompt
-from embedgrad.prompt.rendering import Rendered, TokenisationWarning, answer_tokens, check_ids, end_token, render_query
+from embedgrad.prompt.rendering import Rendered, TokenisationWarning, check_ids, end_token, render_query
 from embedgrad.prompt.sandbox import compile_chat_template
-from embedgrad.prompt.tokenise import Part, Slot, continue_with, tokenise_pieces, tokenise_whole
+from embedgrad.prompt.tokenise import Part, Slot, tokenise_pieces, tokenise_whole
 from embedgrad.util.errors import ContextError, DataError, TemplateError
 from embedgrad.util.memo import PerObject
 
 Messages = Sequence[Mapping[str, str]]
 _MARKS = [chr(code) for code in range(0xF800, 0xF8F0)]  # private-use characters that stand for the prompt
-_CHOICES: PerObject[ForcedChoice] = PerObject(limit=64)  # clients send the same list again and again
+_CHOICES: PerObject[ForcedChoice | None] = PerObject(limit=64)  # clients send the same list again and again
 _PLAIN_QUERIES = ("x", "7")  # what two conversations have in common is the prefix of most
 
 
@@ -84,15 +84,7 @@ class ServedModel:
 
     def choice(self, texts: Sequence[str]) -> ForcedChoice | None:
         """The trie of texts of which an answer must be one; None without texts. Raises DataError, ConfigError."""
-        return _CHOICES.get(self, tuple(texts), lambda: self._choice(texts)) if texts else None
-
-    def _choice(self, texts: Sequence[str]) -> ForcedChoice:
-        stop = self.end if self.end is not None else min(self.model.tokenizer.eos_ids, default=None)
-        if stop is None:
-            raise DataError("the model has no token that ends a text, so an answer cannot be one of a list.")
-        if self.prompt is None:
-            return ForcedChoice.among([continue_with(self.model.tokenizer, text) for text in texts], stop)
-        return ForcedChoice.among([answer_tokens(self.model, self.prompt, text) for text in texts], stop)
+        return _CHOICES.get(self, tuple(texts), lambda: forced_choice(self.model, self.prompt, texts, self.end))
 
     def prefix(self) -> tuple[Rendered, int]:
         """(a conversation, how many of its tokens most conversations with this model begin with)."""
