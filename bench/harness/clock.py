@@ -48,16 +48,42 @@ def _wall_seconds(run: Timed) -> float:
 
 
 def _cuda_seconds(where: torch.device) -> Callable[[Timed], float]:
-    size = 2 * getattr(torch.cuda.get_device_properties(where), "L2_cache_size", 128 << 20)
-    flushed = torch.empty(size, dtype=torch.uint8, device=where)
+    flushed = twice_l2(where)
 
     def seconds(run: Timed) -> float:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         flushed.zero_()
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
+        return event_seconds(run)
 
     return seconds
+
+
+def twice_l2(where: torch.device) -> torch.Tensor:
+    """Memory of twice the size of a GPU's L2 cache; to overwrite it is to empty the cache."""
+    size = 2 * getattr(torch.cuda.get_device_properties(where), "L2_cache_size", 128 << 20)
+    return torch.empty(size, dtype=torch.uint8, device=where)
+
+
+def event_seconds(run: Timed) -> float:
+    """Seconds of one `run` by the GPU's clock."""
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    start.record()
+    run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1e3
+
+
+def captured(run: Timed, where: torch.device) -> Timed:
+    """`run` as a CUDA graph: what replays it. It runs once before, which allocates and loads what capturing must not.
+
+    Other threads may call the driver meanwhile.
+    """
+    stream = torch.cuda.Stream(where)
+    stream.wait_stream(torch.cuda.current_stream(where))
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.current_stream(where).wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        run()
+    return graph.replay

@@ -17,7 +17,6 @@ from typing import Any
 import embedgrad.kernels
 import torch
 from embedgrad.kernels import launch
-from embedgrad.kernels.packing import PackedWeight, quantize_int4, quantize_int8
 
 from bench.harness.contenders import Case, tree_of
 from bench.harness.markdown import table
@@ -27,6 +26,9 @@ from bench.harness.rows import ROOT, Row
 from bench.harness.unlaunched import kernel_name
 from bench.on_gpu.section import OURS, Bench, Job, Section, figure, relative_error
 from bench.on_gpu.show import grouped
+from embedgrad.backends.launch_check import attention, products
+from embedgrad.backends.launch_check.case import Case as LaunchCase
+from embedgrad.backends.launch_check.check import Checked
 from embedgrad.backends.reference import OPS as reference
 from embedgrad.backends.triton import OPS as ours
 from embedgrad.maths.optimizer import ADAMW
@@ -118,9 +120,8 @@ def _every_operation(bench: Bench, dtype: torch.dtype) -> list[Row]:
         errors["tree_attention"] = _worst(attention.forward[ours.name](), forward)
         errors["tree_attention_backward"] = _worst(attention.backward[ours.name](), backward)
         errors["prompt_step, mean cosine"] = _mean_cosine(bench)
-        errors["decode_attention"] = _decode_attention(bench, dtype)
-        for kind, quantise in (("int8", quantize_int8), ("int4", quantize_int4)):
-            errors |= {f"{name}, {kind}": error for name, error in _products(bench, dtype, quantise).items()}
+        for name, case in _launch_cases(bench, dtype).items():
+            errors[name] = _case_error(case, where)
     wrong = {name: error for name, error in errors.items() if not error <= TYPES[dtype]}
     return [figure(
         "kernels", "embedgrad", [max(errors.values())], {"dtype": str(dtype).removeprefix("torch.")}, version=OURS,
@@ -144,34 +145,20 @@ def _mean_cosine(bench: Bench) -> float:
     return _worst(found, truth)
 
 
-def _decode_attention(bench: Bench, dtype: torch.dtype) -> float:
-    (h, g, d), device, count, trunk, own = bench.sizes.heads[0], bench.device, 3, 21, 9
-    q, out = device.random(count, h, d, dtype=dtype), device.empty(count, h, d, dtype=dtype)
-    shapes = ((trunk,), (trunk,), (count, own), (count, own))
-    prefix_k, prefix_v, own_k, own_v = (device.random(*shape, g, d, dtype=dtype) for shape in shapes)
-    lengths = torch.tensor([9, 1, 4], device=device.where)
-    ours.decode_attention(q, prefix_k, prefix_v, own_k, own_v, lengths, scale=d**-0.5, out=out)
-    truth = torch.empty_like(q, dtype=torch.float64)
-    reference.decode_attention(
-        q.double(), prefix_k.double(), prefix_v.double(), own_k.double(), own_v.double(), lengths, scale=d**-0.5,
-        out=truth,
-    )  # fmt: skip
-    return relative_error(out, truth)
+def _launch_cases(bench: Bench, dtype: torch.dtype) -> dict[str, LaunchCase]:
+    """Operations that are not among those of `bench ops`."""
+    found = {"decode_attention": attention.decode_attention(3, 21, 9, bench.sizes.heads[0], dtype)}
+    for form in products.FORMS:
+        found[f"dequantize, {form}"] = products.dequantize(96, 128, dtype, form)
+        found[f"quantized_linear, {form}"] = products.quantized_linear(8, 96, 128, dtype, form)
+        found[f"quantized_linear_backward, {form}"] = products.quantized_linear(8, 96, 128, dtype, form, backward=True)
+    return found
 
 
-def _products(bench: Bench, dtype: torch.dtype, quantise: Any) -> dict[str, float]:
-    device, (n, k, rows) = bench.device, (96, 128, 8)
-    weight: PackedWeight = quantise(device.random(n, k, dtype=torch.float32, scale=0.1))[0]
-    full, wide = weight.dequantize().double(), device.empty(n, k, dtype=dtype)
-    x, dy = device.random(rows, k, dtype=dtype), device.random(rows, n, dtype=dtype)
-    y, dx = device.empty(rows, n, dtype=dtype), device.empty(rows, k, dtype=dtype)
-    return {
-        "dequantize": relative_error(ours.dequantize(weight, out=wide), full),
-        "quantized_linear": relative_error(ours.quantized_linear(x, weight, out=y), x.double() @ full.T),
-        "quantized_linear_backward": relative_error(
-            ours.quantized_linear_backward(dy, weight, out=dx), dy.double() @ full
-        ),
-    }
+def _case_error(case: LaunchCase, where: torch.device) -> float:
+    checked = Checked(case, where)
+    found, (_, truth) = checked.result(), checked.expected()
+    return max(relative_error(found[name], truth[name]) for name in found)
 
 
 def _jobs(bench: Bench) -> Iterator[Job]:

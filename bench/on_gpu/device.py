@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
+from bench.harness.clock import captured, event_seconds, twice_l2
+
 Run = Callable[[], Any]
 FEWEST, MOST = 5, 60  # timings of one operation
 WAIT, WAIT_CYCLES = 1e-3, 2_000_000  # seconds, and cycles of the device for some so many: enough for 20 launches
@@ -38,8 +40,7 @@ class Device:
     def __init__(self) -> None:
         self.where = torch.device("cuda", torch.cuda.current_device())
         self.dtype = torch.bfloat16
-        size = 2 * getattr(torch.cuda.get_device_properties(self.where), "L2_cache_size", 128 << 20)
-        self._flushed = torch.empty(size, dtype=torch.uint8, device=self.where)
+        self._flushed = twice_l2(self.where)
 
     def synchronize(self) -> None:
         """Wait until it has finished."""
@@ -58,7 +59,7 @@ class Device:
         """Seconds of one of `calls` calls in a CUDA graph: without the host, and with data in L2 where it fits."""
         run()
         self.synchronize()
-        replay = self._captured(lambda: [run() for _ in range(calls)])
+        replay = captured(lambda: [run() for _ in range(calls)], self.where)
         replay()
         return [self._timed(replay) / calls for _ in range(FEWEST)]
 
@@ -117,23 +118,7 @@ class Device:
         return self._timed(run)
 
     def _timed(self, run: Run) -> float:
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        run()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) / 1e3
-
-    def _captured(self, run: Run) -> Run:
-        stream = torch.cuda.Stream()
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            run()
-        torch.cuda.current_stream().wait_stream(stream)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            run()
-        return graph.replay
+        return event_seconds(run)
 
 
 class Rehearsal(Device):

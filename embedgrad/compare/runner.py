@@ -22,6 +22,7 @@ from embedgrad.engine.model import Model
 from embedgrad.evaluation.evaluate import Evaluation, evaluate
 from embedgrad.prompt.prompt import SoftPrompt
 from embedgrad.prompt.rendering import render
+from embedgrad.prompt.template import Template
 from embedgrad.tasks.parts import Parts
 from embedgrad.train.checkpoints import tensor_hash
 from embedgrad.train.checks import check_parts
@@ -35,6 +36,8 @@ from embedgrad.util.files import write_atomic
 from embedgrad.util.interrupts import REASONS
 
 IDENTITY = "identity.json"
+Layout = tuple[Template, str, tuple[int, ...]]
+_PARTS = ("train", "validation", "test")
 _LONGEST = 4  # examples that are rendered with each further candidate of an arm
 
 
@@ -114,22 +117,28 @@ class Runner:
         Every example is rendered with an arm's first prompt, the longest few with its other candidates.
         """
         for fold in self.folds:
-            parts = self.parts(fold)
-            check_parts(self.plan, self.model, self.plan.start(self.model), parts)
+            parts, start = self.parts(fold), self.plan.start(self.model)
+            check_parts(self.plan, self.model, start, parts)
+            seen = {(_layout(start), name) for name in ("train", "validation")}  # whose targets were rendered, too
             for arm in arms:
                 try:
                     for seed in self.seeds(arm):
                         if Outcome.load(self.place(arm.name, seed, fold)) is None:
-                            self._check(arm, parts, seed)
+                            self._check(arm, parts, seed, seen)
                 except EmbedGradError as error:
                     raise type(error)(f"the arm {arm.name} cannot be run: {error}") from error
 
-    def _check(self, arm: Arm, parts: Parts, seed: int) -> None:
-        used = [parts.validation, parts.test] if arm.training is None else [parts.train, parts.validation, parts.test]
+    def _check(self, arm: Arm, parts: Parts, seed: int, seen: set[tuple[Layout, str]]) -> None:
+        """seen: what was rendered whole before, as another arm or seed; it is not rendered again."""
         for number, prompt in enumerate(arm.candidates(self.model, parts.train, seed)):
-            for part in used:
+            for name in _PARTS[1:] if arm.training is None else _PARTS:
+                part, key = getattr(parts, name), (_layout(prompt), name)
+                if key in seen:
+                    continue
                 for example in part if number == 0 else sorted(part, key=lambda e: -len(e.query))[:_LONGEST]:
                     render(self.model, prompt, example, example.where)
+                if number == 0:
+                    seen.add(key)
 
     def run(self, arm: Arm, seed: int, fold: int, budget: int | None = None) -> Outcome:
         """The arm's outcome, read from its folder or made by running the arm.
@@ -247,6 +256,11 @@ class Runner:
             "validation": {"before": result.before, "after": result.after},
             "alarms": [{key: a[key] for key in ("sign", "step", "value")} for a in result.alarms],
         }
+
+
+def _layout(prompt: SoftPrompt) -> Layout:
+    """What decides about the tokens that a prompt makes of an example."""
+    return prompt.template, prompt.text, tuple(prompt.token_ids)
 
 
 def _read_identity(path: Path) -> dict[str, Any] | None:
