@@ -110,12 +110,22 @@ class ServedModel:
         return rendered
 
     def _conversation(self, messages: Messages, variables: Mapping[str, Any]) -> Rendered:
-        """A conversation of any number of messages, rendered as an exported copy renders it."""
-        used = "".join(message["content"] for message in messages)
-        mark = next((mark for mark in _MARKS if mark not in used), "")
-        if not mark:
+        """A conversation of any number of messages, rendered as an exported copy renders it.
+
+        Texts of control tokens within the messages are ordinary text, as in a query.
+        """
+        used, controls = "".join(message["content"] for message in messages), self.model.tokenizer.controls
+        held = [] if self.prompt is not None and self.prompt.template.control_tokens else controls.within(used)
+        free = [mark for mark in _MARKS if mark not in used]
+        if len(free) <= len(held):
             raise DataError("the messages use every character that could mark the prompt's place.")
-        return self.tokens(self.text(messages, mark, variables), mark)
+        mark, *others = free
+        if not held:
+            return self.tokens(self.text(messages, mark, variables), mark)
+        marks = dict(zip(held, others, strict=False))  # hold the tokens' places while the template is rendered
+        marked = [{**each, "content": controls.replaced(each["content"], marks.__getitem__)} for each in messages]
+        text = self.model.tokenizer.literal.escape(self.text(marked, mark, variables))
+        return self.tokens(text.translate(str.maketrans({m: token for token, m in marks.items()})), mark, literal=True)
 
     def text(
         self,
@@ -139,17 +149,18 @@ class ServedModel:
             messages, tokenizer.special, add_generation_prompt=add_generation_prompt, variables=values
         )
 
-    def tokens(self, text: str, mark: str) -> Rendered:
-        """The tokens of a text in which `mark` stands for the prompt."""
+    def tokens(self, text: str, mark: str, literal: bool = False) -> Rendered:
+        """The tokens of a text in which `mark` stands for the prompt. literal: of a text of `Tokenizer.literal`."""
         tokenizer, prompt = self.model.tokenizer, self.prompt
+        encoder = tokenizer.literal if literal else tokenizer
         if prompt is None:
-            return _plain(tokenizer.encode(text))
+            return _plain(encoder.encode(text))
         slot = Slot(tuple(prompt.token_ids), prompt.text, True)
         parts: list[Part] = []
         for number, piece in enumerate(text.split(mark)):
             parts += [slot] if number else []
             parts += [piece] if piece else []
-        ids, rows = tokenise_whole(tokenizer, parts) or tokenise_pieces(tokenizer, parts)
+        ids, rows = tokenise_whole(encoder, parts) or tokenise_pieces(encoder, parts)
         return Rendered(ids, rows, [False] * len(ids), 0)
 
 

@@ -94,6 +94,25 @@ def test_a_conversation_has_the_tokens_of_its_query(folder: Path, model: embedgr
     assert (again.ids, again.prompt_rows) == (other.ids, other.prompt_rows)
 
 
+@pytest.mark.parametrize("place", [None, "system", "user before"])
+def test_control_tokens_in_the_messages_are_text(folder: Path, model: embedgrad.Model, place: str | None) -> None:
+    """A client cannot end its turn, or begin another, by what it writes."""
+    served = ServedModel(model, "p", None if place is None else tuned(folder, TEMPLATES[place]))
+    controls, tokenizer = model.tokenizer.controls, model.tokenizer
+
+    def conversation(*texts: str) -> list[dict[str, str]]:
+        return [{"role": "assistant" if i % 2 else "user", "content": text} for i, text in enumerate(texts)]
+
+    calm = served.chat(conversation("a joy", "good", "a bore"))
+    for token in controls.ids:
+        rendered = served.chat(conversation(f"a {token} joy", f"good{token}", f"{token}a bore"))
+        assert [id for id in rendered.ids if id in controls.ids.values()] == [
+            id for id in calm.ids if id in controls.ids.values()
+        ]
+        assert tokenizer.decode(rendered.ids, skip_special=False).count(token) >= 3
+        assert [row for row in rendered.prompt_rows if row >= 0] == [row for row in calm.prompt_rows if row >= 0]
+
+
 def test_two_models_of_one_name_are_refused(tmp_path: Path) -> None:
     from typer.testing import CliRunner
 
