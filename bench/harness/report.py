@@ -107,9 +107,9 @@ def _documents(questions: Sequence[Question]) -> list[tuple[Path, str]]:
 
 
 def _source(found: list[Row]) -> str:
-    run = found[0].run
-    assert run is not None
-    return f"<sub>`{run.command}`, {run.started[:10]}, commit {run.commit}, {run.machine}</sub>"
+    runs = {one.run.model_dump_json(): one.run for one in found if one.run is not None}
+    told = (f"`{run.command}`, {run.started[:10]}, commit {run.commit}, {run.machine}" for run in runs.values())
+    return f"<sub>{'; '.join(told)}</sub>"
 
 
 def _draw(question: Question) -> None:

@@ -183,8 +183,21 @@ def runs(question: str, folder: Path | None = None) -> list[list[Row]]:
 
 
 def newest(question: str, folder: Path | None = None, card: str | None = None) -> list[Row]:
-    """The rows of a question's last run on a CPU, or on the GPU `card`, that was not `--quick`."""
-    return next((rows for rows in reversed(runs(question, folder)) if card_of(rows) == card), [])
+    """The rows of a question's last run on a CPU, or on the GPU `card`, that was not `--quick`.
+
+    Where it is asked of model files, each file has the rows of the last run that measured it.
+    """
+    found: list[Row] = []
+    for rows in reversed(runs(question, folder)):
+        files = {_file(one) for one in found}
+        if card_of(rows) == card and (not found or None not in files):
+            found += [one for one in rows if not files or _file(one) not in (*files, None)]
+    return found
+
+
+def _file(one: Row) -> tuple[object, object] | None:
+    """The model file of a row, where rows name the file's types."""
+    return (one.case["model"], one.case["types"]) if "types" in one.case else None
 
 
 def cards(question: str, folder: Path | None = None) -> list[str]:

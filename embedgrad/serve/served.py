@@ -125,7 +125,8 @@ class ServedModel:
         marks = dict(zip(held, others, strict=False))  # hold the tokens' places while the template is rendered
         marked = [{**each, "content": controls.replaced(each["content"], marks.__getitem__)} for each in messages]
         text = self.model.tokenizer.literal.escape(self.text(marked, mark, variables))
-        return self.tokens(text.translate(str.maketrans({m: token for token, m in marks.items()})), mark, literal=True)
+        restored = str.maketrans({place: token for token, place in marks.items()})
+        return self.tokens(text.translate(restored), mark, literal=True)
 
     def text(
         self,

@@ -44,6 +44,22 @@ def test_rows_are_appended_and_the_last_whole_run_counts(tmp_path: Path, monkeyp
     assert len((tmp_path / "x.jsonl").read_text().splitlines()) == 6
 
 
+def test_each_model_file_has_the_rows_of_the_last_run_that_measured_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def of_file(value: float, model: str, started: str) -> Row:
+        case = {"model": model, "types": "Q4_1"}
+        return rows.row("x", "us", "1", [value], case=case).model_copy(update={"run": run(started)})
+
+    monkeypatch.setattr(rows, "RESULTS", tmp_path)
+    rows.append([one(0, run("before rows named files"))])
+    rows.append([of_file(1, "m", "a"), of_file(2, "n", "a")])
+    rows.append([of_file(3, "n", "b"), of_file(4, "n", "b")])
+    found = rows.newest("x", tmp_path)
+    assert [r.median for r in found] == [3, 4, 1]
+    assert report._source(found).count("python -m bench x") == 2
+
+
 def test_json_and_unrecorded_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "RESULTS", tmp_path)
     out = tmp_path / "rows.json"
