@@ -15,7 +15,7 @@ from torch import Tensor
 
 from embedgrad.kernels.packing import PackedWeight
 from embedgrad.model.native_matrices import widen as native_widen
-from embedgrad.model.quantised import BlockWeight, TileWeight
+from embedgrad.model.quantised import TILE_ROWS, BlockWeight, TileWeight
 
 Unpack = Callable[[Any, Tensor], object]
 
@@ -140,8 +140,9 @@ class FrozenMatrix:
             return [(slice(0, self.shape[0]), self.parts)]
         row = 0
         for part in self.parts:
-            for start in range(0, part.shape[0], limit):
-                piece = _rows(part, start, min(start + limit, part.shape[0]))
+            step = _even(part.shape[0], limit)
+            for start in range(0, part.shape[0], step):
+                piece = _rows(part, start, min(start + step, part.shape[0]))
                 tiles.append((slice(row, row + piece.shape[0]), [piece]))
                 row += piece.shape[0]
         return tiles
@@ -216,23 +217,34 @@ class FrozenMatrix:
         whole = None if others else widening.widen(first[1], self.shape[1])
         if whole is not None and self.shape[0] <= SUM_ROWS and dy.dtype == out.dtype == widening.dtype:
             return torch.mm(dy, whole, out=out)
+        if dy.dtype == out.dtype == widening.dtype:  # each tile is widened once, for all rows
+            for n, (at, tile) in enumerate(self._tiles):
+                weight = widening.widen(tile, self.shape[1]) if whole is None else whole
+                for start in range(0, len(dy), ROWS):
+                    rows = slice(start, start + ROWS)
+                    self._add_products(dy[rows, at], weight, out[rows], empty=n == 0)
+            return out
         for start in range(0, len(dy), ROWS):
             rows = slice(start, start + ROWS)
             wide = out[rows]
             if wide.dtype != widening.dtype:
                 wide = widening.buffer("out", *wide.shape)
-            empty = True
-            for at, tile in self._tiles:
+            for n, (at, tile) in enumerate(self._tiles):
                 weight = widening.widen(tile, self.shape[1]) if whole is None else whole
-                for piece, part in zip(dy[rows, at].split(SUM_ROWS, dim=1), weight.split(SUM_ROWS), strict=True):
-                    if empty:
-                        torch.mm(widening.rows(piece), part, out=wide)
-                    else:
-                        wide += torch.mm(widening.rows(piece), part, out=widening.buffer("sum", *wide.shape))
-                    empty = False
+                self._add_products(dy[rows, at], weight, wide, empty=n == 0)
             if wide.dtype != out.dtype:
                 out[rows].copy_(wide)
         return out
+
+    def _add_products(self, dy: Tensor, weight: Tensor, out: Tensor, *, empty: bool) -> None:
+        """out += dy W, in sums of at most SUM_ROWS terms; empty: out holds nothing yet."""
+        widening = self._widening
+        for piece, part in zip(dy.split(SUM_ROWS, dim=1), weight.split(SUM_ROWS), strict=True):
+            if empty:
+                torch.mm(widening.rows(piece), part, out=out)
+            else:
+                out += torch.mm(widening.rows(piece), part, out=widening.buffer("sum", *out.shape))
+            empty = False
 
     def rows(self, start: int, stop: int) -> FrozenMatrix:
         """The matrix rows [start, stop) as a matrix that shares the storage."""
@@ -253,6 +265,12 @@ def _multiply(x: Tensor, weight: Tensor, out: Tensor, add: Tensor | None) -> Non
         torch.mm(x, weight, out_dtype=out.dtype, out=out)
     else:
         torch.addmm(add, x, weight, out_dtype=out.dtype, out=out)
+
+
+def _even(rows: int, limit: int) -> int:
+    """Rows of each of the fewest pieces of at most `limit` rows, equally large up to TILE_ROWS."""
+    step = -(-rows // -(-rows // limit))
+    return min(limit, -(-step // TILE_ROWS) * TILE_ROWS)
 
 
 def _rows(part: Any, start: int, stop: int) -> Any:

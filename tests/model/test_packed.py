@@ -198,6 +198,26 @@ def test_parts_of_several_types_and_tiles(monkeypatch: pytest.MonkeyPatch) -> No
     torch.testing.assert_close(some.forward(x, torch.empty(5, 30)), x @ whole[40:70].T, rtol=1e-5, atol=1e-5)
 
 
+def test_a_tile_is_widened_once_for_all_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A backward product over several blocks of rows unpacks each tile once, and tiles are almost equally large."""
+    generator = torch.Generator().manual_seed(0)
+    unpacked = []
+    monkeypatch.setattr(frozen, "TILE_BYTES", 64 * 4 * 64)
+    monkeypatch.setattr(frozen, "SUM_ROWS", 24)
+
+    def unpack(part: PackedWeight, out: torch.Tensor) -> None:
+        unpacked.append(len(out))
+        out.copy_(part.dequantize())
+
+    parts = [frozen_quantised(torch.randn(n, 64, generator=generator), "int8") for n in (144, 66)]
+    matrix = frozen.FrozenMatrix(parts, None, frozen.Widening(torch.float32, torch.device("cpu"), unpack))
+    dy = torch.randn(2 * frozen.ROWS + 7, 210, generator=generator)
+    found = matrix.backward(dy, torch.empty(len(dy), 64))
+    assert unpacked == [48, 48, 48, 48, 18]
+    whole = torch.cat([part.dequantize() for part in parts])
+    assert relative_error(found, dy.double() @ whole.double()) < ROUNDING
+
+
 def frozen_part(w: torch.Tensor, kind: str) -> Any:
     return w.bfloat16() if kind == "bfloat16" else frozen_quantised(w, kind)
 
