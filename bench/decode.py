@@ -10,7 +10,8 @@ head once, at the rate at which this machine reads memory in the same run. Memor
 contender's process after its answers, less what it had with torch alone.
 
 Greedy texts part at the first near-tie, and the rest is another text. So every contender's tokens are judged by our
-float32 logits behind the same beginning: how many are the likeliest token, and how far below it the worst other is.
+float32 logits behind the same beginning: how many are the likeliest token, and how far below it the worst other is. Of llama.cpp a
+text is known; where it has more or fewer tokens than were written it is not judged.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import os
 import statistics
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from bench.harness.files import ModelFile
 from bench.harness.markdown import table
 from bench.harness.rows import Row, row
 from bench.harness.worker import Worker, serve, workers
-from bench.harness.writers import OURS, PROMPT_TOKENS, writer
+from bench.harness.writers import OURS, PROMPT_TOKENS, Query, renderer, writer
 
 CONTENDERS = (*OURS, "transformers", "llama.cpp")
 JUDGE = "embedgrad float32"
@@ -93,8 +94,9 @@ def _of_file(file: ModelFile, args: argparse.Namespace) -> list[Row]:
     options = ("--device", args.device, "--threads", str(args.threads), "--path", str(file.path))
     with workers("decode", {name: ("--worker", name, *options) for name in names}, args.threads) as running:
         print(f"{file.title} ({file.types})", flush=True)
+        render = renderer(file.path)
         for count in counts:
-            rows += _rounds(running, file, count, 2 if args.quick else args.repeats, args)
+            rows += _rounds(running, file, render, count, 2 if args.quick else args.repeats, args)
     return [*rows, _floor(file, args.threads, device(args.device))]
 
 
@@ -103,23 +105,35 @@ def _takes_part(name: str, count: int) -> bool:
 
 
 def _rounds(
-    running: dict[str, Worker], file: ModelFile, count: int, repeats: int, args: argparse.Namespace
+    running: dict[str, Worker],
+    file: ModelFile,
+    render: Callable[[str], Query],
+    count: int,
+    repeats: int,
+    args: argparse.Namespace,
 ) -> list[Row]:
+    def asked(number: int) -> dict[str, Any]:
+        texts = _queries(count, number)
+        first = [texts[0].replace("about", "about the")] if count == 1 else []
+        return {"queries": [vars(render(text)) for text in texts], "first": [vars(render(text)) for text in first]}
+
     answers: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for number in range(repeats + 1):  # the first round is short and not counted
         for name, worker in running.items():
             wide = "float32" in name or name == "transformers"
             if _takes_part(name, count) and not (wide and count >= MANY and 0 < number < repeats):
                 wanted = args.tokens if number else WARM_TOKENS
-                answers[name].append(worker.ask(queries=_queries(count, number), tokens=wanted))
+                answers[name].append(worker.ask(**asked(number), tokens=wanted))
     judge = running.get(JUDGE)
     rows = []
     for name, found in answers.items():
         counted = found[1:]
         more: dict[str, Any] = {"likeliest": None, "largest_gap": None}
         if judge is not None:
-            gaps = judge.ask(queries=_queries(count, repeats)[:JUDGED], judge=counted[-1]["texts"][:JUDGED])["gaps"]
-            more = {"likeliest": sum(gap <= 0 for gap in gaps) / len(gaps), "largest_gap": max(gaps)}
+            queries, written = asked(repeats)["queries"][:JUDGED], counted[-1]["answers"][:JUDGED]
+            gaps = judge.ask(queries=queries, judge=written)["gaps"]
+            if gaps:
+                more = {"likeliest": sum(gap <= 0 for gap in gaps) / len(gaps), "largest_gap": max(gaps)}
         more["process_bytes"], more["torch_bytes"] = counted[-1]["process_bytes"], running[name].ready["torch_bytes"]
         for key in ("first_token_seconds", "alone"):
             values = [answer[key] for answer in counted if answer.get(key)]
@@ -165,25 +179,25 @@ def _work(name: str, path: Path, threads: int, device: str) -> None:
     torch_bytes = resident.resident()  # before anything else is imported
     contender = writer(name, path, threads, device)
     write = contender.write
-    write(["What is a name?"], 4)  # the first call does what is done once
 
     def measure(request: dict[str, Any]) -> dict[str, Any]:
+        queries = [Query(**query) for query in request["queries"]]
         if "judge" in request:
             assert contender.judge is not None
-            return {"gaps": contender.judge(request["queries"], request["judge"])}
-        queries, tokens = request["queries"], request["tokens"]
+            return {"gaps": contender.judge(queries, request["judge"])}
+        tokens = request["tokens"]
         result: dict[str, Any] = {}
-        if len(queries) == 1:
+        if request["first"]:
             started = time.perf_counter()
-            write([queries[0].replace("about", "about the")], 1)
+            write([Query(**query) for query in request["first"]], 1)
             result["first_token_seconds"] = time.perf_counter() - started
         started = time.perf_counter()
-        texts, written = write(queries, tokens)
+        answers, written = write(queries, tokens)
         seconds = time.perf_counter() - started
         if len(queries) == 1 and written > 1:
             result["alone"] = (written - 1) / max(seconds - result["first_token_seconds"], 1e-9)
         held = resident.resident()
-        return {**result, "seconds": seconds, "tokens": written, "texts": texts, "process_bytes": held}
+        return {**result, "seconds": seconds, "tokens": written, "answers": answers, "process_bytes": held}
 
     serve({"version": contender.version, "torch_bytes": torch_bytes}, measure)
 

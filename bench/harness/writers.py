@@ -18,10 +18,21 @@ PROMPT_TOKENS = 190
 SEQUENCE_TOKENS = 512  # the longest sequence that llama.cpp has room for
 OURS = ("embedgrad stored", "embedgrad float32")
 
-Write = Callable[[Sequence[str], int], tuple[list[str], int]]
-"""(queries, most new tokens) → texts, number of tokens written."""
-Judge = Callable[[Sequence[str], Sequence[str]], list[float]]
-"""(queries, texts) → for each token, how far its logit is below the likeliest token's."""
+
+@dataclass(frozen=True)
+class Query:
+    """What follows the prompt, as text; and the tokens of prompt and query."""
+
+    text: str
+    ids: list[int]
+
+
+Written = list[int] | tuple[str, int]
+"""The tokens of an answer without its end; or its text and how many tokens were written."""
+Write = Callable[[Sequence[Query], int], tuple[list[Written], int]]
+"""(queries, most new tokens) → answers, number of tokens written."""
+Judge = Callable[[Sequence[Query], Sequence[Written]], list[float]]
+"""(queries, answers) → for each token, how far its logit is below the likeliest token's."""
 
 
 @dataclass(frozen=True)
@@ -50,14 +61,14 @@ def _prompt(model: Any) -> Any:
     return embedgrad.SoftPrompt.from_text(model, text)
 
 
-def _inputs(path: Path) -> Callable[[str], list[int]]:
-    """The tokens of a query behind the prompt, the same for every contender. The weights stay mapped."""
+def renderer(path: Path) -> Callable[[str], Query]:
+    """Brings a text behind the prompt, for every contender with the same tokens."""
     import embedgrad
     from embedgrad.prompt.rendering import render_query
 
     model = embedgrad.load_model(path, weights="stored")
     prompt = _prompt(model)
-    return lambda query: render_query(model, prompt, query).ids
+    return lambda text: Query(text, render_query(model, prompt, text).ids)
 
 
 def _embedgrad(path: Path, weights: str, device: str) -> Writer:
@@ -70,17 +81,19 @@ def _embedgrad(path: Path, weights: str, device: str) -> Writer:
     model = embedgrad.load_model(path, weights=weights, device=device)
     prompt = _prompt(model)
 
-    def write(queries: Sequence[str], tokens: int) -> tuple[list[str], int]:
-        answers = embedgrad.generate(model, prompt, queries, embedgrad.Sampling(max_new_tokens=tokens))
-        return [a.text for a in answers], sum(len(a.log_probabilities) for a in answers)
+    def write(queries: Sequence[Query], tokens: int) -> tuple[list[Written], int]:
+        answers = embedgrad.generate(
+            model, prompt, [q.text for q in queries], embedgrad.Sampling(max_new_tokens=tokens)
+        )
+        return [list(a.ids) for a in answers], sum(len(a.log_probabilities) for a in answers)
 
-    def judge(queries: Sequence[str], texts: Sequence[str]) -> list[float]:
+    def judge(queries: Sequence[Query], answers: Sequence[Written]) -> list[float]:
         gaps = []
-        for query, text in zip(queries, texts, strict=True):
-            sequence, embeddings = render_query(model, prompt, query), prompt.embeddings.to(model.device)
+        for query, answer in zip(queries, answers, strict=True):
+            sequence, embeddings = render_query(model, prompt, query.text), prompt.embeddings.to(model.device)
             prefix = prefill_prefix(model, embeddings, sequence, len(sequence.ids) - 1)
             cache, logits = prefill_suffixes(model, embeddings, [sequence], prefix)
-            for token in model.tokenizer.encode(text)[:-1]:  # a text that was cut may end within a token
+            for token in _ids(model.tokenizer, answer):
                 gaps.append(float(logits.max() - logits[0, token]))
                 logits = cache.next_logits(torch.tensor([token], device=model.device))
         return gaps
@@ -88,28 +101,35 @@ def _embedgrad(path: Path, weights: str, device: str) -> Writer:
     return Writer(write, f"embedgrad {embedgrad.__version__}, backend {model.backend}", judge)
 
 
+def _ids(tokenizer: Any, answer: Written) -> list[int]:
+    """The tokens of an answer; none where a text has more or fewer tokens than were written, so that some differ."""
+    if isinstance(answer[0] if answer else 0, int):
+        return [int(id) for id in answer]
+    text, count = answer
+    ids: list[int] = tokenizer.encode(text)
+    return ids if len(ids) in (count, int(count) - 1) else []  # an end token has no text
+
+
 def _llama(path: Path, slots: int, threads: int) -> Writer:
     import xllamacpp
 
-    inputs = _inputs(path)
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
     params.n_parallel, params.n_ctx, params.cache_prompt, params.verbosity = slots, slots * SEQUENCE_TOKENS, True, -1
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
     server = xllamacpp.Server(params)
 
-    def one(query: str, tokens: int) -> tuple[str, int]:
-        request = {"prompt": inputs(query), "n_predict": tokens, "temperature": 0.0}
+    def one(query: Query, tokens: int) -> tuple[str, int]:
+        request = {"prompt": query.ids, "n_predict": tokens, "temperature": 0.0}
         answer = server.handle_completions({**request, "cache_prompt": True})
         answer = json.loads(answer) if isinstance(answer, str) else answer
         return answer["choices"][0]["text"], answer["usage"]["completion_tokens"]
 
-    def write(queries: Sequence[str], tokens: int) -> tuple[list[str], int]:
+    def write(queries: Sequence[Query], tokens: int) -> tuple[list[Written], int]:
         with ThreadPoolExecutor(len(queries)) as pool:
             answers = list(pool.map(lambda query: one(query, tokens), queries))
-        return [text for text, _ in answers], sum(count for _, count in answers)
+        return [*answers], sum(count for _, count in answers)
 
-    write([f"What is {i}?" for i in range(slots)], 4)  # brings the prompt into every slot's cache
     return Writer(write, f"xllamacpp {importlib.metadata.version('xllamacpp')}")
 
 
@@ -120,12 +140,11 @@ def _transformers(path: Path, device: str) -> Writer:
     import embedgrad
     from embedgrad.compare.twin import transformers_twin
 
-    inputs, ours = _inputs(path), embedgrad.load_model(path, device=device)
-    tokenizer, model = ours.tokenizer, transformers_twin(ours, attention="sdpa")
-    eos = sorted(tokenizer.eos_ids)
+    ours = embedgrad.load_model(path, device=device)
+    model, eos = transformers_twin(ours, attention="sdpa"), sorted(ours.tokenizer.eos_ids)
 
-    def write(queries: Sequence[str], tokens: int) -> tuple[list[str], int]:
-        sequences = [inputs(query) for query in queries]
+    def write(queries: Sequence[Query], tokens: int) -> tuple[list[Written], int]:
+        sequences = [query.ids for query in queries]
         longest = max(map(len, sequences))
         padding = [longest - len(sequence) for sequence in sequences]
         padded = [[eos[0]] * n + sequence for n, sequence in zip(padding, sequences, strict=True)]
@@ -136,7 +155,7 @@ def _transformers(path: Path, device: str) -> Writer:
                 ids, attention_mask=mask, max_new_tokens=tokens, do_sample=False, eos_token_id=eos, pad_token_id=eos[0]
             )[:, longest:].tolist()
         ends = [next((i for i, token in enumerate(written) if token in eos), len(written)) for written in out]
-        texts = [tokenizer.decode(written[:end]) for written, end in zip(out, ends, strict=True)]
-        return texts, sum(min(end + 1, len(written)) for written, end in zip(out, ends, strict=True))
+        answers: list[Written] = [written[:end] for written, end in zip(out, ends, strict=True)]
+        return answers, sum(min(end + 1, len(written)) for written, end in zip(out, ends, strict=True))
 
     return Writer(write, f"transformers {transformers.__version__}, torch {torch.__version__}")
