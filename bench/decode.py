@@ -10,8 +10,8 @@ head once, at the rate at which this machine reads memory in the same run. Memor
 contender's process after its answers, less what it had with torch alone.
 
 Greedy texts part at the first near-tie, and the rest is another text. So every contender's tokens are judged by our
-float32 logits behind the same beginning: how many are the likeliest token, and how far below it the worst other is. Of llama.cpp a
-text is known; where it has more or fewer tokens than were written it is not judged.
+float32 logits behind the same beginning: how many are the likeliest token, and how far below it the worst other is. Of
+llama.cpp a text is known; where it has more or fewer tokens than were written it is not judged.
 """
 
 from __future__ import annotations
