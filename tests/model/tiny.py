@@ -22,9 +22,20 @@ FAMILIES = {
     "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    "ministral": (transformers.MinistralConfig, transformers.MinistralForCausalLM),
+    "olmo2": (transformers.Olmo2Config, transformers.Olmo2ForCausalLM),
+    "smollm3": (transformers.SmolLM3Config, transformers.SmolLM3ForCausalLM),
+    "phi3": (transformers.Phi3Config, transformers.Phi3ForCausalLM),
+    "granite": (transformers.GraniteConfig, transformers.GraniteForCausalLM),
+    "gemma2": (transformers.Gemma2Config, transformers.Gemma2ForCausalLM),
+    "gemma3_text": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
 }
 STYLES = ("smollm", "qwen2", "llama3", "mistral")
-STYLE_OF = {"llama": "smollm", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen2"}
+STYLE_OF = {
+    "llama": "smollm", "mistral": "mistral", "ministral": "mistral", "qwen2": "qwen2", "qwen3": "qwen2",
+    "olmo2": "llama3", "smollm3": "llama3", "phi3": "mistral", "granite": "smollm",
+    "gemma2": "mistral", "gemma3_text": "mistral",
+}  # fmt: skip
 SMALL = {
     "vocab_size": 420,
     "hidden_size": 32,
@@ -35,6 +46,21 @@ SMALL = {
     "max_position_embeddings": 256,
 }
 VOCABULARY = 400
+# What a tiny model of a family needs beyond SMALL: sizes that transformers would not take from the others, token ids
+# that lie in the vocabulary, and numbers that are not those of Llama.
+EXTRA: dict[str, dict[str, Any]] = {
+    "qwen3": {"head_dim": 8},
+    "ministral": {"head_dim": 8},
+    "olmo2": {"eos_token_id": 2},
+    "smollm3": {"no_rope_layer_interval": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    "phi3": {"pad_token_id": 0, "eos_token_id": 2},
+    "granite": {
+        "embedding_multiplier": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.7, "logits_scaling": 2.0,
+    },
+    "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 9, "sliding_window": 6, "attn_logit_softcapping": 5.0,
+               "final_logit_softcapping": 3.0},
+    "gemma3_text": {"head_dim": 8, "query_pre_attn_scalar": 9, "sliding_window": 6, "sliding_window_pattern": 2},
+}  # fmt: skip
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
@@ -146,13 +172,14 @@ def write_tokenizer(folder: Path, style: str = "smollm", *, chat_template: str |
 def random_model(family: str = "llama", *, seed: int = 0, scale: float = 0.2, **config: Any) -> Any:
     """A transformers model with random weights (norm weights near 1, biases too), float32, in evaluation mode."""
     config_class, model_class = FAMILIES[family]
-    sizes = {**SMALL, **({"head_dim": 8} if family == "qwen3" else {}), **config}
+    sizes = {**SMALL, **EXTRA.get(family, {}), **config}
     model = model_class(config_class(**sizes)).eval()
+    centre = 0.0 if family.startswith("gemma") else 1.0
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator) * scale
-            parameter.copy_(noise + 1.0 if "norm" in name else noise)
+            parameter.copy_(noise + centre if "norm" in name else noise)
     return model
 
 
