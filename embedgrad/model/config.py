@@ -301,6 +301,11 @@ class ModelConfig:
         return result
 
 
+def is_composite(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json describes a multimodal model, whose text part is served."""
+    return text_part(config) is not config
+
+
 def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of a multimodal model's config.json that is about text; of other models all of it."""
     names = config.get("architectures")

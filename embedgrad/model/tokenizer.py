@@ -165,7 +165,7 @@ class Tokenizer:
             if name in ids
         }
         # llama.cpp's default where the key is absent.
-        adds_bos = metadata.get("tokenizer.ggml.add_bos_token", kind == "llama" or pre in ("llama-bpe", "llama3"))
+        adds_bos = metadata.get("tokenizer.ggml.add_bos_token", kind == "llama" or pre in ("llama-bpe", "llama3", "tekken"))
         return cls(
             backend,
             bos_id=ids.get("bos"),
