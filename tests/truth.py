@@ -12,30 +12,35 @@ from embedgrad.engine.model import Model
 from embedgrad.model.rope import rotation_table
 from embedgrad.prompt.rendering import Rendered
 
-__all__ = ["dense_loss", "relative_error", "transformers_loss_and_grad", "transformers_twin"]
+__all__ = ["dense_loss", "relative_error", "transformers_inputs", "transformers_loss_and_grad", "transformers_twin"]
 
 
 def transformers_loss_and_grad(
     twin: torch.nn.Module, embeddings: Tensor, sequences: Sequence[Rendered], weights: Sequence[float] | None = None
 ) -> tuple[float, Tensor]:
-    """Loss and gradient by autograd through transformers, one whole sequence at a time.
-
-    Gemma's embedding module scales its rows; what `inputs_embeds` takes is the scaled embedding.
-    """
+    """Loss and gradient by autograd through transformers, one whole sequence at a time."""
     e = embeddings.clone().requires_grad_(True)
-    module = twin.get_input_embeddings()
-    table, scale = module.weight.detach(), float(getattr(module, "scalar_embed_scale", 1.0))
     weights = [1.0] * len(sequences) if weights is None else weights
     total = sum(weights)
     loss = 0.0
     for sequence, weight in zip(sequences, weights, strict=True):
-        x = _embed(sequence, e, table) * scale
+        x, _ = transformers_inputs(twin, e, sequence)
         logits = twin(inputs_embeds=x[None], use_cache=False).logits[0]
         part = _mean_nll(logits, sequence) * (weight / total)
         part.backward()
         loss += float(part.detach())
     assert e.grad is not None
     return loss, e.grad
+
+
+def transformers_inputs(twin: torch.nn.Module, e: Tensor, sequence: Rendered) -> tuple[Tensor, Tensor]:
+    """What `inputs_embeds` takes for a sequence, [T, d], and for each token, [V, d].
+
+    Gemma's embedding module scales its rows, so that these are scaled embeddings.
+    """
+    module = twin.get_input_embeddings()
+    table, scale = module.weight.detach(), float(getattr(module, "scalar_embed_scale", 1.0))
+    return _embed(sequence, e, table) * scale, table * scale
 
 
 def _embed(sequence: Rendered, e: Tensor, table: Tensor) -> Tensor:

@@ -34,6 +34,11 @@ def folder_as_gguf(source: Source) -> tuple[dict[str, Any], dict[str, bytes], li
     if kind.gguf is None:
         raise ExportError(f"{source.name} is of the family {kind.title}, for which llama.cpp has no architecture.")
     architecture = kind.gguf
+    if kind.gguf_tied is not None and kind.gguf_tied != config.tied:
+        head = "shares the embedding table" if config.tied else "is a matrix of its own"
+        raise ExportError(
+            f"{source.name} has a head that {head}, which llama.cpp's {kind.gguf} has no place for; use another target."
+        )
     _check(source)
     tensors = [_tensor(source, name) for name in config.shapes()]
     if config.rope.kind == "longrope":
@@ -77,9 +82,8 @@ def _check(source: Source) -> None:
     )  # fmt: skip
     if rope.kind == "yarn" and rope != usual:
         raise ExportError(f"{source.name} has settings of yarn that a GGUF file cannot say; use another target.")
-    if (config.qkv_bias and not config.kind.qkv_bias or config.mlp_bias or config.output_bias) and (
-        config.kind.gguf not in _WITH_BIASES
-    ):
+    biases = (config.qkv_bias and not config.kind.qkv_bias) or config.mlp_bias or config.output_bias
+    if biases and config.kind.gguf not in _WITH_BIASES:
         raise ExportError(f"{source.name} has biases for which llama.cpp's {config.kind.gguf} has no place.")
 
 

@@ -309,7 +309,8 @@ def is_composite(config: Mapping[str, Any]) -> bool:
 def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
     """The part of a multimodal model's config.json that is about text; of other models all of it."""
     names = config.get("architectures")
-    composite = COMPOSITE.get(names[0]) if isinstance(names, list) and len(names) == 1 else None
+    name = names[0] if isinstance(names, list) and len(names) == 1 else None
+    composite = COMPOSITE.get(name) if isinstance(name, str) else None
     text = config.get("text_config")
     if composite is None or not isinstance(text, Mapping):
         return config
@@ -350,7 +351,8 @@ def _hf_family(config: Mapping[str, Any], where: str) -> str:
     family = ARCHITECTURES.get(name) if isinstance(name, str) else None
     if family is None:
         raise ModelError(
-            f"{where}: architecture {short(name)} is not supported; supported are {', '.join(ARCHITECTURES)}."
+            f"{where}: architecture {short(name)} is not supported; supported are "
+            f"{', '.join([*ARCHITECTURES, *COMPOSITE])}."
         )
     if config.get("model_type") not in (None, family, *BY_NAME[family].model_types):
         raise ModelError(

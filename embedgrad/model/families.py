@@ -46,7 +46,8 @@ class Family:
 
     gguf_permuted: rows of q and k stand in the order that interleaves the halves of a head. gguf_windows: a window may
     be stated; gguf_every: every so many layers one has none. gguf_query_scalar: the square of 1 / query_scale, which
-    GGUF files do not hold, from layers, d, H and D.
+    GGUF files do not hold, from layers, d, H and D. gguf_tied: llama.cpp has only models whose head is the table (True)
+    or is not (False).
     """
 
     name: str
@@ -79,6 +80,7 @@ class Family:
     gguf_windows: bool = False
     gguf_every: int | None = None
     gguf_query_scalar: Callable[[int, int, int, int], float] | None = None
+    gguf_tied: bool | None = None
 
     @property
     def qkv(self) -> tuple[str, ...]:
@@ -145,7 +147,7 @@ FAMILIES = (
     Family(
         "olmo2", "OLMo 2", ("Olmo2ForCausalLM",), "olmo2",
         {"max_position_embeddings": 2048, "rms_norm_eps": 1e-5},
-        norms=BEHIND, wide_norms=True, qk_norm=True, wide_qk_norm=True, switches=("attention_bias",),
+        norms=BEHIND, wide_norms=True, qk_norm=True, wide_qk_norm=True, switches=("attention_bias",), gguf_tied=False,
     ),
     Family(
         "smollm3", "SmolLM3", ("SmolLM3ForCausalLM",), "smollm3",
@@ -187,7 +189,7 @@ FAMILIES = (
         },
         windows=by_type(2), neutral={"use_bidirectional_attention": False},
         numbers=_GEMMA_NUMBERS | {"attention_softcap": "attn_logit_softcapping"},
-        gguf_every=2, gguf_query_scalar=_gemma_scalar(46),
+        gguf_every=2, gguf_query_scalar=_gemma_scalar(46), gguf_tied=True,
         gguf_numbers={"attention_softcap": "attn_logit_softcapping", "logit_softcap": "final_logit_softcapping"},
         **_GEMMA,
     ),
@@ -208,5 +210,5 @@ BY_NAME = {family.name: family for family in FAMILIES}
 ARCHITECTURES = {name: family.name for family in FAMILIES for name in family.architectures}
 GGUF_ARCHITECTURES = {family.gguf: family for family in reversed(FAMILIES) if family.gguf is not None}
 """The family of each architecture in GGUF files: the first that has it."""
-COMPOSITE = {"Gemma3ForConditionalGeneration": ("gemma3", "Gemma3ForCausalLM")}
-"""Multimodal classes whose text part is served: their model_type, and the class of the text part."""
+COMPOSITE = {"Gemma3ForConditionalGeneration": "Gemma3ForCausalLM"}
+"""Multimodal classes whose text part is served, and the class of that part."""

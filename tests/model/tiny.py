@@ -285,7 +285,8 @@ def write_gguf(
             heads = config.num_attention_heads if ".q_proj" in name else config.num_key_value_heads
             values = permuted(values, heads)
         stored = gguf.GGMLQuantizationType[kind if values.ndim == 2 else "F32"]
-        writer.add_tensor(names.get_name(name, try_suffixes=(".weight", ".bias")), _blocks(values, stored), raw_dtype=stored)
+        own = names.get_name(name, try_suffixes=(".weight", ".bias")) or "output.weight"
+        writer.add_tensor(own, _blocks(values, stored), raw_dtype=stored)
     if rope.get("rope_type") == "longrope":
         for kind_, name in (("short", "rope_factors_short.weight"), ("long", "rope_factors_long.weight")):
             writer.add_tensor(name, np.array(rope[f"{kind_}_factor"], np.float32))

@@ -53,7 +53,8 @@ _ALIASES = {
     "deepseek-r1-qwen": "qwen2", "llama3": "llama-bpe", "llama-v3": "llama-bpe", "smaug-bpe": "llama-bpe",
     "dbrx": "llama-bpe", "refact": "smollm", "starcoder": "smollm", "olmo": "gpt-2",
 }  # fmt: skip
-_WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "tekken")  # a word of the vocabulary is one token, whatever the merges
+# A word of the vocabulary is one token there, whatever the merges.
+_WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "tekken")
 
 
 def build_backend(metadata: Mapping[str, Any], where: str) -> Tokenizer:
