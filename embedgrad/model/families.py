@@ -212,3 +212,31 @@ GGUF_ARCHITECTURES = {family.gguf: family for family in reversed(FAMILIES) if fa
 """The family of each architecture in GGUF files: the first that has it."""
 COMPOSITE = {"Gemma3ForConditionalGeneration": "Gemma3ForCausalLM"}
 """Multimodal classes whose text part is served, and the class of that part."""
+
+
+def table() -> str:
+    """The families as a Markdown table, which README.md shows."""
+    rows = [(f.title, " ".join(f"`{name}`" for name in f.architectures), f"`{f.gguf}`", _own(f)) for f in FAMILIES]
+    head = ("family", "class in config.json", "GGUF", "beside Llama's equations"), ("---",) * 4
+    return "\n".join(f"| {' | '.join(row)} |" for row in (*head, *rows))
+
+
+def _own(f: Family) -> str:
+    places = {IN_FRONT: "", BEHIND: "norms behind attention and MLP", ON_BOTH_SIDES: "norms in front and behind"}
+    found = {
+        places[f.norms]: True,
+        "norms by 1 + w": f.norm_offset == 1,
+        "qk-norm over all heads": f.wide_qk_norm,
+        "qk-norm": f.qk_norm and not f.wide_qk_norm,
+        "GELU": f.gate == GELU_TANH,
+        "embeddings times √d": f.root_embedding,
+        "q, k, v have biases": f.qkv_bias,
+        "fused projections": f.fused,
+        "sliding windows": f.windows is not no_windows,
+        "layers without rotation": f.unrotated is not None,
+        "partial rotation": f.partial_rotation,
+        "another rotation in layers with a window": f.local_theta is not None,
+        "softcaps": "logit_softcap" in f.numbers,
+        "multipliers": "residual_scale" in f.numbers,
+    }
+    return ", ".join(text for text, there in found.items() if text and there) or "–"
