@@ -28,6 +28,7 @@ from embedgrad.util.errors import ExportError, SaveError
 from tests.exports.shared import IN_GGUF, TEMPLATES, tiny_folder, tuned
 from tests.model.tiny import CHAT_TEMPLATE, FAMILIES, write_gguf
 
+_MIXED = ["full_attention", "sliding_attention"]
 drawn = settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 
 
@@ -174,7 +175,7 @@ def test_templates_beyond_ollamas_are_refused(tmp_path: Path) -> None:
         ("gemma2", {"query_pre_attn_scalar": 16, "tie_word_embeddings": False}, "matrix of its own"),
         ("olmo2", {"tie_word_embeddings": True}, "shares the embedding table"),
         ("smollm3", {"no_rope_layers": [0, 1]}, "unrotated"),
-        ("gemma3_text", {"query_pre_attn_scalar": 16, "layer_types": ["full_attention", "sliding_attention"]}, "windows"),
+        ("gemma3_text", {"query_pre_attn_scalar": 16, "layer_types": _MIXED}, "windows"),
         ("phi3", {"sliding_window": 7}, "sliding window"),
     ],
 )
