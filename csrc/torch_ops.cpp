@@ -182,6 +182,23 @@ void swiglu_backward(const Tensor& da, const Tensor& gate_up, Tensor out) {
     });
 }
 
+void geglu(const Tensor& gate_up, Tensor out) {
+    with_type_of(gate_up, "gate_up", [&](auto type) {
+        using T = decltype(type);
+        const int64_t n = out.size(0), width = out.size(1);
+        embedgrad::geglu<T>(pool, rows<T>(gate_up, "gate_up", n, 2 * width), rows<T>(out, "out", n, width), n, width);
+    });
+}
+
+void geglu_backward(const Tensor& da, const Tensor& gate_up, Tensor out) {
+    with_type_of(da, "da", [&](auto type) {
+        using T = decltype(type);
+        const int64_t n = da.size(0), width = da.size(1);
+        embedgrad::geglu_backward<T>(pool, rows<T>(da, "da", n, width), rows<T>(gate_up, "gate_up", n, 2 * width),
+                                     rows<T>(out, "out", n, 2 * width), n, width);
+    });
+}
+
 void softmax_loss(Tensor z, const Tensor& targets, const Optional& weights, Tensor nll, Tensor predicted) {
     const int64_t n = z.size(0), vocabulary = z.size(1);
     TORCH_CHECK(vocabulary > 0, "z has no logits");
@@ -406,6 +423,8 @@ TORCH_LIBRARY(embedgrad, m) {
         "Tensor? q_norm, Tensor? k_norm, float eps) -> ()");
     m.def("swiglu(Tensor gate_up, Tensor(a!) out) -> ()");
     m.def("swiglu_backward(Tensor da, Tensor gate_up, Tensor(a!) out) -> ()");
+    m.def("geglu(Tensor gate_up, Tensor(a!) out) -> ()");
+    m.def("geglu_backward(Tensor da, Tensor gate_up, Tensor(a!) out) -> ()");
     m.def(
         "softmax_loss(Tensor(a!) z, Tensor targets, Tensor? weights, Tensor(b!) nll, Tensor(c!) predicted) -> ()");
     m.def("embed(Tensor rows, Tensor? table, Tensor ids, Tensor prompt_rows, Tensor(a!) out) -> ()");
@@ -439,6 +458,8 @@ TORCH_LIBRARY_IMPL(embedgrad, CPU, m) {
     m.impl("rope_backward", rope_backward);
     m.impl("swiglu", swiglu);
     m.impl("swiglu_backward", swiglu_backward);
+    m.impl("geglu", geglu);
+    m.impl("geglu_backward", geglu_backward);
     m.impl("softmax_loss", softmax_loss);
     m.impl("embed", embed);
     m.impl("embed_backward", embed_backward);

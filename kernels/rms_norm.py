@@ -6,7 +6,8 @@
 
 (Zhang and Sennrich, arXiv 1910.07467; the derivative follows from dr/dx = −r³ x/d.) The weight is frozen, so there is
 no dw, and r is rebuilt in the backward: it costs no memory traffic, because x is read anyway. Sums are fp32. x̂ is
-rounded to x's type before the product with w, as transformers' LlamaRMSNorm does.
+rounded to w's type before the product with w. Where that is x's type, it is what transformers' LlamaRMSNorm does; with
+w in float32 nothing is rounded but the product, as in Gemma's and OLMo 2's norms.
 
 One program has one row, which is read once and stays in registers.
 """
@@ -31,11 +32,11 @@ def rms_norm_kernel(
     m_d = o_d < d
     # [BLOCK]
     b_x = tl.load(x_ptr + i_t * x_row + o_d * x_col, mask=m_d, other=0.0)
-    b_w = tl.load(w_ptr + o_d * w_col, mask=m_d, other=0.0).to(tl.float32)
+    b_w = tl.load(w_ptr + o_d * w_col, mask=m_d, other=0.0)
     b_wide = b_x.to(tl.float32)
     r = tl.rsqrt(tl.sum(b_wide * b_wide) / d + eps)
-    b_hat = (b_wide * r).to(b_x.dtype).to(tl.float32)
-    tl.store(out_ptr + i_t * out_row + o_d * out_col, b_hat * b_w, mask=m_d)
+    b_hat = (b_wide * r).to(b_w.dtype).to(tl.float32)
+    tl.store(out_ptr + i_t * out_row + o_d * out_col, b_hat * b_w.to(tl.float32), mask=m_d)
 
 
 @triton.jit

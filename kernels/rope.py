@@ -7,7 +7,8 @@ form of transformers):
     y₁ = x₁ cos_t − x₂ sin_t          y₂ = x₂ cos_t + x₁ sin_t
 
 and backward the rotation by −θ. With qk-norm, x is first normed over its D elements, x ← round(x̂) ⊙ w with
-x̂ = x·rsqrt(mean(x²) + ε), rounded where transformers' Qwen3RMSNorm rounds; backward, after the inverse rotation,
+x̂ = x·rsqrt(mean(x²) + ε), rounded where transformers' Qwen3RMSNorm rounds (not at all where w is float32, as in
+Gemma 3); backward, after the inverse rotation,
 
     dx = r (w ⊙ dy − x̂ · mean(x̂ ⊙ w ⊙ dy)),          r, x̂ from the projections before the norm.
 
@@ -30,9 +31,11 @@ def rope_kernel(
     x_row, x_col, raw_row, raw_col, cos_row, cos_col, sin_row, sin_col, q_norm_col, k_norm_col,
     keys_row, keys_head, keys_col, values_row, values_head, values_col,
     H: tl.constexpr, G: tl.constexpr, HALF: tl.constexpr,
-    NORM: tl.constexpr, BACKWARD: tl.constexpr, STORE: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
+    NORM: tl.constexpr, WIDE: tl.constexpr, BACKWARD: tl.constexpr, STORE: tl.constexpr,
+    BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """Rotates (forward) or rotates back (BACKWARD) BLOCK_H heads of a token; NORM: with the per-head norm.
+    WIDE: x̂ is not rounded before the product with a norm's weight.
 
     STORE: the programs have the value heads as well, and store keys and values in row slots[t] of the KV cache.
     """
@@ -73,8 +76,9 @@ def rope_kernel(
         if NORM:
             dtype: tl.constexpr = x_ptr.dtype.element_ty
             r = _inverse_rms(b_1, b_2, HALF, eps)
-            b_1 = ((b_1 * r).to(dtype).to(tl.float32) * b_w1).to(dtype).to(tl.float32)
-            b_2 = ((b_2 * r).to(dtype).to(tl.float32) * b_w2).to(dtype).to(tl.float32)
+            hat: tl.constexpr = tl.float32 if WIDE else dtype
+            b_1 = ((b_1 * r).to(hat).to(tl.float32) * b_w1).to(dtype).to(tl.float32)
+            b_2 = ((b_2 * r).to(hat).to(tl.float32) * b_w2).to(dtype).to(tl.float32)
         b_y1, b_y2 = b_1 * b_cos - b_2 * b_sin, b_2 * b_cos + b_1 * b_sin
     if STORE:
         i_s = tl.load(slots_ptr + i_t).to(tl.int64)
@@ -186,6 +190,7 @@ def _launch(
         return x
     # a pointer that is never read where there is no norm, or no head for it
     q_weight, k_weight = (cos[0] if w is None else w for w in (q_norm, k_norm))
+    wide = any(weight is not None and weight.dtype == torch.float32 for weight in (q_norm, k_norm))
     options = launch.options(name, launch.architecture(x.device), dtype=x.dtype, head_dim=size)
     keys, values, slots = (None, None, None) if cache is None else (cache[0], cache[1], cache[2].contiguous())
     grid = (rows * triton.cdiv(h + g if cache is None else h + 2 * g, options["BLOCK_H"]),)
@@ -194,7 +199,7 @@ def _launch(
         x, source, cos, sin, q_weight, k_weight, keys, values, slots, eps,
         *x.stride(), *source.stride(), *cos.stride(), *sin.stride(), *q_weight.stride(), *k_weight.stride(),
         *((0, 0, 0) if keys is None else keys.stride()), *((0, 0, 0) if values is None else values.stride()),
-        H=h, G=g, HALF=size // 2, NORM=normed, BACKWARD=name == "rope_backward", STORE=cache is not None,
+        H=h, G=g, HALF=size // 2, NORM=normed, WIDE=wide, BACKWARD=name == "rope_backward", STORE=cache is not None,
         BLOCK_D=launch.power_of_two(size // 2), **options,
     )  # fmt: skip
     return x

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -10,9 +9,10 @@ from torch import Tensor
 
 from embedgrad.compare.twin import transformers_twin
 from embedgrad.engine.model import Model
+from embedgrad.model.rope import rotation_table
 from embedgrad.prompt.rendering import Rendered
 
-__all__ = ["dense_loss", "relative_error", "transformers_loss_and_grad", "transformers_twin"]
+__all__ = ["dense_loss", "relative_error", "transformers_inputs", "transformers_loss_and_grad", "transformers_twin"]
 
 
 def transformers_loss_and_grad(
@@ -20,18 +20,27 @@ def transformers_loss_and_grad(
 ) -> tuple[float, Tensor]:
     """Loss and gradient by autograd through transformers, one whole sequence at a time."""
     e = embeddings.clone().requires_grad_(True)
-    table = twin.get_input_embeddings().weight.detach()
     weights = [1.0] * len(sequences) if weights is None else weights
     total = sum(weights)
     loss = 0.0
     for sequence, weight in zip(sequences, weights, strict=True):
-        x = _embed(sequence, e, table)
+        x, _ = transformers_inputs(twin, e, sequence)
         logits = twin(inputs_embeds=x[None], use_cache=False).logits[0]
         part = _mean_nll(logits, sequence) * (weight / total)
         part.backward()
         loss += float(part.detach())
     assert e.grad is not None
     return loss, e.grad
+
+
+def transformers_inputs(twin: torch.nn.Module, e: Tensor, sequence: Rendered) -> tuple[Tensor, Tensor]:
+    """What `inputs_embeds` takes for a sequence, [T, d], and for each token, [V, d].
+
+    Gemma's embedding module scales its rows, so that these are scaled embeddings.
+    """
+    module = twin.get_input_embeddings()
+    table, scale = module.weight.detach(), float(getattr(module, "scalar_embed_scale", 1.0))
+    return _embed(sequence, e, table) * scale, table * scale
 
 
 def _embed(sequence: Rendered, e: Tensor, table: Tensor) -> Tensor:
@@ -55,40 +64,48 @@ def dense_loss(model: Model, e: Tensor, sequences: Sequence[Rendered]) -> Tensor
 def _dense_logits(model: Model, x: Tensor) -> Tensor:
     c, wide = model.config, x.dtype
     h, g, size = c.num_heads, c.num_kv_heads, c.head_dim
-    n = len(x)
-    assert c.rope.kind == "default"
-    frequency = c.rope.theta ** (-torch.arange(0, size, 2, dtype=wide) / size)
-    angle = torch.arange(n, dtype=wide)[:, None] * frequency
-    cos, sin = (torch.cat([f, f], dim=-1)[:, None] for f in (angle.cos(), angle.sin()))
+    n, i = len(x), torch.arange(len(x))
 
-    def norm(y: Tensor, w: Tensor) -> Tensor:
-        return y / torch.sqrt(y.square().mean(-1, keepdim=True) + c.rms_eps) * w.to(wide)
+    def norm(y: Tensor, w: Tensor | None) -> Tensor:
+        return y if w is None else y / torch.sqrt(y.square().mean(-1, keepdim=True) + c.rms_eps) * w.to(wide)
 
     def linear(y: Tensor, m) -> Tensor:
         out = y @ torch.cat([p.to(wide) for p in m.parts]).T
         return out if m.bias is None else out + m.bias.to(wide)
 
-    def rotate(y: Tensor) -> Tensor:
-        first, second = y.chunk(2, dim=-1)
-        return y * cos + torch.cat([-second, first], dim=-1) * sin
+    def capped(y: Tensor, cap: float | None) -> Tensor:
+        return y if cap is None else cap * torch.tanh(y / cap)
 
-    i = torch.arange(n)
-    for layer, window in zip(model.weights.layers, c.windows, strict=True):
+    def gate(y: Tensor) -> Tensor:
+        f = torch.nn.functional
+        return f.silu(y) if c.kind.gate == "silu" else f.gelu(y, approximate="tanh")
+
+    ropes, chosen = c.ropes
+    x = x * c.embedding_scale_in(wide)
+    for layer, window, rope in zip(model.weights.layers, c.windows, (ropes[j] for j in chosen), strict=True):
+        cos, sin = (torch.cat([f, f], dim=-1)[:, None] for f in rotation_table(rope, size, i, wide))
+
+        def rotate(y: Tensor, cos: Tensor = cos, sin: Tensor = sin) -> Tensor:
+            first, second = y.chunk(2, dim=-1)
+            return y * cos + torch.cat([-second, first], dim=-1) * sin
+
         q, k, v = linear(norm(x, layer.attention_norm), layer.qkv).split((h * size, g * size, g * size), dim=-1)
+        if c.kind.wide_qk_norm:
+            q, k = norm(q, layer.q_norm), norm(k, layer.k_norm)
         q, k, v = q.view(n, h, size), k.view(n, g, size), v.view(n, g, size)
-        if layer.q_norm is not None and layer.k_norm is not None:
+        if not c.kind.wide_qk_norm:
             q, k = norm(q, layer.q_norm), norm(k, layer.k_norm)
         q, k = rotate(q), rotate(k).repeat_interleave(h // g, 1)
         seen = i[:, None] >= i
         if window is not None:
             seen &= i[:, None] - i < window
-        scores = torch.einsum("ihd,jhd->hij", q, k) / math.sqrt(size)
+        scores = capped(torch.einsum("ihd,jhd->hij", q, k) * c.scale, c.attention_softcap)
         p = scores.masked_fill(~seen, float("-inf")).softmax(-1)
         o = torch.einsum("hij,jhd->ihd", p, v.repeat_interleave(h // g, 1)).reshape(n, -1)
-        x = x + linear(o, layer.out)
-        gate, up = linear(norm(x, layer.mlp_norm), layer.gate_up).chunk(2, dim=-1)
-        x = x + linear(torch.nn.functional.silu(gate) * up, layer.down)
-    return linear(norm(x, model.weights.final_norm), model.weights.head)
+        x = x + c.residual_scale * norm(linear(o, layer.out), layer.attention_post_norm)
+        g_, u = linear(norm(x, layer.mlp_norm), layer.gate_up).chunk(2, dim=-1)
+        x = x + c.residual_scale * norm(linear(gate(g_) * u, layer.down), layer.mlp_post_norm)
+    return capped(linear(norm(x, model.weights.final_norm), model.weights.head), c.logit_softcap)
 
 
 def relative_error(value: Tensor, truth: Tensor) -> float:

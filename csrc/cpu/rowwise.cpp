@@ -67,6 +67,25 @@ void swiglu_backward(const Pool& pool, Rows<T> da, Rows<T> gate_up, Rows<T> out,
     });
 }
 
+template <typename T>
+void geglu(const Pool& pool, Rows<T> gate_up, Rows<T> out, int64_t rows, int64_t width) {
+    const bool non_temporal = prefers_non_temporal(out, rows, width);
+    pool.run(rows, rows_per_thread(width), [&](int64_t begin, int64_t end) {
+        if (non_temporal) {
+            EMBEDGRAD_DISPATCH(geglu_rows<true>, gate_up, out, begin, end, width)
+        } else {
+            EMBEDGRAD_DISPATCH(geglu_rows<false>, gate_up, out, begin, end, width)
+        }
+    });
+}
+
+template <typename T>
+void geglu_backward(const Pool& pool, Rows<T> da, Rows<T> gate_up, Rows<T> out, int64_t rows, int64_t width) {
+    pool.run(rows, rows_per_thread(width), [&](int64_t begin, int64_t end) {
+        EMBEDGRAD_DISPATCH(geglu_backward_rows, da, gate_up, out, begin, end, width)
+    });
+}
+
 #define EMBEDGRAD_OF(T)                                                                                                 \
     template void rms_norm(const Pool&, Rows<T>, const T*, float, Rows<T>, int64_t, int64_t);                           \
     template void rms_norm_backward(const Pool&, Rows<T>, Rows<T>, const T*, float, Rows<T>, int64_t, int64_t);         \
@@ -74,7 +93,9 @@ void swiglu_backward(const Pool& pool, Rows<T> da, Rows<T> gate_up, Rows<T> out,
     template void rope_backward(                                                                                        \
         const Pool&, Rows<T>, Rows<T>, const T*, const T*, HeadNorms<T>, int64_t, int64_t, int64_t);                    \
     template void swiglu(const Pool&, Rows<T>, Rows<T>, int64_t, int64_t);                                              \
-    template void swiglu_backward(const Pool&, Rows<T>, Rows<T>, Rows<T>, int64_t, int64_t);
+    template void swiglu_backward(const Pool&, Rows<T>, Rows<T>, Rows<T>, int64_t, int64_t);                            \
+    template void geglu(const Pool&, Rows<T>, Rows<T>, int64_t, int64_t);                                               \
+    template void geglu_backward(const Pool&, Rows<T>, Rows<T>, Rows<T>, int64_t, int64_t);
 EMBEDGRAD_OF(float)
 EMBEDGRAD_OF(Bf16)
 

@@ -47,4 +47,10 @@ void swiglu(const Pool&, Rows<T> gate_up, Rows<T> out, int64_t rows, int64_t wid
 template <typename T>
 void swiglu_backward(const Pool&, Rows<T> da, Rows<T> gate_up, Rows<T> out, int64_t rows, int64_t width);
 
+// The same two with GELU (tanh) as the gate: g σ(z), z = 2√(2/π)(g + 0.044715 g³).
+template <typename T>
+void geglu(const Pool&, Rows<T> gate_up, Rows<T> out, int64_t rows, int64_t width);
+template <typename T>
+void geglu_backward(const Pool&, Rows<T> da, Rows<T> gate_up, Rows<T> out, int64_t rows, int64_t width);
+
 }  // namespace embedgrad

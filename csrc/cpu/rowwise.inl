@@ -233,55 +233,85 @@ EMBEDGRAD_INLINE void prefetch_ahead(const T* p) {
     for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(reinterpret_cast<const char*>(p) + distance + at);
 }
 
+// What a gate is the sigmoid of: g σ(z) is SiLU with z = g, and GELU's tanh form with z = 2√(2/π)(g + 0.044715 g³).
+// `slope` is z′.
+struct Silu {
+    EMBEDGRAD_INLINE Vec argument(Vec g) { return g; }
+    EMBEDGRAD_INLINE Vec times_slope(Vec x, Vec) { return x; }
+};
+struct Gelu {
+    EMBEDGRAD_INLINE Vec argument(Vec g) { return 1.595769121605731f * (g + 0.044715f * g * g * g); }
+    EMBEDGRAD_INLINE Vec times_slope(Vec x, Vec g) { return x * (1.595769121605731f + 0.2140644488178509f * g * g); }
+};
+
 // N vectors; the last one holds `count` numbers, the others VL.
-template <int N, bool NON_TEMPORAL, typename T>
+template <int N, bool NON_TEMPORAL, typename Gate, typename T>
 EMBEDGRAD_INLINE void swiglu_at(const T* gate, const T* up, T* out, int64_t count) {
     Vec g[N], both[N], result[N];
     prefetch_ahead<N>(gate), prefetch_ahead<N>(up);
 #pragma GCC unroll 4
-    for (int k = 0; k < N; ++k) g[k] = load(gate + k * VL, count), both[k] = g[k] * load(up + k * VL, count);
+    for (int k = 0; k < N; ++k) {
+        const Vec value = load(gate + k * VL, count);
+        g[k] = Gate::argument(value), both[k] = value * load(up + k * VL, count);
+    }
     times_sigmoid<N>(both, g, result);
 #pragma GCC unroll 4
     for (int k = 0; k < N; ++k) put<NON_TEMPORAL>(out + k * VL, result[k], count);
 }
 
-template <bool NON_TEMPORAL = false, typename T>
+template <bool NON_TEMPORAL = false, typename Gate = Silu, typename T>
 static inline void swiglu_row(const T* gate, const T* up, T* out, int64_t width) {
     int64_t i = 0;
-    for (; i + 4 * VL <= width; i += 4 * VL) swiglu_at<4, NON_TEMPORAL>(gate + i, up + i, out + i, VL);
-    for (; i < width; i += VL) swiglu_at<1, NON_TEMPORAL>(gate + i, up + i, out + i, width - i);
+    for (; i + 4 * VL <= width; i += 4 * VL) swiglu_at<4, NON_TEMPORAL, Gate>(gate + i, up + i, out + i, VL);
+    for (; i < width; i += VL) swiglu_at<1, NON_TEMPORAL, Gate>(gate + i, up + i, out + i, width - i);
 }
 
-template <bool NON_TEMPORAL, typename T>
+static inline void geglu_row(const float* gate, const float* up, float* out, int64_t width) {
+    swiglu_row<false, Gelu>(gate, up, out, width);
+}
+
+template <bool NON_TEMPORAL, typename Gate = Silu, typename T>
 static void swiglu_rows(Rows<T> gate_up, Rows<T> out, int64_t begin, int64_t end, int64_t width) {
-    for (int64_t t = begin; t < end; ++t) swiglu_row<NON_TEMPORAL>(gate_up.at(t), gate_up.at(t) + width, out.at(t), width);
+    for (int64_t t = begin; t < end; ++t)
+        swiglu_row<NON_TEMPORAL, Gate>(gate_up.at(t), gate_up.at(t) + width, out.at(t), width);
     if (NON_TEMPORAL) stream_fence();
 }
 
-template <int N, typename T>
+template <bool NON_TEMPORAL, typename T>
+static void geglu_rows(Rows<T> gate_up, Rows<T> out, int64_t begin, int64_t end, int64_t width) {
+    swiglu_rows<NON_TEMPORAL, Gelu>(gate_up, out, begin, end, width);
+}
+
+template <int N, typename Gate, typename T>
 EMBEDGRAD_INLINE void swiglu_backward_at(const T* da, const T* gate, const T* up, T* d_gate, T* d_up, int64_t count) {
-    Vec g[N], s[N], d[N], u[N], one[N];
+    Vec g[N], z[N], s[N], d[N], u[N], one[N];
     prefetch_ahead<N>(da), prefetch_ahead<N>(gate), prefetch_ahead<N>(up);
 #pragma GCC unroll 4
-    for (int k = 0; k < N; ++k) g[k] = load(gate + k * VL, count), one[k] = broadcast(1.0f);
-    times_sigmoid<N>(one, g, s);
+    for (int k = 0; k < N; ++k) g[k] = load(gate + k * VL, count), z[k] = Gate::argument(g[k]), one[k] = broadcast(1.0f);
+    times_sigmoid<N>(one, z, s);
 #pragma GCC unroll 4
     for (int k = 0; k < N; ++k) d[k] = load(da + k * VL, count), u[k] = load(up + k * VL, count);
 #pragma GCC unroll 4
     for (int k = 0; k < N; ++k) {
         const Vec silu = g[k] * s[k];
-        store(d_gate + k * VL, d[k] * u[k] * (s[k] + silu * (1.0f - s[k])), count);
+        store(d_gate + k * VL, d[k] * u[k] * (s[k] + Gate::times_slope(silu, g[k]) * (1.0f - s[k])), count);
         store(d_up + k * VL, d[k] * silu, count);
     }
 }
 
-template <typename T>
+template <typename Gate = Silu, typename T>
 static void swiglu_backward_rows(Rows<T> da, Rows<T> gate_up, Rows<T> out, int64_t begin, int64_t end, int64_t width) {
     for (int64_t t = begin; t < end; ++t) {
         const T *d = da.at(t), *gate = gate_up.at(t), *up = gate + width;
         T *d_gate = out.at(t), *d_up = d_gate + width;
         int64_t i = 0;
-        for (; i + 4 * VL <= width; i += 4 * VL) swiglu_backward_at<4>(d + i, gate + i, up + i, d_gate + i, d_up + i, VL);
-        for (; i < width; i += VL) swiglu_backward_at<1>(d + i, gate + i, up + i, d_gate + i, d_up + i, width - i);
+        for (; i + 4 * VL <= width; i += 4 * VL)
+            swiglu_backward_at<4, Gate>(d + i, gate + i, up + i, d_gate + i, d_up + i, VL);
+        for (; i < width; i += VL) swiglu_backward_at<1, Gate>(d + i, gate + i, up + i, d_gate + i, d_up + i, width - i);
     }
+}
+
+template <typename T>
+static void geglu_backward_rows(Rows<T> da, Rows<T> gate_up, Rows<T> out, int64_t begin, int64_t end, int64_t width) {
+    swiglu_backward_rows<Gelu>(da, gate_up, out, begin, end, width);
 }

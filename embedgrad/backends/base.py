@@ -64,7 +64,8 @@ class Backend(ABC):
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, *, out: Tensor) -> Tensor:
         """out = x̂ ⊙ w with x̂ = x·r and r = rsqrt(mean(x²) + eps); x, out [T, d], weight [d].
 
-        x̂ is rounded to x's type before the product with w, as transformers does.
+        x̂ is rounded to x's type before the product with w, as transformers' Llama does. A weight in float32 multiplies
+        x̂ as it is, and the product is rounded, as in Gemma and OLMo 2. So do the norms of `rope`.
         """
 
     @abstractmethod
@@ -112,6 +113,25 @@ class Backend(ABC):
 
         out may be gate_up itself.
         """
+
+    @abstractmethod
+    def geglu(self, gate_up: Tensor, *, out: Tensor) -> Tensor:
+        """out = gelu(g) ⊙ u, gelu(g) = g σ(2z) = ½ g (1 + tanh z), z = √(2/π)(g + 0.044715 g³); shapes of `swiglu`."""
+
+    @abstractmethod
+    def geglu_backward(self, da: Tensor, gate_up: Tensor, *, out: Tensor) -> Tensor:
+        """out = [dg, du], dg = da ⊙ u ⊙ (s + 2 g s (1 − s) z′), du = da ⊙ g s, s = σ(2z), z′ = √(2/π)(1 + 0.134145 g²).
+
+        Shapes are those of `swiglu_backward`; out may be gate_up itself.
+        """
+
+    def scale(self, x: Tensor, factor: float, *, out: Tensor) -> Tensor:
+        """out = factor·x, for tensors of one shape; out may be x itself."""
+        return torch.mul(x, factor, out=out)
+
+    def add_scaled(self, x: Tensor, y: Tensor, factor: float, *, out: Tensor) -> Tensor:
+        """out = x + factor·y, for tensors of one shape; out may be x or y itself."""
+        return torch.add(x, y, alpha=factor, out=out)
 
     # ---- attention ---------------------------------------------------------------------------------------------------
 

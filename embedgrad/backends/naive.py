@@ -5,6 +5,8 @@ Plain torch in the inputs' own float type, with the equations' symbols as names;
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -42,6 +44,15 @@ class Naive(Backend):  # a method's contract stands in `Backend`
         g, u = gate_up.chunk(2, dim=1)
         s = torch.sigmoid(g)
         return out.copy_(torch.cat([da * u * s * (1 + g * (1 - s)), da * g * s], dim=1))
+
+    def geglu(self, gate_up: Tensor, *, out: Tensor) -> Tensor:
+        g, u = gate_up.chunk(2, dim=1)
+        return out.copy_(g * gelu_gate(g)[0] * u)
+
+    def geglu_backward(self, da: Tensor, gate_up: Tensor, *, out: Tensor) -> Tensor:
+        g, u = gate_up.chunk(2, dim=1)
+        s, ds = gelu_gate(g)
+        return out.copy_(torch.cat([da * u * (s + g * ds), da * g * s], dim=1))
 
     def tree_attention(self, q, k, v, mask: TreeMask, *, scale, softcap=None, out, lse, workspace=None):  # type: ignore[no-untyped-def]
         s, _ = scores(q, k, mask.visible(), scale, softcap)  # [H, Nq, S]
@@ -100,6 +111,13 @@ class Naive(Backend):  # a method's contract stands in `Backend`
 def normalised(x: Tensor, eps: float) -> Tensor:
     """x̂ = x·r with r = rsqrt(mean(x²) + ε)."""
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
+def gelu_gate(g: Tensor) -> tuple[Tensor, Tensor]:
+    """s = σ(2z) with z = √(2/π)(g + 0.044715 g³), and ds/dg."""
+    c = (2 / math.pi) ** 0.5
+    s = torch.sigmoid(2 * c * (g + 0.044715 * g**3))
+    return s, 2 * s * (1 - s) * c * (1 + 3 * 0.044715 * g.square())
 
 
 def rms_backward(dy: Tensor, x: Tensor, w: Tensor, eps: float) -> Tensor:

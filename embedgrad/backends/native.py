@@ -1,7 +1,8 @@
 """The native backend: the project's own C++ (csrc/), for models on CPUs.
 
 Numbers are stored in float32 or bfloat16 and summed in float32. What csrc/ does not do is the reference backend's:
-float64 and float16 tensors, a softcap, rows that are not contiguous, and the ops that are mostly a call into BLAS.
+float64 and float16 tensors, a softcap, float32 norms of bfloat16 rows, rows that are not contiguous, and the ops that
+are mostly a call into BLAS.
 Importing this raises ImportError where csrc/ was not built or does not fit the installed torch.
 """
 
@@ -39,8 +40,9 @@ def _load() -> None:
     except OSError as error:
         raise ImportError(f"csrc/ was built for another torch: {error}") from error
     for name in (
-        "rms_norm", "rms_norm_backward", "rope", "rope_backward", "swiglu", "swiglu_backward",
-        "softmax_loss", "embed", "embed_backward", "prompt_step", "tree_attention", "tree_attention_backward",
+        "rms_norm", "rms_norm_backward", "rope", "rope_backward", "swiglu", "swiglu_backward", "geglu",
+        "geglu_backward", "softmax_loss", "embed", "embed_backward", "prompt_step", "tree_attention",
+        "tree_attention_backward",
     ):  # fmt: skip
         torch.library.register_fake(f"embedgrad::{name}", lambda *_, **__: None)
 
@@ -149,6 +151,18 @@ class Native(Reference):
         if not _fits(da, gate_up, out):
             return super().swiglu_backward(da, gate_up, out=out)
         _ops.swiglu_backward(da, gate_up, out)
+        return out
+
+    def geglu(self, gate_up: Tensor, *, out: Tensor) -> Tensor:
+        if not _fits(gate_up, out):
+            return super().geglu(gate_up, out=out)
+        _ops.geglu(gate_up, out)
+        return out
+
+    def geglu_backward(self, da: Tensor, gate_up: Tensor, *, out: Tensor) -> Tensor:
+        if not _fits(da, gate_up, out):
+            return super().geglu_backward(da, gate_up, out=out)
+        _ops.geglu_backward(da, gate_up, out)
         return out
 
     def tree_attention_bytes(self, queries: int, keys: int, heads: Heads) -> int:

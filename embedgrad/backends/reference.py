@@ -29,7 +29,7 @@ class Reference(Backend):
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, *, out: Tensor) -> Tensor:
         for rows in _row_blocks(x):
             wide = _wide(x[rows])
-            torch.mul((wide * _inverse_rms(wide, eps)).to(x.dtype), weight, out=out[rows])
+            torch.mul((wide * _inverse_rms(wide, eps)).to(weight.dtype), weight, out=out[rows])
         return out
 
     def rms_norm_backward(self, dy: Tensor, x: Tensor, weight: Tensor, eps: float, *, dx: Tensor) -> Tensor:
@@ -61,7 +61,7 @@ class Reference(Backend):
             for part, weight in zip(_split_heads(qkv[rows], heads), (q_norm, k_norm), strict=True):
                 if weight is not None:
                     wide = _wide(part)
-                    part.copy_((wide * _inverse_rms(wide, eps)).to(part.dtype) * weight)
+                    part.copy_((wide * _inverse_rms(wide, eps)).to(weight.dtype) * weight)
                 _rotate(part, block_cos, block_sin)
         return qkv
 
@@ -104,6 +104,21 @@ class Reference(Backend):
             d_silu = da[rows] * up
             torch.mul(da[rows], torch.nn.functional.silu(gate), out=d_up)
             torch.ops.aten.silu_backward.grad_input(d_silu, gate, grad_input=d_gate)
+        return out
+
+    def geglu(self, gate_up: Tensor, *, out: Tensor) -> Tensor:
+        for rows in _row_blocks(gate_up):
+            gate, up = gate_up[rows].chunk(2, dim=1)
+            torch.mul(torch.nn.functional.gelu(gate, approximate="tanh"), up, out=out[rows])
+        return out
+
+    def geglu_backward(self, da: Tensor, gate_up: Tensor, *, out: Tensor) -> Tensor:
+        for rows in _row_blocks(gate_up):
+            gate, up = gate_up[rows].chunk(2, dim=1)
+            d_gate, d_up = out[rows].chunk(2, dim=1)
+            d_gelu = da[rows] * up
+            torch.mul(da[rows], torch.nn.functional.gelu(gate, approximate="tanh"), out=d_up)
+            torch.ops.aten.gelu_backward.grad_input(d_gelu, gate, approximate="tanh", grad_input=d_gate)
         return out
 
     def tree_attention(

@@ -110,6 +110,12 @@ class Triton(Backend):
     def swiglu_backward(self, da: Tensor, gate_up: Tensor, *, out: Tensor) -> Tensor:
         return _swiglu.swiglu_backward(da, gate_up, out=out)
 
+    def geglu(self, gate_up: Tensor, *, out: Tensor) -> Tensor:
+        return _swiglu.swiglu(gate_up, out=out, gelu=True)
+
+    def geglu_backward(self, da: Tensor, gate_up: Tensor, *, out: Tensor) -> Tensor:
+        return _swiglu.swiglu_backward(da, gate_up, out=out, gelu=True)
+
     def plan_attention(
         self,
         mask: TreeMask,

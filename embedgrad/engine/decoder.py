@@ -50,8 +50,9 @@ class Decoder:
     def __init__(self, config: ModelConfig, weights: Weights, ops: Backend, dtype: torch.dtype, arena: Arena) -> None:
         self.config, self.weights, self.ops, self.dtype, self.arena = config, weights, ops, dtype, arena
         self.attention = Attention(config, ops, dtype, arena)
-        self.mlp = Mlp(config, ops, dtype, arena)
-        self.sum_dtype, self.scale, self.heads = self.attention.sum_dtype, self.attention.scale, self.attention.heads
+        self.mlp = Mlp(config, ops, dtype, self.attention)
+        self.sum_dtype, self.heads = self.attention.sum_dtype, self.attention.heads
+        self.embedding_scale = config.embedding_scale_in(dtype)
         self.no_prompt = torch.zeros(1, config.hidden_size, dtype=dtype, device=arena.device)
         self._saved: list[Saved] = []
 
@@ -105,12 +106,14 @@ class Decoder:
         if p.shown is not None and len(dx) != len(shown):
             out = torch.empty(len(dx), dtype=shown.dtype, device=shown.device)
             shown = ops.take_rows(shown, p.shown.tokens, out=out)
-        return ops.embed_backward(dx, shown, grad=grad)
+        ops.embed_backward(dx, shown, grad=grad)
+        return grad if self.embedding_scale == 1 else ops.scale(grad, self.embedding_scale, out=grad)
 
     def embed(self, prompt: Tensor, ids: Tensor, prompt_rows: Tensor) -> Tensor:
         """x [T, d] of the first block."""
         x = self.arena.keep(len(ids), self.config.hidden_size, dtype=self.dtype)
-        return self.ops.embed(prompt, self.weights.embedding, ids, prompt_rows, out=x)
+        self.ops.embed(prompt, self.weights.embedding, ids, prompt_rows, out=x)
+        return x if self.embedding_scale == 1 else self.ops.scale(x, self.embedding_scale, out=x)
 
     def final_norm(self, x: Tensor) -> Tensor:
         """What the head reads."""

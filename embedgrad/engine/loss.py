@@ -30,6 +30,7 @@ def target_loss(
         nbytes = 0 if whole else ops.linear_cross_entropy_bytes(count, head.shape[0], hidden.dtype)
         nll, predicted = ops.linear_cross_entropy(  # (14)
             at_targets, head, targets.ids, targets.weights,
+            softcap=decoder.config.logit_softcap,
             dh=dh,
             workspace=arena.scratch(nbytes, dtype=torch.uint8) if nbytes else None,
             logit_bytes=sys.maxsize if whole else None,

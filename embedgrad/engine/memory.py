@@ -202,5 +202,8 @@ class _Shape:
 
 def _shapes(config: ModelConfig) -> Weights:
     matrix, vector = cast(Any, _Shape()), torch.empty(0, device=META)
-    layer = LayerWeights(vector, matrix, matrix, matrix, vector, vector, matrix, vector, matrix, matrix)
+    norms = [None if name is None else vector for name in config.kind.norms]
+    layer = LayerWeights(
+        norms[0], matrix, matrix, matrix, vector, vector, matrix, norms[2], matrix, matrix, norms[1], norms[3]
+    )
     return Weights(vector, [layer] * config.num_layers, vector, cast(Any, _Shape(config.vocab_size)))

@@ -79,7 +79,7 @@ class Model:
         """What decodes tokens in csrc/, where the backend is native and has products for the weights as stored."""
         if self.backend != "native" or self.dtype != torch.float32 or self.device.type != "cpu":
             return None
-        return NativeDecoder.of(self.config, self.decoder.scale, self.weights)
+        return NativeDecoder.of(self.config, self.weights)
 
     def embedding_rows(self, ids: Sequence[int] | Tensor, /) -> Tensor:
         """Rows of the embedding matrix for token ids: [n, d] float32 on the CPU."""

@@ -13,6 +13,7 @@ from embedgrad.backends import native_core
 from embedgrad.backends.native_core import FIRST_QUANTISED, Cache, DecoderSpec, LayerSpec, Matrix
 from embedgrad.engine.packed_pass import rotations
 from embedgrad.model.config import ModelConfig
+from embedgrad.model.families import IN_FRONT, SILU
 from embedgrad.model.frozen import FrozenMatrix
 from embedgrad.model.native_matrices import few_rows, native_matrix, readable_matrix
 from embedgrad.model.weights import Weights, as_tensor
@@ -23,7 +24,7 @@ GROWTH = 256  # positions by which the table of rotations grows
 class NativeDecoder:
     """Decodes float32 on the CPU, from matrices as they are stored."""
 
-    def __init__(self, config: ModelConfig, scale: float, weights: Weights, matrices: Sequence[Matrix]) -> None:
+    def __init__(self, config: ModelConfig, weights: Weights, matrices: Sequence[Matrix]) -> None:
         embedding, head, *rest = matrices
         self._core = native_core.library()
         self._config = config
@@ -39,8 +40,8 @@ class NativeDecoder:
             layers[n] = LayerSpec(*(_address(x) for x in norms), *rest[4 * n : 4 * n + 4], window)
         spec = DecoderSpec(
             config.num_layers, config.hidden_size, config.intermediate_size, config.num_heads, config.num_kv_heads,
-            config.head_dim, config.vocab_size, config.rms_eps, scale, layers, _address(weights.final_norm), embedding,
-            head,
+            config.head_dim, config.vocab_size, config.rms_eps, config.scale, layers, _address(weights.final_norm),
+            embedding, head,
         )  # fmt: skip
         self._alive += [layers, spec]
         self.handle = self._core.embedgrad_decoder_create(ctypes.byref(spec))
@@ -51,15 +52,17 @@ class NativeDecoder:
             self._core.embedgrad_decoder_free(self.handle)
 
     @classmethod
-    def of(cls, config: ModelConfig, scale: float, weights: Weights) -> NativeDecoder | None:
+    def of(cls, config: ModelConfig, weights: Weights) -> NativeDecoder | None:
         """For a float32 model on the CPU whose every matrix is stored in a way that csrc/ multiplies by; else None."""
         if not isinstance(weights.layers, list) or config.head_dim % 2:  # streamed layers have no fixed place
+            return None
+        if not served(config):
             return None
         matrices = [readable_matrix([as_tensor(weights.embedding)]), _native(weights.head)]
         for layer in weights.layers:
             matrices += [_native(m) for m in (layer.qkv, layer.out, layer.gate_up, layer.down)]
         usable = [matrix for matrix in matrices if matrix is not None]
-        return cls(config, scale, weights, usable) if len(usable) == len(matrices) else None
+        return cls(config, weights, usable) if len(usable) == len(matrices) else None
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Logits [B, V] of final-normed hidden states [B, d]."""
@@ -100,8 +103,15 @@ class NativeDecoder:
     def _rotations(self, positions: int) -> None:
         if positions > len(self._cos):
             count = -(-positions // GROWTH) * GROWTH
-            cos, sin = rotations(self._config, torch.arange(count), torch.float32)
+            cos, sin = rotations(self._config, torch.arange(count), torch.float32)[0]
             self._cos, self._sin = cos.contiguous(), sin.contiguous()
+
+
+def served(config: ModelConfig) -> bool:
+    """Whether csrc/ has the equations of the family; the others are decoded by the backend's operations."""
+    kind, caps = config.kind, (config.attention_softcap, config.logit_softcap)
+    plain = kind.norms == IN_FRONT and kind.gate == SILU and not kind.wide_qk_norm and caps == (None, None)
+    return plain and config.embedding_scale == config.residual_scale == 1 and len(config.ropes[0]) == 1
 
 
 def _native(matrix: FrozenMatrix) -> Matrix | None:

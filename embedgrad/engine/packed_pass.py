@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from types import SimpleNamespace
 from typing import cast
 
@@ -16,10 +15,11 @@ from embedgrad.backends.mask import Move, TreeMask
 from embedgrad.engine.attention import Attention, Projections
 from embedgrad.engine.tree import TokenTree
 from embedgrad.model.config import ModelConfig
-from embedgrad.model.rope import inverse_frequencies
+from embedgrad.model.rope import rotation_table
 from embedgrad.util.host import send_together
 
-NOTHING = torch.empty(0)
+Rotations = tuple[tuple[Tensor, Tensor], ...]
+"""cos and sin [T, D/2] of each layer; layers that rotate alike share them."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ class Targets:
 class PackedPass:
     """One packed pass over T tokens.
 
-    ids, prompt_rows, positions [T] int64; cos, sin [T, D/2], empty until `rotated`; masks: one a layer; prefix: keys
+    ids, prompt_rows, positions [T] int64; turns: none until `rotated`; masks: one a layer; prefix: keys
     and values that stand in front of the tree's own, each [L, 2, n, G, D]; rows [R] int64: the tokens at which the last
     layer's output is read (None: all); shown: None to differentiate the first layer at every token.
     """
@@ -82,8 +82,7 @@ class PackedPass:
     rows: Tensor | None
     shown: Shown | None
     targets: Targets
-    cos: Tensor = NOTHING
-    sin: Tensor = NOTHING
+    turns: Rotations = ()
 
     def moved(self, move: Move, prefix: tuple[Tensor, ...] = ()) -> PackedPass:
         """The same pass behind `prefix`, with `move` of every other tensor, in a fixed order."""
@@ -104,8 +103,11 @@ class PackedPass:
 
     def rotated(self, config: ModelConfig, dtype: torch.dtype) -> PackedPass:
         """The same pass with its rotations, computed where it is."""
-        cos, sin = rotations(config, self.positions, dtype)
-        return replace(self, cos=cos, sin=sin)
+        return replace(self, turns=rotations(config, self.positions, dtype))
+
+    def rotation(self, index: int) -> tuple[Tensor, Tensor]:
+        """cos and sin [T, D/2] of a layer."""
+        return self.turns[index]
 
     def tensors(self) -> list[Tensor]:
         """Every tensor but the prefix's, in the order of `moved`."""
@@ -147,7 +149,8 @@ class PackedPass:
         with arena.frame():
             workspace = attention.workspace(nbytes)
             ops.tree_attention(
-                q, k, v, self.masks[index], scale=attention.scale, out=o, lse=lse, workspace=workspace
+                q, k, v, self.masks[index],
+                scale=attention.scale, softcap=attention.softcap, out=o, lse=lse, workspace=workspace,
             )  # fmt: skip
 
     def attend_backward(
@@ -181,8 +184,9 @@ class PackedPass:
         with attention.arena.frame():
             workspace = attention.workspace(nbytes)
             ops.tree_attention_backward(
-                do, q, k, v, o, lse, mask, scale=attention.scale, dq=dq, dk=dk, dv=dv, workspace=workspace
-            )
+                do, q, k, v, o, lse, mask,
+                scale=attention.scale, softcap=attention.softcap, dq=dq, dk=dk, dv=dv, workspace=workspace,
+            )  # fmt: skip
 
     def _with_prefix(self, attention: Attention, index: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values [S, G, D]: the prefix's in front of the tree's own."""
@@ -217,23 +221,18 @@ class PrefixPass(PackedPass):
         return self.keep(index)
 
 
-def rotations(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin [T, D/2] of position × inverse frequency, times the attention factor of the rotations.
+def rotations(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> Rotations:
+    """The rotations of tokens at `positions` [T] in `dtype`.
 
     Angles are in float32, or in float64 for a float64 model.
     """
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    angles = positions.to(wide)[:, None] * _frequencies(config, wide, positions.device)
-    cos, sin = angles.cos(), angles.sin()
-    if config.rope.attention_factor != 1:
-        cos, sin = cos * config.rope.attention_factor, sin * config.rope.attention_factor
-    return cos.to(dtype), sin.to(dtype)
-
-
-@lru_cache(maxsize=32)
-def _frequencies(config: ModelConfig, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Kept on the device, so that a decode step sends nothing to it."""
-    return inverse_frequencies(config.rope, config.head_dim, dtype).to(device)
+    different, chosen = config.ropes
+    tables = []
+    for rope in different:
+        cos, sin = rotation_table(rope, config.head_dim, positions, wide)
+        tables.append((cos.to(dtype), sin.to(dtype)))
+    return tuple(tables[index] for index in chosen)
 
 
 def host_pass(
@@ -309,7 +308,7 @@ def pass_of_size(config: ModelConfig, size: PassSize, dtype: torch.dtype) -> Pac
 
     mask = cast(TreeMask, SimpleNamespace(kept=size.prefix))
     kept = floats(config.num_layers, 2, size.prefix, config.num_kv_heads, config.head_dim)
-    rotation = floats(size.tokens, config.head_dim // 2)
+    rotation = floats(size.tokens, config.head_dim // 2), floats(size.tokens, config.head_dim // 2)
     tokens = index(size.tokens)
     return PackedPass(
         ids=tokens,
@@ -320,6 +319,5 @@ def pass_of_size(config: ModelConfig, size: PassSize, dtype: torch.dtype) -> Pac
         rows=None if size.rows is None else index(size.rows),
         shown=None if size.shown is None else Shown(index(size.shown), index(size.shown), mask, mask),
         targets=Targets(None if size.in_order else index(size.targets), index(size.targets), floats(size.targets)),
-        cos=rotation,
-        sin=rotation,
+        turns=(rotation,) * config.num_layers,
     )

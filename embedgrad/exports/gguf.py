@@ -62,6 +62,11 @@ def write_gguf(
     error = float(((read_rows(rows, kind) - words.embeddings).norm(dim=1) / words.embeddings.norm(dim=1)).max())
     tied = not any(t.name == _HEAD for t in parts.tensors)
     entries = [_entry(t, words, kind, rows, grown=words.rows) for t in parts.tensors]
+    if tied and untie and source.config.kind.gguf_tied:
+        raise ExportError(
+            f"llama.cpp's {source.config.kind.gguf} has no head of its own beside the embedding table; export without "
+            f"untie."
+        )
     if tied and untie:
         zeros = stored_rows(torch.zeros_like(words.embeddings), kind)
         entries.append(_table_entry(_HEAD, table, words, kind, zeros))

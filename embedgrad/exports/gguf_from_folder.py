@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any
 
 import numpy as np
@@ -13,22 +14,35 @@ from torch import Tensor
 from embedgrad.exports.gguf_file import Typed, plain_kind
 from embedgrad.exports.source import Source
 from embedgrad.model.config import ModelConfig
+from embedgrad.model.families import Family
 from embedgrad.model.fields import read_object
-from embedgrad.model.files.gguf import LAYER_NAMES, NAMES, ROPE_DIVISORS, StoredTensor
+from embedgrad.model.files.gguf import LONGROPE_DIVISORS, NAMES, ROPE_DIVISORS, UNUSED, StoredTensor
 from embedgrad.model.files.gguf_tokenizer import SPLITS
 from embedgrad.model.rope import RopeConfig, inverse_frequencies, yarn_attention
 from embedgrad.util.errors import ExportError
+from embedgrad.util.shown import short
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
+_WITH_BIASES = ("llama",)  # architectures of which llama.cpp reads every bias
 _FILE_TYPES = {"F32": 0, "F16": 1, "BF16": 32}  # general.file_type
 
 
 def folder_as_gguf(source: Source) -> tuple[dict[str, Any], dict[str, bytes], list[StoredTensor]]:
     """(metadata, the same encoded, tensors). Raises ExportError for what llama.cpp's architectures cannot express."""
     config = source.config
-    architecture = "llama" if config.family == "mistral" else config.family
+    kind = config.kind
+    if kind.gguf is None:
+        raise ExportError(f"{source.name} is of the family {kind.title}, for which llama.cpp has no architecture.")
+    architecture = kind.gguf
+    if kind.gguf_tied is not None and kind.gguf_tied != config.tied:
+        head = "shares the embedding table" if config.tied else "is a matrix of its own"
+        raise ExportError(
+            f"{source.name} has a head that {head}, which llama.cpp's {kind.gguf} has no place for; use another target."
+        )
     _check(source)
-    tensors = [_tensor(source, name, architecture) for name in config.shapes()]
+    tensors = [_tensor(source, name) for name in config.shapes()]
+    if config.rope.kind == "longrope":
+        tensors += _longrope(source)
     if config.rope.kind in ("llama3", "divisors"):
         plain, scaled = (
             inverse_frequencies(rope, config.head_dim, torch.float64)
@@ -46,6 +60,7 @@ def folder_as_gguf(source: Source) -> tuple[dict[str, Any], dict[str, bytes], li
         **{f"{architecture}.{name}": value for name, value in _sizes(config).items()},
         **_tokenizer(source, table),
     }
+    _check_said(source, fields)
     metadata = {
         key: np.array(value.value) if value.kind in ("[i32]", "[f32]") else value.value for key, value in fields.items()
     }
@@ -54,7 +69,8 @@ def folder_as_gguf(source: Source) -> tuple[dict[str, Any], dict[str, bytes], li
 
 def _check(source: Source) -> None:
     config = source.config
-    if any(window is not None and window < config.max_position for window in config.windows):
+    hidden_keys = any(window is not None and window < config.max_position for window in config.windows)
+    if hidden_keys and config.kind.gguf_every is None:
         raise ExportError(
             f"{source.name} attends to a sliding window, which a GGUF file of its architecture cannot say; shorten the "
             f"context in config.json to the window, or use another target."
@@ -66,8 +82,50 @@ def _check(source: Source) -> None:
     )  # fmt: skip
     if rope.kind == "yarn" and rope != usual:
         raise ExportError(f"{source.name} has settings of yarn that a GGUF file cannot say; use another target.")
-    if config.family in ("qwen2", "qwen3") and (config.mlp_bias or config.output_bias):
-        raise ExportError(f"{source.name} has biases for which llama.cpp's {config.family} has no place.")
+    biases = (config.qkv_bias and not config.kind.qkv_bias) or config.mlp_bias or config.output_bias
+    if biases and config.kind.gguf not in _WITH_BIASES:
+        raise ExportError(f"{source.name} has biases for which llama.cpp's {config.kind.gguf} has no place.")
+
+
+def _check_said(source: Source, fields: dict[str, Typed]) -> None:
+    """Raises ExportError unless the metadata, read again, describe the model that is exported."""
+    config = source.config
+    shapes = dict(source.checkpoint.tensors.shapes())
+    if config.tied:
+        shapes.pop("lm_head.weight", None)
+    metadata = {key: value.value for key, value in fields.items() if not key.startswith("tokenizer.")}
+    said = ModelConfig.from_gguf(metadata, source.name, shapes, config.rope.divisors if _is_long(config) else ())
+    for name in (
+        "query_scale", "embedding_scale", "residual_scale", "logit_divisor", "attention_softcap", "logit_softcap",
+        "windows", "unrotated", "num_kv_heads", "head_dim", "qk_norm",
+    ):  # fmt: skip
+        wanted, found = (getattr(each, "scale" if name == "query_scale" else name) for each in (config, said))
+        if name == "windows":  # as wide as the context: none
+            wanted, found = (
+                tuple(w if w is not None and w < config.max_position else None for w in x) for x in (wanted, found)
+            )
+        same = math.isclose(wanted, found, rel_tol=1e-6) if isinstance(wanted, float) and found else wanted == found
+        if not same:
+            raise ExportError(
+                f"{source.name}: a GGUF file of the architecture {config.kind.gguf} cannot say that {name} is "
+                f"{short(wanted)}; use another target."
+            )
+
+
+def _is_long(config: ModelConfig) -> bool:
+    return config.rope.kind == "longrope"
+
+
+def _longrope(source: Source) -> list[StoredTensor]:
+    """LongRoPE's two lists of divisors, from config.json."""
+    fields = read_object(source.path / "config.json")
+    given = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
+    long_factors = given.get("long_factor")
+    short_factors = list(source.config.rope.divisors)
+    if not isinstance(long_factors, list) or len(long_factors) != len(short_factors):
+        raise ExportError(f"{source.name} has no long_factor of {len(short_factors)} numbers, which GGUF files hold.")
+    names = (LONGROPE_DIVISORS, short_factors), (UNUSED[0], long_factors)
+    return [_stored(name, torch.tensor(values, dtype=torch.float32)) for name, values in names]
 
 
 def _sizes(config: ModelConfig) -> dict[str, Typed]:
@@ -82,8 +140,20 @@ def _sizes(config: ModelConfig) -> dict[str, Typed]:
         "attention.value_length": Typed("u32", config.head_dim),
         "attention.layer_norm_rms_epsilon": Typed("f32", config.rms_eps),
         "rope.freq_base": Typed("f32", config.rope.theta),
-        "rope.dimension_count": Typed("u32", config.head_dim),
+        "rope.dimension_count": Typed("u32", config.rope.rotated(config.head_dim)),
     }
+    for own, name in config.kind.gguf_numbers.items():
+        value = config.scale if own == "query_scale" else getattr(config, own)
+        if value is not None:
+            fields[name] = Typed("f32", float(value))
+    window = next((w for w in config.windows if w is not None), None)
+    if window is not None and config.kind.gguf_every is not None:
+        fields["attention.sliding_window"] = Typed("u32", window)
+    if config.local_rope is not None:
+        fields["rope.freq_base_swa"] = Typed("f32", config.local_rope.theta)
+    if _is_long(config):
+        fields["rope.scaling.attn_factor"] = Typed("f32", config.rope.attention_factor)
+        fields["rope.scaling.original_context_length"] = Typed("u32", config.rope.original_max_position)
     if config.rope.kind in ("linear", "yarn"):
         fields["rope.scaling.type"] = Typed("str", config.rope.kind)
         fields["rope.scaling.factor"] = Typed("f32", config.rope.factor)
@@ -92,14 +162,16 @@ def _sizes(config: ModelConfig) -> dict[str, Typed]:
     return fields
 
 
-def _tensor(source: Source, name: str, architecture: str) -> StoredTensor:
-    values = source.checkpoint.tensors.get(name)
+def _tensor(source: Source, name: str) -> StoredTensor:
+    kind, values = source.config.kind, source.checkpoint.tensors.get(name)
     part = name.rpartition(".")[0]
     heads = {"q_proj": source.config.num_heads, "k_proj": source.config.num_kv_heads}.get(part.rpartition(".")[2])
-    if architecture == "llama" and heads is not None:  # the inverse of what GgufFile undoes
+    if kind.gguf_permuted and heads is not None:  # the inverse of what GgufFile undoes
         half = len(values) // heads // 2
         values = values.reshape(heads, 2, half, *values.shape[1:]).transpose(1, 2).reshape(values.shape)
-    return _stored(gguf_name(name), values.float() if values.dim() == 1 else values)
+    if source.config.norm_offset and part.endswith("norm"):
+        values = values.float() + source.config.norm_offset
+    return _stored(gguf_name(name, kind), values.float() if values.dim() == 1 else values)
 
 
 def _stored(name: str, values: Tensor) -> StoredTensor:
@@ -108,14 +180,14 @@ def _stored(name: str, values: Tensor) -> StoredTensor:
     return StoredTensor(name, kind, tuple(values.shape), values.contiguous().view(torch.uint8).reshape(-1))
 
 
-def gguf_name(name: str) -> str:
+def gguf_name(name: str, kind: Family) -> str:
     """A tensor's name in GGUF files."""
     stem, _, suffix = name.rpartition(".")
     top = {hf: own for own, hf in NAMES.items()}
     if stem in top:
         return f"{top[stem]}.{suffix}"
     _, _, layer, part = stem.split(".", 3)
-    return f"blk.{layer}.{ {hf: own for own, hf in LAYER_NAMES.items()}[part] }.{suffix}"
+    return f"blk.{layer}.{ {hf: own for own, hf in kind.gguf_names.items()}[part] }.{suffix}"
 
 
 def _tokenizer(source: Source, table: dict[str, Any]) -> dict[str, Typed]:

@@ -14,6 +14,8 @@ from embedgrad.exports.hf_weights import convert_weights, copy_weights, link, ro
 from embedgrad.exports.model_card import hf_card
 from embedgrad.exports.source import NamedPrompt, Source
 from embedgrad.exports.vocabulary import Vocabulary
+from embedgrad.model.config import is_composite
+from embedgrad.model.fields import read_object
 from embedgrad.util.errors import ExportError
 
 _LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*")
@@ -27,6 +29,11 @@ def write_hf(
     dtype: type of the weights where the model is a GGUF file; a folder's tensors keep theirs. Returns the new
     vocabulary and facts about the copy. Raises ExportError, SaveError.
     """
+    if source.gguf is None and is_composite(read_object(source.path / "config.json")):
+        raise ExportError(
+            f"{source.name} is a multimodal model, of which embedgrad reads the text part; export it as gguf, peft "
+            f"or vllm."
+        )
     words = write_tokenizer(source, prompts, out)
     stored = source.table.dtype if source.gguf is None else dtype
     error = rounding(words.embeddings, stored)

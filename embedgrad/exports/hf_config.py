@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import torch
 
 from embedgrad.exports.source import Source
 from embedgrad.exports.vocabulary import Vocabulary
-from embedgrad.model.config import ARCHITECTURES, ModelConfig
+from embedgrad.model.config import ModelConfig
 from embedgrad.model.fields import read_object
+from embedgrad.model.layer_kinds import FULL, SLIDING
 from embedgrad.model.rope import RopeConfig, inverse_frequencies
 from embedgrad.util.errors import ExportError
+from embedgrad.util.shown import short
 
 # Rotary scalings of published Llama 3 models, in which GGUF files hold the divisors instead:
 # (factor, low_freq_factor, high_freq_factor, original_max_position_embeddings).
@@ -42,37 +45,75 @@ def write_configs(source: Source, words: Vocabulary, out: Path, untie: bool, dty
 def hf_config(source: Source, dtype: torch.dtype) -> dict[str, Any]:
     """The config.json that describes a GGUF file. Raises ExportError for a rotary scaling that it cannot express."""
     c, tokenizer = source.config, source.tokenizer
-    architecture = next(name for name, family in ARCHITECTURES.items() if family == c.family)
+    kind = c.kind
     eos: Any = list(tokenizer.eos_ids)
     result: dict[str, Any] = {
-        "architectures": [architecture],
+        "architectures": [kind.architectures[0]],
         "model_type": c.family,
         "bos_token_id": tokenizer.bos_id,
         "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
         "head_dim": c.head_dim,
-        "hidden_act": "silu",
+        kind.gate_field: kind.gate_values[0],
         "hidden_size": c.hidden_size,
         "intermediate_size": c.intermediate_size,
         "max_position_embeddings": c.max_position,
         "num_attention_heads": c.num_heads,
         "num_hidden_layers": c.num_layers,
         "num_key_value_heads": c.num_kv_heads,
+        "pad_token_id": None,  # some families' default lies outside of the vocabulary
         "rms_norm_eps": c.rms_eps,
         "rope_theta": c.rope.theta,
         "tie_word_embeddings": c.tied,
         "torch_dtype": str(dtype).removeprefix("torch."),
         "vocab_size": c.vocab_size,
     }
-    if c.family != "qwen2" and c.qkv_bias != c.output_bias:
+    if not kind.qkv_bias and c.qkv_bias != c.output_bias:
         raise ExportError(
             f"{source.path} has biases on some attention projections only: config.json has no such field."
         )
-    if c.family in ("llama", "qwen3"):
-        result["attention_bias"] = c.qkv_bias
-    if c.family == "llama":
-        result["mlp_bias"] = c.mlp_bias
+    biases = {"attention_bias": c.output_bias, "mlp_bias": c.mlp_bias}
+    result |= {name: biases[name] for name in kind.switches} | _kind_fields(c)
     scaling = _scaling(source, c.rope)
-    return result | ({} if scaling is None else {"rope_scaling": scaling})
+    result |= {} if scaling is None else {"rope_scaling": scaling}
+    _check_said(source, result)
+    return result
+
+
+def _kind_fields(c: ModelConfig) -> dict[str, Any]:
+    """The fields that only some families have."""
+    kind, result = c.kind, dict[str, Any]()
+    for own, name in kind.numbers.items():
+        values = {"query_scalar": c.scale**-2, "query_scale": c.scale}
+        value = values[own] if own in values else getattr(c, own)
+        whole = own == "query_scalar" and math.isclose(value, round(value), rel_tol=1e-9)
+        result[name] = round(value) if whole else value
+    window = next((size for size in c.windows if size is not None), None)
+    if "sliding_window" in kind.defaults and (window is not None or kind.defaults["sliding_window"] is not None):
+        result["sliding_window"] = window
+    if any(size is None for size in c.windows) and window is not None:
+        result["layer_types"] = [FULL if size is None else SLIDING for size in c.windows]
+    if kind.unrotated is not None:
+        result["no_rope_layers"] = [int(layer not in c.unrotated) for layer in range(c.num_layers)]
+    if c.local_rope is not None:
+        result["rope_local_base_freq"] = c.local_rope.theta
+    if c.rope.part != 1:
+        result["partial_rotary_factor"] = c.rope.rotated(c.head_dim) / c.head_dim
+    if "original_max_position_embeddings" in kind.defaults:
+        result["original_max_position_embeddings"] = c.max_position
+    return result
+
+
+def _check_said(source: Source, fields: dict[str, Any]) -> None:
+    """Raises ExportError unless config.json, read again, describes the model that is exported."""
+    said = ModelConfig.from_hf(fields, "config.json")
+    for name in (
+        "scale", "embedding_scale", "residual_scale", "logit_divisor", "attention_softcap", "logit_softcap", "windows",
+        "unrotated", "max_position",
+    ):  # fmt: skip
+        wanted, found = getattr(source.config, name), getattr(said, name)
+        same = math.isclose(wanted, found, rel_tol=1e-9) if isinstance(wanted, float) and found else wanted == found
+        if not same:
+            raise ExportError(f"{source.path}: config.json cannot say that {name} is {short(wanted)}.")
 
 
 def _scaling(source: Source, rope: RopeConfig) -> dict[str, Any] | None:
@@ -90,6 +131,11 @@ def _scaling(source: Source, rope: RopeConfig) -> dict[str, Any] | None:
             if _same_frequencies(source.config, candidate):
                 rope = candidate
                 break
+    if rope.kind == "longrope":
+        raise ExportError(
+            f"{source.path} holds LongRoPE's divisors, of which only those for short texts are read; export from the "
+            f"model's folder instead."
+        )
     if rope.kind != "llama3":
         raise ExportError(
             f"{source.path} holds rotary frequencies of its own, which config.json cannot express; export from the "

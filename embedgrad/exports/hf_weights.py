@@ -87,6 +87,9 @@ def convert_weights(source: Source, words: Vocabulary, out: Path, untie: bool, d
         elif name == HEAD:
             pieces = _made(get, name, lambda x: extended(x, rows, (), none))
             entries.append(tensor_entry(name, dtype, (rows, shape[1]), pieces))
+        elif name.endswith("norm.weight") and source.config.kind.norm_offset:  # GGUF files hold the sum
+            stored = _made(get, name, lambda x: iter([x.float() - source.config.kind.norm_offset]))
+            entries.append(tensor_entry(name, dtype, shape, stored))
         else:
             entries.append(tensor_entry(name, dtype, shape, _made(get, name, lambda x: iter([x]))))
     if source.tied and untie:

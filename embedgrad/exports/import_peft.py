@@ -52,6 +52,8 @@ def import_prompt(
             f"the adapter {folder} has rows of {rows.shape[1]} numbers, and {source.name} has hidden size "
             f"{source.config.hidden_size}; give the adapter's base model."
         )
+    if source.input_scale != 1:
+        rows = rows / source.input_scale
     if template is None:
         template = _front(source) if place == "front" else default_template(source)
     ids = _initial_ids(source, config, len(rows)) or nearest(source.table, rows)

@@ -97,10 +97,11 @@ def virtual_tokens(source: Source, named: NamedPrompt) -> VirtualTokens:
 
 
 def virtual_rows(source: Source, named: NamedPrompt, tokens: VirtualTokens) -> Tensor:
-    """The embeddings of the virtual tokens, [n, d] float32."""
+    """The embeddings of the virtual tokens as the model takes them, [n, d] float32."""
     rows = torch.tensor(tokens.rows)
     fixed = source.embedding_rows(tokens.ids)
-    return torch.where((rows >= 0)[:, None], named.prompt.embeddings.detach().float()[rows.clamp_min(0)], fixed)
+    found = torch.where((rows >= 0)[:, None], named.prompt.embeddings.detach().float()[rows.clamp_min(0)], fixed)
+    return found if source.input_scale == 1 else found * source.input_scale
 
 
 def rest_of(rendered: Rendered, tokens: VirtualTokens) -> list[int]:

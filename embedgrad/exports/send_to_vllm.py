@@ -54,7 +54,7 @@ def sequence(prompt: dict[str, Any], tokenizer: Any, query: str) -> tuple[list[i
 
 
 def embeddings(prompt: dict[str, Any]) -> torch.Tensor:
-    """The prompt's rows, [k, d] float32."""
+    """The prompt's rows as the model takes them, [k, d] float32."""
     data = base64.b64decode(prompt["prompt_embeds"])
     tensor: torch.Tensor = torch.load(io.BytesIO(data), weights_only=True)
     return tensor
@@ -78,7 +78,7 @@ def completion(
     """
     ids, rows = sequence(prompt, tokenizer, query)
     place = torch.tensor(rows)
-    known = table.detach()[torch.tensor(ids)].float()
+    known = table.detach()[torch.tensor(ids)].float() * prompt.get("embedding_scale", 1.0)
     full = torch.where((place >= 0)[:, None], embeddings(prompt)[place.clamp_min(0)], known)
     return {"model": prompt["model"], "prompt_embeds": encoded(full), **options}
 

@@ -50,7 +50,7 @@ def requests(source: Source, named: NamedPrompt) -> dict[str, Any]:
             parts[-1] += text  # a query and the texts around it are tokenised together
     bos = source.tokenizer.bos_id
     begins = prompt.template.kind == "text" and source.tokenizer.adds_bos and bos is not None
-    data = encoded(prompt.embeddings.detach().float())
+    data = encoded(prompt.embeddings.detach().float() * source.input_scale)
     chat, refused = _chat(named, data)
     content = {
         "model": source.asked,
@@ -60,6 +60,7 @@ def requests(source: Source, named: NamedPrompt) -> dict[str, Any]:
         "chat": chat,
         "chat_refused": refused,
         "prompt_embeds": data,
+        "embedding_scale": source.input_scale,
     }
     for query in QUERIES:
         rendered = quietly_rendered(source, prompt, query)

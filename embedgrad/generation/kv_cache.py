@@ -13,7 +13,7 @@ from embedgrad.engine.attention import Attention
 from embedgrad.engine.decoder import Decoder
 from embedgrad.engine.memory import activation_bytes
 from embedgrad.engine.model import Model
-from embedgrad.engine.packed_pass import PassSize, rotations
+from embedgrad.engine.packed_pass import PassSize, Rotations, rotations
 
 GROWTH = 64  # tokens by which the cache grows when it is full
 
@@ -94,21 +94,26 @@ class KeyValueCache:
         self._longest += 1  # an upper bound of `lengths` that the host knows without waiting for the device
         if self._longest > self.own.shape[3]:
             self.grow()
-        cos, sin = rotations(self.model.config, self.prefix.shape[2] + at, self.model.dtype)
+        turns = rotations(self.model.config, self.prefix.shape[2] + at, self.model.dtype)
         self._decoder.arena.begin(self._nbytes)
         rows = self.rows(torch.arange(self.batch, device=at.device), at)
-        return self._decoder.next_hidden(ids, _NextTokens(self, cos, sin, rows, self._first_seen()))
+        return self._decoder.next_hidden(ids, _NextTokens(self, turns, rows, self._first_seen()))
 
     def logits(self, hidden: Tensor, out: Tensor | None = None) -> Tensor:
         """Logits [B, V] of hidden states [B, d] after the final norm, in float32 (float64 for a float64 model)."""
         if self.model.native_decoder is not None:
             found = self.model.native_decoder.logits(hidden)
-            return found if out is None else out.copy_(found)
+            return self._capped(found if out is None else out.copy_(found))
         head = self.model.weights.head
         if out is None:
             wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
             out = torch.empty(len(hidden), head.shape[0], dtype=wide, device=hidden.device)
-        return head.forward(hidden, out=out)
+        return self._capped(head.forward(hidden, out=out))
+
+    def _capped(self, logits: Tensor) -> Tensor:
+        """c·tanh(logits / c) in place, where the model has a cap."""
+        cap = self.model.config.logit_softcap
+        return logits if cap is None else logits.div_(cap).tanh_().mul_(cap)
 
     def mark(self) -> tuple[Tensor, int]:
         """A mark of the present state, for `rewind`."""
@@ -140,10 +145,13 @@ class _NextTokens:
     """The forward pass of one new token for each sequence of a cache; rows [B]: see `KeyValueCache.rows`."""
 
     cache: KeyValueCache
-    cos: Tensor
-    sin: Tensor
+    turns: Rotations
     rows: Tensor
     first_seen: dict[int | None, Tensor | None]
+
+    def rotation(self, index: int) -> tuple[Tensor, Tensor]:
+        """cos and sin [B, D/2] of a layer."""
+        return self.turns[index]
 
     def cache_rows(self, index: int) -> CacheRows:
         """The new token's place in each sequence."""
@@ -154,7 +162,7 @@ class _NextTokens:
         cache, window = self.cache, attention.config.windows[index]
         attention.ops.decode_attention(
             q, cache.prefix[index, 0], cache.prefix[index, 1], cache.own[index, 0], cache.own[index, 1], cache.lengths,
-            scale=attention.scale, first_seen=self.first_seen[window], out=o,
+            scale=attention.scale, softcap=attention.softcap, first_seen=self.first_seen[window], out=o,
         )  # fmt: skip
 
     def attend_backward(self, *_: object) -> None:

@@ -9,7 +9,7 @@ from typing import Protocol
 
 import torch
 
-from embedgrad.model.config import ModelConfig
+from embedgrad.model.config import ModelConfig, is_composite
 from embedgrad.model.fields import read_object
 from embedgrad.model.files.gguf import GgufFile
 from embedgrad.model.files.hub import name_of
@@ -90,8 +90,9 @@ def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 def _read_folder(folder: Path) -> Checkpoint:
     refuse_adapter(folder)
     where = folder / "config.json"
-    config = ModelConfig.from_hf(read_object(where), str(where))
-    tensors = SafetensorsFiles(folder)
+    fields = read_object(where)
+    config = ModelConfig.from_hf(fields, str(where))
+    tensors = SafetensorsFiles(folder, text_only=is_composite(fields))
     _check_tensors(tensors, config, str(folder))
     tokenizer = Tokenizer.from_folder(folder)
     _check_vocabulary(tokenizer, config, str(folder))

@@ -8,32 +8,21 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
+import torch
+
+from embedgrad.model.families import ARCHITECTURES, BY_NAME, COMPOSITE, GGUF_ARCHITECTURES, Family
 from embedgrad.model.fields import Fields
-from embedgrad.model.rope import RopeConfig, gguf_rope, hf_rope
+from embedgrad.model.layer_kinds import Windows, unrotated_layers
+from embedgrad.model.rope import UNROTATED, RopeConfig, gguf_ropes, hf_ropes
 from embedgrad.util.errors import ModelError
 from embedgrad.util.shown import short
 
-ARCHITECTURES = {
-    "LlamaForCausalLM": "llama",
-    "MistralForCausalLM": "mistral",
-    "Qwen2ForCausalLM": "qwen2",
-    "Qwen3ForCausalLM": "qwen3",
-}
-GGUF_ARCHITECTURES = ("llama", "qwen2", "qwen3")
-
-# Defaults of transformers' config classes for fields that config.json does not have.
-_HF_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": {"num_key_value_heads": None, "head_dim": None, "max_position_embeddings": 2048},
-    "mistral": {"num_key_value_heads": 8, "head_dim": None, "max_position_embeddings": 131072},
-    "qwen2": {"num_key_value_heads": 32, "head_dim": None, "max_position_embeddings": 32768},
-    "qwen3": {"num_key_value_heads": 32, "head_dim": 128, "max_position_embeddings": 32768},
-}
-_DEFAULT_WINDOW = 4096
 # Mistral-7B v0.1: hidden size, width of the MLP, layers, base of the rotations, context; 32,000 words and a few added.
-_MISTRAL_7B, _MISTRAL_WORDS = (4096, 14336, 32, 10000.0, 32768), 33000
-_DEFAULT_MAX_WINDOW_LAYERS = 28
+_MISTRAL_7B, _MISTRAL_WORDS, _MISTRAL_WINDOW = (4096, 14336, 32, 10000.0, 32768), 33000, 4096
+_MISTRAL_7B_IN = BY_NAME["mistral"].gguf
 _MOST_LAYERS = 4096
 
 
@@ -79,20 +68,23 @@ _GGUF_NEUTRAL: dict[str, object] = {
     "expert_count": 0,
     "expert_used_count": 0,
     "attention.causal": True,
-    "rope.scaling.attn_factor": 1.0,
     "use_parallel_residual": False,
-    "logit_scale": 1.0,
 }
+_GGUF_NEUTRAL_NUMBERS = {"logit_scale": 1.0}  # the same, where the family has no use for the field
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Sizes and options of a decoder.
+    """Sizes and options of a decoder. What has no number stands in its `Family`.
 
     intermediate_size: width of the MLP. tied: the head is the embedding table. qkv_bias, output_bias, mlp_bias: whether
-    these projections have a bias. qk_norm: queries and keys are normalised per head (Qwen3). windows[l]: sliding window
-    of layer l, in tokens: a token at position p sees the keys whose position is above p - window; None: all keys.
-    max_position: context length in tokens.
+    these projections have a bias. qk_norm: queries and keys are normalised. windows[l]: sliding window of layer l, in
+    tokens: a token at position p sees the keys whose position is above p - window; None: all keys. max_position:
+    context length in tokens. norm_offset: what is added to the stored weight of a norm. query_scale: what q kᵀ is
+    multiplied by; None: D^−½. embedding_scale: what embeddings are multiplied by. residual_scale: what the outputs of
+    attention and MLP are multiplied by. logit_divisor: what logits are divided by. attention_softcap, logit_softcap: c
+    in c·tanh(x/c). rope: the rotations; local_rope: those of layers with a window, where they are others; unrotated:
+    layers without.
     """
 
     family: str
@@ -112,46 +104,97 @@ class ModelConfig:
     qk_norm: bool
     windows: tuple[int | None, ...]
     max_position: int
+    norm_offset: float = 0.0
+    query_scale: float | None = None
+    embedding_scale: float = 1.0
+    residual_scale: float = 1.0
+    logit_divisor: float = 1.0
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    local_rope: RopeConfig | None = None
+    unrotated: tuple[int, ...] = ()
+
+    @property
+    def kind(self) -> Family:
+        """What sets its architecture apart."""
+        return BY_NAME[self.family]
+
+    @property
+    def scale(self) -> float:
+        """What q kᵀ is multiplied by."""
+        return self.head_dim**-0.5 if self.query_scale is None else self.query_scale
+
+    def embedding_scale_in(self, dtype: torch.dtype) -> float:
+        """What embeddings are multiplied by in a model that computes in `dtype`."""
+        return float(torch.tensor(self.embedding_scale).to(dtype)) if self.kind.root_embedding else self.embedding_scale
+
+    @cached_property
+    def ropes(self) -> tuple[tuple[RopeConfig, ...], tuple[int, ...]]:
+        """The different rotations of the layers, and which of them each layer has."""
+
+        def of(layer: int) -> RopeConfig:
+            if layer in self.unrotated:
+                return UNROTATED
+            return self.local_rope if self.local_rope is not None and self.windows[layer] is not None else self.rope
+
+        each = [of(layer) for layer in range(self.num_layers)]
+        different = tuple(dict.fromkeys(each))
+        return different, tuple(map(different.index, each))
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any], where: str) -> ModelConfig:
-        """Reads the contents of a config.json. `where` names the file in messages. Raises ModelError."""
-        fields = Fields(config, where)
+        """Reads the contents of a config.json. `where` names the file in messages. Raises ModelError.
+
+        Of a multimodal model it reads the part that is about text.
+        """
         _refuse_quantised(config, where)
-        family = _hf_family(config, where)
-        defaults = _HF_DEFAULTS[family]
-        hidden, heads = fields.integer("hidden_size"), fields.integer("num_attention_heads")
-        layers = fields.integer("num_hidden_layers", most=_MOST_LAYERS)
-        kv_heads = fields.integer("num_key_value_heads", defaults["num_key_value_heads"], none=heads)
-        activation = fields.take("hidden_act", "silu")
-        if activation not in ("silu", "swish"):
-            raise ModelError(f'{where}: "hidden_act" is {short(activation)}; supported is "silu".')
-        has_bias_switch = family in ("llama", "qwen3")
-        attention_bias = fields.boolean("attention_bias", False) if has_bias_switch else False
-        max_position = fields.integer("max_position_embeddings", defaults["max_position_embeddings"])
-        rope = hf_rope(fields, max_position)
+        config = text_part(config)
+        fields = Fields(config, where)
+        kind = BY_NAME[_hf_family(config, where)]
+        defaults = kind.defaults
+
+        def integer(name: str, none: int | None = None) -> int:
+            return fields.integer(name, defaults.get(name, "" if none is None else None), none=none)
+
+        hidden, heads = integer("hidden_size"), integer("num_attention_heads")
+        layers = fields.integer("num_hidden_layers", defaults.get("num_hidden_layers", ""), most=_MOST_LAYERS)
+        activation = fields.take(kind.gate_field)
+        if activation is not None and activation not in kind.gate_values:
+            raise ModelError(
+                f'{where}: "{kind.gate_field}" is {short(activation)}; supported is "{kind.gate_values[0]}".'
+            )
+        switches = {name: fields.boolean(name, False) for name in kind.switches}
+        max_position = integer("max_position_embeddings")
+        windows = kind.windows(fields, defaults, layers)
+        rope, local_rope = hf_ropes(fields, kind, max_position)
         result = cls(
-            family=family,
+            family=kind.name,
             num_layers=layers,
             hidden_size=hidden,
-            intermediate_size=fields.integer("intermediate_size"),
+            intermediate_size=integer("intermediate_size"),
             num_heads=heads,
-            num_kv_heads=kv_heads,
-            head_dim=fields.integer("head_dim", defaults["head_dim"], none=hidden // heads),
-            vocab_size=fields.integer("vocab_size"),
-            rms_eps=fields.number("rms_norm_eps", 1e-6),
+            num_kv_heads=integer("num_key_value_heads", heads),
+            head_dim=integer("head_dim", hidden // heads),
+            vocab_size=integer("vocab_size"),
+            rms_eps=fields.number("rms_norm_eps", defaults.get("rms_norm_eps", 1e-6)),
             rope=rope,
-            tied=fields.boolean("tie_word_embeddings", False),
-            qkv_bias=attention_bias or family == "qwen2",
-            output_bias=attention_bias,
-            mlp_bias=fields.boolean("mlp_bias", False) if family == "llama" else False,
-            qk_norm=family == "qwen3",
-            windows=_hf_windows(fields, family, layers),
+            tied=fields.boolean("tie_word_embeddings", defaults.get("tie_word_embeddings", False)),
+            qkv_bias=switches.get("attention_bias", False) or kind.qkv_bias,
+            output_bias=switches.get("attention_bias", False),
+            mlp_bias=switches.get("mlp_bias", False),
+            qk_norm=kind.qk_norm,
+            windows=windows,
             max_position=rope.context(max_position),
+            norm_offset=kind.norm_offset,
+            local_rope=local_rope,
+            unrotated=() if kind.unrotated is None else unrotated_layers(fields, kind.unrotated, layers),
+            **_numbers(fields, kind, kind.numbers, hidden),
         )
         fields.expect("pruned_heads", {})
+        for name, value in kind.neutral.items():
+            fields.expect(name, value)
         dropouts = {name for name in config if isinstance(name, str) and _DROPOUT.fullmatch(name)}
-        fields.refuse_the_rest(_HARMLESS | dropouts)
+        fields.refuse_the_rest(_HARMLESS.union(dropouts, kind.ignored))
         return result._checked(where)
 
     @classmethod
@@ -168,26 +211,31 @@ class ModelConfig:
         there are. rope_divisors: contents of `rope_freqs.weight`, empty where the file has none.
         """
         family = metadata.get("general.architecture")
-        if family not in GGUF_ARCHITECTURES:
+        kind = GGUF_ARCHITECTURES.get(family) if isinstance(family, str) else None
+        if kind is None:
             raise ModelError(
                 f"{where}: architecture {short(family)} is not supported; supported are "
-                f"{', '.join(GGUF_ARCHITECTURES)}."
+                f"{', '.join(sorted(GGUF_ARCHITECTURES))}."
             )
         prefix = f"{family}."
         fields = Fields({k[len(prefix) :]: v for k, v in metadata.items() if k.startswith(prefix)}, where, prefix)
         hidden, heads = fields.integer("embedding_length"), fields.integer("attention.head_count", same=True)
         layers = fields.integer("block_count", most=_MOST_LAYERS)
         head_dim = fields.integer("attention.key_length", None, none=hidden // heads)
-        for name in ("attention.value_length", "rope.dimension_count"):
-            if fields.integer(name, head_dim) != head_dim:
-                raise ModelError(f"{where}: {prefix}{name} is {fields.take(name)}; supported is {head_dim} only.")
+        if fields.integer("attention.value_length", head_dim) != head_dim:
+            found = fields.take("attention.value_length")
+            raise ModelError(f"{where}: {prefix}attention.value_length is {found}; supported is {head_dim} only.")
         embedding = shapes.get("model.embed_tokens.weight", ())
         max_position = fields.integer("context_length")
-        rope = gguf_rope(fields, rope_divisors, max_position)
-        for name, value in _GGUF_NEUTRAL.items():
-            fields.expect(name, value)
+        rope, local_rope = gguf_ropes(fields, kind, rope_divisors, max_position, head_dim)
+        numbers = _numbers(fields, kind, kind.gguf_numbers, hidden)
+        if kind.gguf_query_scalar is not None:
+            numbers["query_scale"] = kind.gguf_query_scalar(layers, hidden, heads, head_dim) ** -0.5
+        for name, value in (_GGUF_NEUTRAL | _GGUF_NEUTRAL_NUMBERS).items():
+            if name not in kind.gguf_numbers.values():
+                fields.expect(name, value)
         result = cls(
-            family=str(family),
+            family=kind.name,
             num_layers=layers,
             hidden_size=hidden,
             intermediate_size=fields.integer("feed_forward_length", same=True),
@@ -198,12 +246,15 @@ class ModelConfig:
             rms_eps=fields.number("attention.layer_norm_rms_epsilon"),
             rope=rope,
             tied="lm_head.weight" not in shapes,
-            qkv_bias="model.layers.0.self_attn.q_proj.bias" in shapes,
+            qkv_bias=f"model.layers.0.{kind.qkv[0]}.bias" in shapes,
             output_bias="model.layers.0.self_attn.o_proj.bias" in shapes,
-            mlp_bias="model.layers.0.mlp.up_proj.bias" in shapes,
-            qk_norm=family == "qwen3",
-            windows=(_gguf_window(fields, str(family), hidden, embedding, rope, max_position),) * layers,
+            mlp_bias=f"model.layers.0.{kind.gate_up[-1]}.bias" in shapes,
+            qk_norm=kind.qk_norm,
+            windows=_gguf_windows(fields, kind, layers, hidden, embedding, rope, max_position),
             max_position=rope.context(max_position),
+            local_rope=local_rope,
+            unrotated=() if kind.unrotated is None else unrotated_layers(fields, kind.unrotated, layers),
+            **numbers,
         )
         fields.refuse_the_rest(_GGUF_HARMLESS)
         return result._checked(where)
@@ -215,28 +266,26 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ModelError(f"{where}: the head size {self.head_dim} is odd, and rotary embedding needs an even one.")
-        if self.rope.divisors and len(self.rope.divisors) != self.head_dim // 2:
-            raise ModelError(
-                f"{where}: rope_freqs.weight has {len(self.rope.divisors)} values; it should have {self.head_dim // 2}."
-            )
+        turned = self.rope.rotated(self.head_dim) // 2
+        if self.rope.divisors and len(self.rope.divisors) != turned:
+            name = "short_factor" if self.rope.kind == "longrope" else "rope_freqs.weight"
+            raise ModelError(f"{where}: {name} has {len(self.rope.divisors)} values; it should have {turned}.")
         return self
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor in a checkpoint of this configuration, by its Hugging Face name."""
         hidden, ffn = self.hidden_size, self.intermediate_size
         q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        linear = [
-            ("self_attn.q_proj", q, hidden, self.qkv_bias),
-            ("self_attn.k_proj", kv, hidden, self.qkv_bias),
-            ("self_attn.v_proj", kv, hidden, self.qkv_bias),
-            ("self_attn.o_proj", hidden, q, self.output_bias),
-            ("mlp.gate_proj", ffn, hidden, self.mlp_bias),
-            ("mlp.up_proj", ffn, hidden, self.mlp_bias),
-            ("mlp.down_proj", hidden, ffn, self.mlp_bias),
-        ]
-        norms = [("input_layernorm", hidden), ("post_attention_layernorm", hidden)]
+        kind = self.kind
+        widths = [q + 2 * kv] if kind.fused else [q, kv, kv]
+        linear = [(name, width, hidden, self.qkv_bias) for name, width in zip(kind.qkv, widths, strict=True)]
+        linear.append(("self_attn.o_proj", hidden, q, self.output_bias))
+        linear += [(name, 2 * ffn // len(kind.gate_up), hidden, self.mlp_bias) for name in kind.gate_up]
+        linear.append(("mlp.down_proj", hidden, ffn, self.mlp_bias))
+        norms = [(name, hidden) for name in kind.norms if name is not None]
         if self.qk_norm:
-            norms += [("self_attn.q_norm", self.head_dim), ("self_attn.k_norm", self.head_dim)]
+            sizes = (q, kv) if kind.wide_qk_norm else (self.head_dim, self.head_dim)
+            norms += [("self_attn.q_norm", sizes[0]), ("self_attn.k_norm", sizes[1])]
         result: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, hidden)}
         for layer in range(self.num_layers):
             prefix = f"model.layers.{layer}."
@@ -250,6 +299,34 @@ class ModelConfig:
         if not self.tied:
             result["lm_head.weight"] = (self.vocab_size, hidden)
         return result
+
+
+def is_composite(config: Mapping[str, Any]) -> bool:
+    """Whether a config.json describes a multimodal model, whose text part is served."""
+    return text_part(config) is not config
+
+
+def text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The part of a multimodal model's config.json that is about text; of other models all of it."""
+    names = config.get("architectures")
+    name = names[0] if isinstance(names, list) and len(names) == 1 else None
+    composite = COMPOSITE.get(name) if isinstance(name, str) else None
+    text = config.get("text_config")
+    if composite is None or not isinstance(text, Mapping):
+        return config
+    tied = {"tie_word_embeddings": config["tie_word_embeddings"]} if "tie_word_embeddings" in config else {}
+    return {**text, **tied, "architectures": [composite]}
+
+
+def _numbers(fields: Fields, kind: Family, names: Mapping[str, str], hidden: int) -> dict[str, Any]:
+    """The family's numbers by their names in `ModelConfig`; null and what is missing everywhere are left out."""
+    found: dict[str, Any] = {"embedding_scale": hidden**0.5} if kind.root_embedding else {}
+    for own, name in names.items():
+        if fields.take(name, kind.defaults.get(name)) is not None:
+            found[own] = fields.number(name, kind.defaults.get(name))
+    if "query_scalar" in found:
+        found["query_scale"] = found.pop("query_scalar") ** -0.5
+    return found
 
 
 def _refuse_quantised(config: Mapping[str, Any], where: str) -> None:
@@ -274,9 +351,10 @@ def _hf_family(config: Mapping[str, Any], where: str) -> str:
     family = ARCHITECTURES.get(name) if isinstance(name, str) else None
     if family is None:
         raise ModelError(
-            f"{where}: architecture {short(name)} is not supported; supported are {', '.join(ARCHITECTURES)}."
+            f"{where}: architecture {short(name)} is not supported; supported are "
+            f"{', '.join([*ARCHITECTURES, *COMPOSITE])}."
         )
-    if config.get("model_type") not in (None, family):
+    if config.get("model_type") not in (None, family, *BY_NAME[family].model_types):
         raise ModelError(
             f'{where}: "model_type" is {short(config["model_type"])} and "architectures" says {name}; '
             f"they should name the same family."
@@ -284,54 +362,28 @@ def _hf_family(config: Mapping[str, Any], where: str) -> str:
     return family
 
 
-def _hf_windows(fields: Fields, family: str, layers: int) -> tuple[int | None, ...]:
-    """Sliding window of each layer, by the rules of transformers."""
-    if family == "llama":
-        return (None,) * layers
-    if family == "mistral":
-        window = fields.take("sliding_window", _DEFAULT_WINDOW)
-        return (None if window is None else fields.integer("sliding_window", _DEFAULT_WINDOW),) * layers
-    sliding = fields.boolean("use_sliding_window", False)
-    size = fields.take("sliding_window", _DEFAULT_WINDOW)
-    window = fields.integer("sliding_window", _DEFAULT_WINDOW) if sliding and size is not None else None
-    first = fields.take("max_window_layers", _DEFAULT_MAX_WINDOW_LAYERS)
-    types = fields.take("layer_types")
-    if types is None:
-        if window is None:
-            return (None,) * layers
-        if not isinstance(first, int) or isinstance(first, bool):
-            raise ModelError(f'{fields.where}: "max_window_layers" is {short(first)}; it should be a whole number.')
-        return tuple(window if layer >= first else None for layer in range(layers))
-    known = ("full_attention", "sliding_attention")
-    if not isinstance(types, list) or len(types) != layers or any(kind not in known for kind in types):
-        raise ModelError(
-            f'{fields.where}: "layer_types" is {short(types)}; it should name one of {known[0]} and {known[1]} for '
-            f"each of the {layers} layers."
-        )
-    if window is None and "sliding_attention" in types:
-        raise ModelError(
-            f'{fields.where}: "layer_types" has sliding_attention, but "use_sliding_window" and "sliding_window" give '
-            f"no window."
-        )
-    return tuple(window if kind == "sliding_attention" else None for kind in types)
-
-
-def _gguf_window(
-    fields: Fields, family: str, hidden: int, embedding: tuple[int, ...], rope: RopeConfig, max_position: int
-) -> int | None:
-    """The sliding window of every layer.
+def _gguf_windows(
+    fields: Fields,
+    kind: Family,
+    layers: int,
+    hidden: int,
+    embedding: tuple[int, ...],
+    rope: RopeConfig,
+    max_position: int,
+) -> Windows:
+    """The sliding window of each layer.
 
     GGUF files of the llama architecture also hold Mistral models, and converters leave out the window of Mistral-7B
     v0.1 (arXiv 2310.06825, table 1). Its sizes, base and context together are those of no other published model.
     """
-    stated = fields.take("attention.sliding_window")
+    stated, window = fields.take("attention.sliding_window"), None
     if stated not in (None, 0):
-        if family != "llama":
+        if not kind.gguf_windows:
             fields.expect("attention.sliding_window", 0)
-        return fields.integer("attention.sliding_window")
-    if stated is not None or family != "llama":
-        return None
-    found = (hidden, fields.take("feed_forward_length"), fields.take("block_count"), rope.theta, max_position)
-    if found == _MISTRAL_7B and fields.take("attention.head_count_kv") == 8 and embedding[:1] < (_MISTRAL_WORDS,):
-        return _DEFAULT_WINDOW
-    return None
+        window = fields.integer("attention.sliding_window")
+    elif stated is None:
+        found = (hidden, fields.take("feed_forward_length"), fields.take("block_count"), rope.theta, max_position)
+        if found == _MISTRAL_7B and fields.take("attention.head_count_kv") == 8 and embedding[:1] < (_MISTRAL_WORDS,):
+            window = _MISTRAL_WINDOW if kind.gguf == _MISTRAL_7B_IN else None
+    every = kind.gguf_every
+    return tuple(None if every is not None and (layer + 1) % every == 0 else window for layer in range(layers))

@@ -27,6 +27,7 @@ from embedgrad.model.packed import (
     quantised,
 )
 from embedgrad.model.quantised import QUANTISED, BlockWeight, TileWeight
+from embedgrad.model.rope import rotary_order
 from embedgrad.model.streaming import placed
 from embedgrad.model.weights import LayerWeights, Weights
 
@@ -83,13 +84,14 @@ class _Reader:
         self.place = device
         self.widening = Widening(product_type(dtype, device), device, self._unpack if device.type != "cpu" else None)
         self.errors: dict[str, float] = {}
+        self._orders = _orders(config)
         self.wide = {"compute": dtype, "fp32": torch.float32, "bf16": torch.bfloat16}
 
     def read(self, max_device_memory: int | None) -> Weights:
         """All weights. With a memory limit the layers are read into host memory first."""
         tied = self.config.tied or "lm_head.weight" not in set(self.tensors.names())
         table = self._table(tied)
-        final_norm = self._vector("model.norm.weight")
+        final_norm = self._norm("model.norm.weight", self.config.logit_divisor)
         head = self._of([as_tensor(table)], None) if tied else self._matrix("lm_head")
         if max_device_memory is not None:
             self.place = torch.device("cpu")
@@ -111,7 +113,24 @@ class _Reader:
 
     def _vector(self, name: str) -> Tensor:
         # A view would keep the whole file mapped, with every page that was read.
-        return check_all(name, self.tensors.get(name).to(self.place, self.dtype, copy=True), self.where)
+        vector = self._turned(name, self.tensors.get(name))
+        return check_all(name, vector.to(self.place, self.dtype, copy=True), self.where)
+
+    def _norm(self, name: str, divisor: float = 1.0) -> Tensor:
+        """A norm's weight as the kernels multiply by it: with its offset, and what logits are divided by folded in.
+
+        In a type of 16 bits the quotient is rounded, unless the divisor is a power of two (all published Granite).
+        """
+        dtype = torch.promote_types(self.dtype, torch.float32) if self.config.kind.wide_norms else self.dtype
+        weight = self.tensors.get(name).to(self.place)
+        if self.config.norm_offset or divisor != 1:
+            weight = (weight.to(torch.promote_types(dtype, torch.float32)) + self.config.norm_offset) / divisor
+        return check_all(name, weight.to(dtype, copy=True), self.where)
+
+    def _turned(self, name: str, rows: Tensor) -> Tensor:
+        """The matrix rows of a q or k projection, or a vector of theirs, in the order of `rotary_order`."""
+        order = self._orders.get(name.rpartition(".")[0].rpartition(".")[2])
+        return rows if order is None else rows[order.to(rows.device)]
 
     def _stored(self, name: str, multiplied: bool = True) -> Any:
         """The matrix in the form of the file; `multiplied`: products read it, not its rows alone."""
@@ -119,6 +138,7 @@ class _Reader:
 
     def _as_in_file(self, name: str, multiplied: bool) -> Any:
         raw = self.tensors.raw(name)
+        raw = None if raw is None else (raw[0], self._turned(name, raw[1]))
         if raw is not None and self.products is None and self.device.type == "cpu":
             weight = self._blocks(*raw, name)
             if weight is not None:
@@ -126,7 +146,7 @@ class _Reader:
         elif raw is not None and raw[0] in REPACKED:
             kind, blocks = raw
             return REPACKED[kind](blocks.to(self.place))
-        tensor = self.tensors.get(name)
+        tensor = self._turned(name, self.tensors.get(name))
         return tensor.to(self.place, self.dtype if tensor.dtype.itemsize > self.dtype.itemsize else tensor.dtype)
 
     def _blocks(self, kind: str, blocks: Tensor, name: str) -> BlockWeight | None:
@@ -145,7 +165,7 @@ class _Reader:
         """The matrix in the requested form."""
         if self.form == "stored":
             return self._stored(name)
-        tensor = self.tensors.get(name)
+        tensor = self._turned(name, self.tensors.get(name))
         if self.form in QUANTISERS:
             weight, self.errors[name] = quantised(name, tensor.to(self.device), self.form)
             if self.products is None and self.device.type == "cpu":
@@ -169,22 +189,38 @@ class _Reader:
         return FrozenMatrix(parts, bias, self.widening)
 
     def _layer(self, index: int) -> LayerWeights:
-        config, at = self.config, f"model.layers.{index}."
-        attention, mlp = at + "self_attn.", at + "mlp."
-        qkv = self._matrix(attention + "q_proj", attention + "k_proj", attention + "v_proj", bias=config.qkv_bias)
+        config, kind, at = self.config, self.config.kind, f"model.layers.{index}."
+        qkv = self._matrix(*(at + name for name in kind.qkv), bias=config.qkv_bias)
         queries = config.num_heads * config.head_dim
+        norms = [None if name is None else self._norm(f"{at}{name}.weight") for name in kind.norms]
         return LayerWeights(
-            attention_norm=self._vector(at + "input_layernorm.weight"),
+            attention_norm=norms[0],
             qkv=qkv,
             q=qkv.rows(0, queries),
             kv=qkv.rows(queries, qkv.shape[0]),
-            q_norm=self._vector(attention + "q_norm.weight") if config.qk_norm else None,
-            k_norm=self._vector(attention + "k_norm.weight") if config.qk_norm else None,
-            out=self._matrix(attention + "o_proj", bias=config.output_bias),
-            mlp_norm=self._vector(at + "post_attention_layernorm.weight"),
-            gate_up=self._matrix(mlp + "gate_proj", mlp + "up_proj", bias=config.mlp_bias),
-            down=self._matrix(mlp + "down_proj", bias=config.mlp_bias),
+            q_norm=self._norm(at + "self_attn.q_norm.weight") if config.qk_norm else None,
+            k_norm=self._norm(at + "self_attn.k_norm.weight") if config.qk_norm else None,
+            out=self._matrix(at + "self_attn.o_proj", bias=config.output_bias),
+            mlp_norm=norms[2],
+            gate_up=self._matrix(*(at + name for name in kind.gate_up), bias=config.mlp_bias),
+            down=self._matrix(at + "mlp.down_proj", bias=config.mlp_bias),
+            attention_post_norm=norms[1],
+            mlp_post_norm=norms[3],
         )
+
+
+def _orders(config: ModelConfig) -> dict[str, Tensor]:
+    """For each projection of which a part of a head is rotated: its matrix rows in the order of `rotary_order`."""
+    head = rotary_order(config.rope, config.head_dim)
+    if head is None:
+        return {}
+
+    def rows(heads: int) -> Tensor:
+        return (torch.arange(heads)[:, None] * config.head_dim + head).flatten()
+
+    q, k = rows(config.num_heads), rows(config.num_kv_heads)
+    values = torch.arange(config.num_kv_heads * config.head_dim)
+    return {"q_proj": q, "k_proj": k, "qkv_proj": torch.cat([q, len(q) + k, len(q) + len(k) + values])}
 
 
 def _together(parts: list[Any]) -> list[Any]:

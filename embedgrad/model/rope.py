@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
 
+from embedgrad.model.families import Family
 from embedgrad.model.fields import Fields
+from embedgrad.model.layer_kinds import FULL, SLIDING
 from embedgrad.util.errors import ModelError
 from embedgrad.util.shown import short
 
@@ -19,7 +23,9 @@ _KEYS = {
     "linear": "",
     "llama3": "low_freq_factor high_freq_factor",
     "yarn": "attention_factor mscale mscale_all_dim beta_fast beta_slow truncate",
+    "longrope": "attention_factor short_factor long_factor",
 }
+_ALIASES = {"su": "longrope"}  # Phi-3's first name for it
 # Keys that every kind may have; one that does not read them ignores them, as transformers does.
 _ALWAYS = "rope_type type rope_theta partial_rotary_factor factor original_max_position_embeddings finetuned"
 
@@ -35,7 +41,11 @@ class RopeConfig:
     - yarn: likewise, with a transition between the pairs that turn `beta_slow` and `beta_fast` times within
       `original_max_position` tokens, whose indices are rounded outwards with `truncate`.
     - divisors: frequency i is divided by divisors[i]; GGUF files store llama3 scaling in this form.
-    attention_factor: cosines and sines are multiplied by it (yarn).
+    - longrope: the same (arXiv 2402.13753), for texts within `original_max_position` tokens. LongRoPE has other
+      divisors for longer texts, with which all keys would have to be computed anew; such texts are refused.
+    - none: nothing is rotated.
+    attention_factor: cosines and sines are multiplied by it (yarn, longrope). part: the share of a head's columns that
+    is rotated, the first ones.
     """
 
     theta: float
@@ -49,28 +59,84 @@ class RopeConfig:
     beta_fast: float = _BETA_FAST
     beta_slow: float = _BETA_SLOW
     truncate: bool = True
+    part: float = 1.0
+
+    def rotated(self, head_dim: int) -> int:
+        """How many of a head's columns are rotated; even."""
+        return int(head_dim * self.part) // 2 * 2
 
     def context(self, stated: int) -> int:
         """The context length in tokens, where the configuration states `stated`.
 
-        Configurations for YaRN may state the length before scaling (Qwen2.5's do).
+        Configurations for YaRN may state the length before scaling (Qwen2.5's do). LongRoPE is computed within the
+        original length only.
         """
+        if self.kind == "longrope":
+            return min(stated, self.original_max_position)
         return max(stated, int(self.factor * self.original_max_position)) if self.kind == "yarn" else stated
 
 
-def inverse_frequencies(rope: RopeConfig, dim: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-    """Angular frequency of each rotated pair in radians per position: [dim / 2] in `dtype` (float32 or float64).
+UNROTATED = RopeConfig(1.0, "none")
 
-    dim: head size D. RoFormer (arXiv 2104.09864) eq. 15: theta^(-2i/D). Linear scaling follows Chen et al. (arXiv
-    2306.15595), yarn Peng et al. (arXiv 2309.00071) section 3.2; llama3 scaling is that of Llama 3.1. In float32 the
+
+def rotary_order(rope: RopeConfig, head_dim: int) -> torch.Tensor | None:
+    """The columns [D] of a head in an order in which pair i is (i, i + D/2); None where they stand so already.
+
+    A model that rotates R of D columns pairs i with i + R/2. The pairs that follow are not rotated: their frequency is
+    0. q and k in the same order have the same products.
+    """
+    turned, half = rope.rotated(head_dim), head_dim // 2
+    if turned == head_dim:
+        return None
+    columns, rest = torch.arange(head_dim), half - turned // 2
+    first, second = columns[: turned // 2], columns[turned // 2 : turned]
+    return torch.cat([first, columns[turned : turned + rest], second, columns[turned + rest :]])
+
+
+def rotation_table(
+    rope: RopeConfig, head_dim: int, positions: torch.Tensor, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [T, D/2] of position × inverse frequency, times the attention factor; 1 and 0 where nothing turns.
+
+    `dtype` (float32 or float64) is the type of the angles.
+    """
+    turned = rope.rotated(head_dim) // 2 if rope.kind != "none" else 0
+    angles = positions.to(dtype)[:, None] * _frequencies(rope, head_dim, dtype, positions.device)
+    cos, sin = angles.cos(), angles.sin()
+    if rope.attention_factor != 1:
+        cos[:, :turned] *= rope.attention_factor
+        sin *= rope.attention_factor
+    return cos, sin
+
+
+@lru_cache(maxsize=32)
+def _frequencies(rope: RopeConfig, head_dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """Kept on the device, so that a decode step sends nothing to it."""
+    return inverse_frequencies(rope, head_dim, dtype).to(device)
+
+
+def inverse_frequencies(rope: RopeConfig, head_dim: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Angular frequency of each pair in radians per position: [D / 2] in `dtype` (float32 or float64).
+
+    The pairs that are not rotated come last and have the frequency 0. RoFormer (arXiv 2104.09864) eq. 15:
+    theta^(-2i/D), with the number of rotated columns as D. Linear scaling follows Chen et al. (arXiv 2306.15595), yarn
+    Peng et al. (arXiv 2309.00071) section 3.2; llama3 scaling is that of Llama 3.1. In float32 the
     operations have the same order as in transformers, so that the results are equal bit for bit.
     """
+    dim = rope.rotated(head_dim)
+    if rope.kind == "none":
+        return torch.zeros(head_dim // 2, dtype=dtype)
+    if dim < head_dim:
+        turned = inverse_frequencies(replace(rope, part=1.0), dim, dtype)
+        return torch.cat([turned, turned.new_zeros(head_dim // 2 - len(turned))])
     wavelengths = rope.theta ** (torch.arange(0, dim, 2, dtype=dtype) / dim)  # [D/2], up to 2π
     frequency = 1.0 / wavelengths
     if rope.kind == "linear":
         return frequency / rope.factor
     if rope.kind == "divisors":
         return frequency / torch.tensor(rope.divisors, dtype=dtype)
+    if rope.kind == "longrope":
+        return 1.0 / (torch.tensor(rope.divisors, dtype=dtype) * wavelengths)
     if rope.kind == "yarn":
         kept = 1 - _ramp(rope, dim).to(dtype)
         return 1.0 / (rope.factor * wavelengths) * (1 - kept) + frequency * kept
@@ -106,46 +172,106 @@ def yarn_attention(factor: float, mscale: float = 1.0) -> float:
     return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
 
 
-def hf_rope(fields: Fields, max_position: int) -> RopeConfig:
-    """Reads both forms: `rope_theta` and `rope_scaling`, or `rope_parameters` with everything inside.
+def hf_ropes(fields: Fields, kind: Family, max_position: int) -> tuple[RopeConfig, RopeConfig | None]:
+    """The rotations, and those of layers with a window where the family has others.
 
-    Raises ModelError.
+    Reads both forms: `rope_theta` and `rope_scaling`, or `rope_parameters` with everything inside, for each type of
+    layer where there are two. Raises ModelError.
     """
     where = fields.where
     old, new = fields.take("rope_scaling"), fields.take("rope_parameters")
     for name, value in (("rope_scaling", old), ("rope_parameters", new)):
         if value is not None and not isinstance(value, dict):
             raise ModelError(f'{where}: "{name}" is {short(value)}; it should be an object or null.')
-    if old and new and old != new:
-        raise ModelError(f'{where}: "rope_scaling" and "rope_parameters" differ; only one of them should be there.')
-    inside: dict[str, Any] = dict(old or new or {})
-    name = "rope_scaling" if old else "rope_parameters"
+    if kind.local_theta is None:
+        if old and new and old != new:
+            raise ModelError(f'{where}: "rope_scaling" and "rope_parameters" differ; only one of them should be there.')
+        name = "rope_scaling" if old else "rope_parameters"
+        return _hf_rope(fields, kind, old or new or {}, name, max_position), None
+    parts: dict[str, Any] = {}
+    for layers, theta in ((FULL, fields.take("rope_theta")), (SLIDING, fields.take("rope_local_base_freq"))):
+        part = (new or {}).get(layers) or {}
+        if not isinstance(part, Mapping):
+            raise ModelError(f'{where}: "rope_parameters.{layers}" is {short(part)}; it should be an object or null.')
+        default = kind.local_theta if layers == SLIDING else kind.defaults.get("rope_theta", _DEFAULT_THETA)
+        theta = part.get("rope_theta", default if theta is None else theta)
+        parts[layers] = {**part, **((old or {}) if layers == FULL else {}), "rope_theta": theta}
+    beside = [name for name in new or {} if name not in parts]
+    if beside:
+        raise ModelError(f'{where}: "rope_parameters" has {short(beside[0])}; it should have {FULL} and {SLIDING}.')
+    full, local = (_hf_rope(fields, kind, parts[layers], "rope_parameters", max_position) for layers in (FULL, SLIDING))
+    return full, local
+
+
+def _hf_rope(fields: Fields, kind: Family, given: Mapping[str, Any], name: str, max_position: int) -> RopeConfig:
+    where, inside = fields.where, dict(given)
     outer_theta, outer_original = fields.take("rope_theta"), fields.take("original_max_position_embeddings")
     if inside.get("rope_theta") is None:
-        inside["rope_theta"] = _DEFAULT_THETA if outer_theta is None else outer_theta
-    kind = inside.get("rope_type") or inside.get("type") or "default"
-    if not isinstance(kind, str) or kind not in _KEYS:
+        default = kind.defaults.get("rope_theta", _DEFAULT_THETA)
+        inside["rope_theta"] = default if outer_theta is None else outer_theta
+    scaling = inside.get("rope_type") or inside.get("type") or "default"
+    scaling = _ALIASES.get(scaling, scaling) if isinstance(scaling, str) else scaling
+    if not isinstance(scaling, str) or scaling not in _KEYS:
         raise ModelError(
-            f"{where}: rotary scaling of type {short(kind)} is not supported; supported are {', '.join(_KEYS)}."
+            f"{where}: rotary scaling of type {short(scaling)} is not supported; supported are {', '.join(_KEYS)}."
         )
     parameters = Fields(inside, where, f"{name}.")
-    parameters.refuse_the_rest(frozenset(f"{_ALWAYS} {_KEYS[kind]}".split()))
-    for scope in (fields, parameters):
-        scope.expect("partial_rotary_factor", 1.0)
+    parameters.refuse_the_rest(frozenset(f"{_ALWAYS} {_KEYS[scaling]}".split()))
+    part = 1.0
+    for scope in (parameters, fields):
+        if not kind.partial_rotation:
+            scope.expect("partial_rotary_factor", 1.0)
+        elif scope.take("partial_rotary_factor") is not None:
+            part = scope.number("partial_rotary_factor")
+            break
+    if part > 1:
+        raise ModelError(f'{where}: "partial_rotary_factor" is {part}; it should be at most 1.')
     theta = parameters.number("rope_theta")
-    if kind == "default":
-        return RopeConfig(theta)
-    if kind == "linear":
-        return RopeConfig(theta, "linear", parameters.number("factor"))
+    if scaling == "default":
+        return RopeConfig(theta, part=part)
+    if scaling == "linear":
+        return RopeConfig(theta, "linear", parameters.number("factor"), part=part)
     if outer_original is not None:
         inside["original_max_position_embeddings"] = outer_original
-    original = parameters.integer("original_max_position_embeddings", max_position, none=max_position)
-    if kind == "yarn":
-        return _yarn(parameters, theta, original, max_position)
+    default = kind.defaults.get("original_max_position_embeddings", max_position)
+    original = parameters.integer("original_max_position_embeddings", default, none=default)
+    if scaling == "yarn":
+        return replace(_yarn(parameters, theta, original, max_position), part=part)
+    if scaling == "longrope":
+        return replace(_longrope(parameters, theta, original, max_position), part=part)
     low, high = parameters.number("low_freq_factor"), parameters.number("high_freq_factor")
     if low >= high:
         raise ModelError(f"{where}: {name}.low_freq_factor {low} should be smaller than high_freq_factor {high}.")
-    return RopeConfig(theta, "llama3", parameters.number("factor"), low, high, original)
+    return RopeConfig(theta, "llama3", parameters.number("factor"), low, high, original, part=part)
+
+
+def _longrope(parameters: Fields, theta: float, original: int, max_position: int) -> RopeConfig:
+    """LongRoPE by transformers' rules."""
+    factor = max_position / original if parameters.take("factor") is None else parameters.number("factor")
+    stated = parameters.take("attention_factor")
+    attention = longrope_attention(factor, original) if stated is None else parameters.number("attention_factor")
+    short_factors = parameters.take("short_factor")
+    if not isinstance(short_factors, list) or not short_factors or not all(_positive(x) for x in short_factors):
+        raise ModelError(
+            f'{parameters.where}: "{parameters.prefix}short_factor" is {short(short_factors)}; it should be a list of '
+            f"positive numbers."
+        )
+    return _long(theta, original, tuple(map(float, short_factors)), attention)
+
+
+def longrope_attention(factor: float, original: int) -> float:
+    """LongRoPE's factor of cosines and sines for a context of `factor` times `original` tokens."""
+    return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 and original > 1 else 1.0
+
+
+def _long(theta: float, original: int, divisors: tuple[float, ...], attention: float) -> RopeConfig:
+    return RopeConfig(
+        theta, "longrope", original_max_position=original, divisors=divisors, attention_factor=attention
+    )  # fmt: skip
+
+
+def _positive(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < math.inf
 
 
 def _yarn(parameters: Fields, theta: float, original: int, max_position: int) -> RopeConfig:
@@ -180,23 +306,51 @@ def _checked_yarn(rope: RopeConfig, fields: Fields) -> RopeConfig:
     return rope
 
 
-def gguf_rope(fields: Fields, divisors: tuple[float, ...], max_position: int) -> RopeConfig:
-    """Reads GGUF metadata. divisors: contents of `rope_freqs.weight`, empty where there is none. Raises ModelError."""
-    theta = fields.number("rope.freq_base", _DEFAULT_THETA)
-    kind = fields.take("rope.scaling.type", "none")
-    if kind == "none" and fields.number("rope.scale_linear", 1.0) != 1:
-        kind = "linear"
-    if not isinstance(kind, str) or kind not in ("none", "linear", "yarn"):
+def gguf_ropes(
+    fields: Fields, kind: Family, divisors: tuple[float, ...], max_position: int, head_dim: int
+) -> tuple[RopeConfig, RopeConfig | None]:
+    """The rotations, and those of layers with a window where the family has others, from GGUF metadata.
+
+    divisors: contents of `rope_freqs.weight` (or of `rope_factors_short.weight`), empty where there is none. Raises
+    ModelError.
+    """
+    turned = fields.integer("rope.dimension_count", head_dim)
+    if turned != head_dim and (not kind.partial_rotation or turned > head_dim):
         raise ModelError(
-            f"{fields.where}: rotary scaling of type {short(kind)} is not supported; supported are none, linear, yarn, "
-            f"and llama3 as rope_freqs.weight."
+            f"{fields.where}: {fields.prefix}rope.dimension_count is {turned}; supported is {head_dim} only."
         )
+    part = 1.0 if turned == head_dim else (turned + 0.5) / head_dim  # in the middle, safe from rounding
+    rope = replace(_gguf_rope(fields, kind, divisors, max_position), part=part)
+    if rope.kind != "longrope":
+        fields.expect("rope.scaling.attn_factor", 1.0)
+    if kind.local_theta is None:
+        return rope, None
+    return rope, RopeConfig(fields.number("rope.freq_base_swa", kind.local_theta))
+
+
+def _gguf_rope(fields: Fields, kind: Family, divisors: tuple[float, ...], max_position: int) -> RopeConfig:
+    theta = fields.number("rope.freq_base", kind.defaults.get("rope_theta", _DEFAULT_THETA))
     if any(not 0 < value < math.inf for value in divisors):
         raise ModelError(f"{fields.where}: rope_freqs.weight should hold positive numbers.")
+    attention = fields.take("rope.scaling.attn_factor")
+    if kind.partial_rotation and divisors:  # Phi: the factors of LongRoPE
+        original = fields.integer("rope.scaling.original_context_length", max_position)
+        attention = longrope_attention(max_position / original, original) if attention is None else attention
+        if not _positive(attention):
+            fields.number("rope.scaling.attn_factor")
+        return _long(theta, original, divisors, float(attention))
+    scaling = fields.take("rope.scaling.type", "none")
+    if scaling == "none" and fields.number("rope.scale_linear", 1.0) != 1:
+        scaling = "linear"
+    if not isinstance(scaling, str) or scaling not in ("none", "linear", "yarn"):
+        raise ModelError(
+            f"{fields.where}: rotary scaling of type {short(scaling)} is not supported; supported are none, linear, "
+            f"yarn, and llama3 as rope_freqs.weight."
+        )
     divisors = divisors if any(value != 1 for value in divisors) else ()
-    if kind == "yarn":
+    if scaling == "yarn":
         return _gguf_yarn(fields, theta, divisors, max_position)
-    if kind == "linear":
+    if scaling == "linear":
         factor = fields.number("rope.scaling.factor" if "rope.scaling.factor" in fields.values else "rope.scale_linear")
         if divisors:
             return RopeConfig(theta, "divisors", divisors=tuple(factor * value for value in divisors))

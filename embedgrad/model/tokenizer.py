@@ -165,7 +165,8 @@ class Tokenizer:
             if name in ids
         }
         # llama.cpp's default where the key is absent.
-        adds_bos = metadata.get("tokenizer.ggml.add_bos_token", kind == "llama" or pre in ("llama-bpe", "llama3"))
+        default = kind == "llama" or pre in ("llama-bpe", "llama3", "tekken")
+        adds_bos = metadata.get("tokenizer.ggml.add_bos_token", default)
         return cls(
             backend,
             bos_id=ids.get("bos"),

@@ -89,22 +89,28 @@ def test_rope_and_its_transpose(seed: int, rows: int, half: int, h: int, g: int,
 
 
 @quick
-@given(SEEDS, awkward_sizes(1, 5), awkward_sizes(1, 70), st.sampled_from([1.0, 30.0, 1e4]), instruction_sets)
-def test_swiglu(seed: int, rows: int, width: int, scale: float, name: str) -> None:
+@given(
+    SEEDS, awkward_sizes(1, 5), awkward_sizes(1, 70), st.sampled_from([1.0, 30.0, 1e4]), instruction_sets,
+    st.booleans(),
+)  # fmt: skip
+def test_swiglu(seed: int, rows: int, width: int, scale: float, name: str, gelu: bool) -> None:
     gate_up = laid_out(normal(seed, (rows, 2 * width), scale=scale), "wide_rows")
     da = normal(seed + 1, (rows, width))
     wide = gate_up.double()
     with core.using(name):
-        out = native.swiglu(gate_up, out=guarded((rows, width)))
-        three_way(
-            out,
-            reference.swiglu(gate_up, out=torch.empty(rows, width)),
-            reference.swiglu(wide, out=torch.empty(rows, width, dtype=torch.float64)),
+        ours, backward = (native.geglu, native.geglu_backward) if gelu else (native.swiglu, native.swiglu_backward)
+        theirs, plain = (
+            (reference.geglu, reference.geglu_backward) if gelu else (reference.swiglu, reference.swiglu_backward)
         )
-        truth = reference.swiglu_backward(da.double(), wide, out=torch.empty_like(wide))
-        plainly = reference.swiglu_backward(da, gate_up, out=torch.empty(rows, 2 * width))
-        three_way(native.swiglu_backward(da, gate_up, out=guarded((rows, 2 * width))), plainly, truth)
-        three_way(native.swiglu_backward(da, gate_up, out=gate_up), plainly, truth)
+        three_way(
+            ours(gate_up, out=guarded((rows, width))),
+            theirs(gate_up, out=torch.empty(rows, width)),
+            theirs(wide, out=torch.empty(rows, width, dtype=torch.float64)),
+        )
+        truth = plain(da.double(), wide, out=torch.empty_like(wide))
+        plainly = plain(da, gate_up, out=torch.empty(rows, 2 * width))
+        three_way(backward(da, gate_up, out=guarded((rows, 2 * width))), plainly, truth)
+        three_way(backward(da, gate_up, out=gate_up), plainly, truth)
 
 
 @quick
@@ -242,7 +248,7 @@ def test_the_engine_agrees_with_the_reference(config: Any, prompt: Any, batch: l
 
 
 OPS = (
-    "rms_norm", "rms_norm_backward", "rope", "rope_backward", "swiglu", "swiglu_backward",
+    "rms_norm", "rms_norm_backward", "rope", "rope_backward", "swiglu", "swiglu_backward", "geglu", "geglu_backward",
     "softmax_loss", "embed", "embed_backward", "prompt_step", "tree_schedule", "tree_attention",
     "tree_attention_backward",
 )  # fmt: skip
@@ -263,6 +269,8 @@ def test_opcheck(op: str) -> None:
         "rope_backward": (x, torch.randn(5, 8), *tables, 1, 1, 4, torch.ones(4), None, 1e-6),
         "swiglu": (x, torch.empty(5, 4)),
         "swiglu_backward": (torch.randn(5, 4), x, torch.empty(5, 8)),
+        "geglu": (x, torch.empty(5, 4)),
+        "geglu_backward": (torch.randn(5, 4), x, torch.empty(5, 8)),
         "softmax_loss": (x, torch.arange(5), torch.ones(5), torch.empty(5), torch.empty(5, dtype=torch.int64)),
         "embed": (torch.randn(2, 8), torch.randn(3, 8), torch.tensor([2, 0, 0, 0, 1]), shown, torch.empty(5, 8)),
         "embed_backward": (x, shown, torch.empty(2, 8)),

@@ -60,8 +60,14 @@ def moved(model: Model, template: Template) -> SoftPrompt:
         ("qwen2", Template.plain(), "layer", {"num_hidden_layers": 1}),
         ("qwen3", AFTER, "mlp", {}),
         ("mistral", Template.plain(), "all", {"sliding_window": 3}),
+        ("olmo2", AFTER, "mlp", {}),
+        ("smollm3", AFTER, "layer", {}),
+        ("phi3", Template.plain(), "all", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+        ("granite", AFTER, "all", {}),
+        ("gemma2", AFTER, "mlp", {"sliding_window": 3}),
+        ("gemma3_text", Template.plain(), "all", {"sliding_window": 3}),
     ],
-    ids=["llama", "qwen2", "qwen3", "mistral"],
+    ids=lambda value: value if isinstance(value, str) and value.islower() else "",
 )
 def test_loss_and_gradient_equal_the_reference(
     tmp_path: Path, family: str, template: Template, policy: str, sizes: dict[str, Any]

@@ -44,10 +44,7 @@ def test_gradient_equals_transformers_autograd(config: Any, prompt: Any, batch: 
 @settings(drawn, max_examples=40)
 @given(config=configs(), prompt=prompts(), batch=batches(most=3))
 def test_float64_gradient_equals_a_dense_forward(config: Any, prompt: Any, batch: list[Example]) -> None:
-    family, sizes = config
-    if family == "llama":
-        sizes = {**sizes, "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0}}
-    model = pair(family, sizes, dtype=torch.float64).model
+    model = pair(*config, dtype=torch.float64).model
     p = make_prompt(model, prompt)
     batch = [Example(e.query, e.target) for e in batch]
     e = p.embeddings.double().requires_grad_(True)

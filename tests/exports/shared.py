@@ -34,6 +34,17 @@ TEMPLATES = {
 }
 
 
+# What a GGUF file cannot say has llama.cpp's value here; its heads of gemma2 and olmo2 are always tied, or never.
+IN_GGUF: dict[str, dict[str, Any]] = {
+    "mistral": {"sliding_window": None},
+    "smollm3": {"no_rope_layer_interval": 4},
+    "gemma2": {"query_pre_attn_scalar": 16, "tie_word_embeddings": True},
+    "gemma3_text": {"query_pre_attn_scalar": 16, "sliding_window_pattern": 6},
+    "ministral": {"sliding_window": 4096},
+    "olmo2": {"tie_word_embeddings": False},
+}
+
+
 def tiny_folder(folder: Path, family: str = "llama", **options: Any) -> Path:
     """A tiny model's folder; a hidden size of 64 fits every block type."""
     write_folder(folder, family, **{"hidden_size": 64, "head_dim": 16, **options})

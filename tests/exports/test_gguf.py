@@ -25,9 +25,10 @@ from embedgrad.model.tokenizer import Tokenizer
 from embedgrad.prompt.sandbox import compile_chat_template
 from embedgrad.prompt.template import Template
 from embedgrad.util.errors import ExportError, SaveError
-from tests.exports.shared import TEMPLATES, tiny_folder, tuned
+from tests.exports.shared import IN_GGUF, TEMPLATES, tiny_folder, tuned
 from tests.model.tiny import CHAT_TEMPLATE, FAMILIES, write_gguf
 
+_MIXED = ["full_attention", "sliding_attention"]
 drawn = settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
 
 
@@ -50,8 +51,9 @@ def test_llama_cpp_reads_the_file_as_our_engine_reads_the_prompt(
 ) -> None:
     pytest.importorskip("xllamacpp")
     with tempfile.TemporaryDirectory() as name:
-        window = {"sliding_window": None} if family == "mistral" else {}
-        model = tiny_folder(Path(name) / "m", family, tie_word_embeddings=tied, vocab_size=spare, **window)
+        options = {"tie_word_embeddings": tied, **IN_GGUF.get(family, {})}
+        untie = untie and family != "gemma2"
+        model = tiny_folder(Path(name) / "m", family, vocab_size=spare, **options)
         if kind != "folder":
             model = gguf_of(model, Path(name) / "m.gguf", kind)
         prompts = {f"p{i}": tuned(model, TEMPLATES[place], seed=i) for i, place in enumerate(places)}
@@ -164,3 +166,23 @@ def test_templates_beyond_ollamas_are_refused(tmp_path: Path) -> None:
     for template, words in cases:
         with pytest.raises(ExportError, match=words):
             export(tuned(model, template), to="ollama", model=model, out=tmp_path / "out", check=False)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "named"),
+    [
+        ("gemma2", {"query_pre_attn_scalar": 9}, "query_scale"),
+        ("gemma2", {"query_pre_attn_scalar": 16, "tie_word_embeddings": False}, "matrix of its own"),
+        ("olmo2", {"tie_word_embeddings": True}, "shares the embedding table"),
+        ("smollm3", {"no_rope_layers": [0, 1]}, "unrotated"),
+        ("gemma3_text", {"query_pre_attn_scalar": 16, "layer_types": _MIXED}, "windows"),
+        ("phi3", {"sliding_window": 7}, "sliding window"),
+    ],
+)
+def test_what_llama_cpp_would_compute_otherwise_is_refused(
+    tmp_path: Path, family: str, options: dict[str, Any], named: str
+) -> None:
+    model = tiny_folder(tmp_path / "m", family, **options)
+    with pytest.raises(ExportError, match=named):
+        export(tuned(model), to="gguf", model=model, out=tmp_path / "out.gguf", check=False)
+    assert not (tmp_path / "out.gguf").exists()

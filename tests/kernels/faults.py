@@ -60,9 +60,9 @@ FAULTS = {
     ),
     "rope: last token left out": Fault("rope", "grid = (rows * ", "grid = ((rows - 1) * "),
     "swiglu: silu not rounded before u": Fault(
-        "swiglu", "(b_wide * tl.sigmoid(b_wide)).to(b_gate.dtype).to(tl.float32)", "(b_wide * tl.sigmoid(b_wide))"
+        "swiglu", "(b_wide * tl.sigmoid(b_z)).to(b_gate.dtype).to(tl.float32)", "(b_wide * tl.sigmoid(b_z))"
     ),
-    "swiglu_backward: dg without σ′": Fault("swiglu", "(b_sigma + b_silu * (1.0 - b_sigma))", "b_sigma"),
+    "swiglu_backward: dg without σ′": Fault("swiglu", "(b_sigma + b_silu_slope * (1.0 - b_sigma))", "b_sigma"),
     "swiglu_backward: du of u instead of g": Fault("swiglu", "b_da * b_silu, mask", "b_da * b_up, mask"),
     "embed: row 0 from the table": Fault("embed", "if row >= 0:", "if row > 0:"),
     "embed_backward: last position of a row left out": Fault(

@@ -104,6 +104,15 @@ def test_the_casts_are_where_transformers_has_them() -> None:
     assert float((out != plain(x, weight)).float().mean()) < 0.02
 
 
+def test_a_float32_weight_multiplies_before_the_rounding() -> None:
+    """As Gemma's and OLMo 2's norms; bits equal but for a last bit of r."""
+    x, weight = guarded_copy(normal(0, (20, 60), torch.float16)), guarded_copy(normal(1, (60,)))
+    out = rms_norm(x, weight, EPS, out=guarded((20, 60), torch.float16))
+    wide = x.float()
+    right = (wide * torch.rsqrt(wide.square().mean(1, keepdim=True) + EPS) * weight).to(torch.float16)
+    assert float((out != right).float().mean()) < 0.02
+
+
 def test_a_weight_of_another_type_and_no_rows() -> None:
     x, weight = normal(0, (3, 20), torch.float16), normal(1, (20,))
     out = rms_norm(x, weight, EPS, out=guarded((3, 20)))

@@ -29,14 +29,15 @@ SEEDS = st.integers(0, 2**31)
 SCALES = st.sampled_from([1.0, 30.0, 1e4])
 
 
-def plain(gate_up: Tensor) -> Tensor:
+def plain(gate_up: Tensor, gelu: bool = False) -> Tensor:
     gate, up = gate_up.chunk(2, dim=1)
-    return torch.nn.functional.silu(gate) * up
+    f = torch.nn.functional
+    return (f.gelu(gate, approximate="tanh") if gelu else f.silu(gate)) * up
 
 
-def plain_backward(da: Tensor, gate_up: Tensor) -> Tensor:
+def plain_backward(da: Tensor, gate_up: Tensor, gelu: bool = False) -> Tensor:
     x = gate_up.detach().clone().requires_grad_()
-    plain(x).backward(da)
+    plain(x, gelu).backward(da)
     assert x.grad is not None
     return x.grad
 
@@ -44,11 +45,12 @@ def plain_backward(da: Tensor, gate_up: Tensor) -> Tensor:
 @QUICK
 @given(
     SEEDS, awkward_sizes(1, 6), awkward_sizes(1, 50), st.sampled_from(FLOAT_TYPES), SCALES, layouts(),
-    layouts(expanded=False),
+    layouts(expanded=False), st.booleans(),
 )  # fmt: skip
-@example(0, 1, 1, torch.float32, 1e4, "contiguous", "contiguous")
+@example(0, 1, 1, torch.float32, 1e4, "contiguous", "contiguous", False)
+@example(0, 1, 1, torch.float32, 1e4, "contiguous", "contiguous", True)
 def test_swiglu(
-    seed: int, rows: int, width: int, dtype: torch.dtype, scale: float, layout: Layout, out_layout: Layout
+    seed: int, rows: int, width: int, dtype: torch.dtype, scale: float, layout: Layout, out_layout: Layout, gelu: bool
 ) -> None:
     values = normal(seed, (rows, 2 * width))
     values[:, :width] *= scale
@@ -57,18 +59,19 @@ def test_swiglu(
     def run() -> Tensor:
         out = guarded((rows, width), dtype, strides=strides_of((rows, width), out_layout))
         with launch.overridden("swiglu", BLOCK=16):
-            return swiglu(gate_up, out=out)
+            return swiglu(gate_up, out=out, gelu=gelu)
 
-    three_way(same_bits(run), plain(gate_up), plain(gate_up.double()))
+    three_way(same_bits(run), plain(gate_up, gelu), plain(gate_up.double(), gelu))
     check_canaries()
 
 
 @QUICK
 @given(
-    SEEDS, awkward_sizes(1, 6), awkward_sizes(1, 50), st.sampled_from(FLOAT_TYPES), SCALES, layouts(), st.booleans()
+    SEEDS, awkward_sizes(1, 6), awkward_sizes(1, 50), st.sampled_from(FLOAT_TYPES), SCALES, layouts(), st.booleans(),
+    st.booleans(),
 )  # fmt: skip
 def test_swiglu_backward(
-    seed: int, rows: int, width: int, dtype: torch.dtype, scale: float, layout: Layout, in_place: bool
+    seed: int, rows: int, width: int, dtype: torch.dtype, scale: float, layout: Layout, in_place: bool, gelu: bool
 ) -> None:
     values = normal(seed, (rows, 2 * width))
     values[:, :width] *= scale
@@ -79,12 +82,12 @@ def test_swiglu_backward(
         source, gradient = laid_out(gate_up, "wide_rows"), guarded_copy(da)
         out = source if in_place else guarded((rows, 2 * width), dtype)
         with launch.overridden("swiglu_backward", BLOCK=16):
-            return swiglu_backward(gradient, source, out=out)
+            return swiglu_backward(gradient, source, out=out, gelu=gelu)
 
     out = same_bits(run)
-    truth = plain_backward(da.double(), gate_up.double())
+    truth = plain_backward(da.double(), gate_up.double(), gelu)
     # plain torch in fp32, rounded once, as the kernel is: its fp16 arithmetic would be the weaker judge
-    three_way(out, plain_backward(da.float(), gate_up.float()).to(dtype), truth)
+    three_way(out, plain_backward(da.float(), gate_up.float(), gelu).to(dtype), truth)
     check_canaries()
 
 

@@ -15,14 +15,11 @@ from hypothesis import strategies as st
 from embedgrad.model.config import ModelConfig
 from embedgrad.model.rope import inverse_frequencies
 from embedgrad.util.errors import ModelError
-from tests.model.tiny import FAMILIES, SMALL
+from tests.engine.drawn import phi_rotations
+from tests.model.published import PUBLISHED_FAMILIES
+from tests.model.tiny import EXTRA, FAMILIES, SMALL
 
-ARCHITECTURE = {
-    "llama": "LlamaForCausalLM",
-    "mistral": "MistralForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "qwen3": "Qwen3ForCausalLM",
-}
+ARCHITECTURE = {family: model_class.__name__ for family, (_, model_class) in FAMILIES.items()}
 # config.json files as published, in the spelling of transformers 4.
 PUBLISHED: dict[str, dict[str, Any]] = {
     "SmolLM2-135M-Instruct": {
@@ -136,6 +133,7 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "use_sliding_window": False,
         "vocab_size": 151936,
     },
+    **PUBLISHED_FAMILIES,
     "Qwen3-0.6B": {
         "architectures": ["Qwen3ForCausalLM"],
         "attention_bias": False,
@@ -169,9 +167,35 @@ PUBLISHED: dict[str, dict[str, Any]] = {
 
 def rotary(config: Any) -> Any:
     """transformers' rotary embedding."""
-    module = getattr(transformers.models, config.model_type)
-    name = f"{type(config).__name__.removesuffix('Config')}RotaryEmbedding"
-    return getattr(getattr(module, f"modeling_{config.model_type}"), name)(config)
+    kind = config.model_type.removesuffix("_text")
+    module = getattr(transformers.models, kind)
+    name = f"{type(config).__name__.removesuffix('Config').removesuffix('Text')}RotaryEmbedding"
+    return getattr(getattr(module, f"modeling_{kind}"), name)(config)
+
+
+def windows_of(config: Any) -> list[int | None]:
+    """What transformers' layers do, by their type where they have one."""
+    window = getattr(config, "sliding_window", None)
+    if config.model_type in ("mistral", "phi3"):
+        return [window] * config.num_hidden_layers
+    if not hasattr(config, "layer_types") or not getattr(config, "use_sliding_window", True):
+        return [None] * config.num_hidden_layers
+    return [window if kind == "sliding_attention" else None for kind in config.layer_types]
+
+
+def same_rotations(ours: ModelConfig, theirs: Any) -> None:
+    """The frequencies and the attention factor, of both kinds of layers where there are two."""
+    embedding = rotary(theirs)
+    ropes = {"": ours.rope}
+    if ours.local_rope is not None:
+        kinds = {"full_attention": ours.rope, "sliding_attention": ours.local_rope}
+        ropes = {f"{kind}_": rope for kind, rope in kinds.items() if kind in theirs.layer_types}
+    for prefix, rope in ropes.items():
+        turned = rope.rotated(ours.head_dim) // 2
+        found = inverse_frequencies(rope, ours.head_dim)
+        assert torch.equal(found[:turned], getattr(embedding, f"{prefix}inv_freq"))
+        assert not found[turned:].any()
+        assert rope.attention_factor == getattr(embedding, f"{prefix}attention_scaling")
 
 
 def assert_same(ours: ModelConfig, theirs: Any) -> None:
@@ -181,23 +205,31 @@ def assert_same(ours: ModelConfig, theirs: Any) -> None:
     assert ours.num_layers == theirs.num_hidden_layers
     assert ours.num_heads == theirs.num_attention_heads
     assert ours.num_kv_heads == theirs.num_key_value_heads
-    assert ours.head_dim == getattr(theirs, "head_dim", theirs.hidden_size // theirs.num_attention_heads)
+    assert ours.head_dim == (getattr(theirs, "head_dim", None) or theirs.hidden_size // theirs.num_attention_heads)
     for name in ("hidden_size", "intermediate_size", "vocab_size"):
         assert getattr(ours, name) == getattr(theirs, name)
     assert ours.rms_eps == theirs.rms_norm_eps
     rope = theirs.rope_parameters
-    scaled = int(rope["factor"] * rope["original_max_position_embeddings"]) if rope["rope_type"] == "yarn" else 0
-    assert ours.max_position == max(theirs.max_position_embeddings, scaled)
+    kind = rope.get("rope_type")
+    longest = theirs.max_position_embeddings
+    if kind == "yarn":
+        longest = max(longest, int(rope["factor"] * rope["original_max_position_embeddings"]))
+    if kind == "longrope":
+        longest = min(longest, rope["original_max_position_embeddings"])
+    assert ours.max_position == longest
     assert ours.tied == theirs.tie_word_embeddings
-    if family == "mistral":
-        windows = [theirs.sliding_window] * ours.num_layers
-    elif family == "llama":
-        windows = [None] * ours.num_layers
-    else:
-        windows = [theirs.sliding_window if kind == "sliding_attention" else None for kind in theirs.layer_types]
-    assert list(ours.windows) == windows
-    assert torch.equal(inverse_frequencies(ours.rope, ours.head_dim), rotary(theirs).inv_freq)
-    assert ours.rope.attention_factor == rotary(theirs).attention_scaling
+    assert list(ours.windows) == windows_of(theirs)
+    same_rotations(ours, theirs)
+    scalar = getattr(theirs, "query_pre_attn_scalar", ours.head_dim)
+    assert ours.scale == getattr(theirs, "attention_multiplier", scalar**-0.5)
+    for name, own in (
+        ("embedding_multiplier", ours.embedding_scale), ("residual_multiplier", ours.residual_scale),
+        ("logits_scaling", ours.logit_divisor), ("final_logit_softcapping", ours.logit_softcap),
+        ("attn_logit_softcapping", ours.attention_softcap),
+    ):  # fmt: skip
+        assert own == getattr(theirs, name, own)
+    rotated = getattr(theirs, "no_rope_layers", [1] * ours.num_layers)[: ours.num_layers]
+    assert [int(layer not in ours.unrotated) for layer in range(ours.num_layers)] == list(rotated)
 
 
 def assert_shapes(ours: ModelConfig, theirs: Any) -> None:
@@ -212,7 +244,9 @@ def assert_shapes(ours: ModelConfig, theirs: Any) -> None:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_files(name: str) -> None:
     raw = PUBLISHED[name]
-    theirs = FAMILIES[raw["model_type"]][0](**json.loads(json.dumps(raw)))
+    text = {**raw, **raw.get("text_config", {})}
+    fields = {key: value for key, value in text.items() if key not in ("text_config", "vision_config")}
+    theirs = FAMILIES[fields["model_type"]][0](**json.loads(json.dumps(fields)))
     assert_same(ModelConfig.from_hf(raw, name), theirs)
 
 
@@ -257,10 +291,11 @@ def hf_configs(draw: st.DrawFn) -> Any:
         "rms_norm_eps": draw(st.sampled_from([1e-5, 1e-6])),
         "tie_word_embeddings": draw(st.booleans()),
     }
-    if family == "qwen3" or (family != "qwen2" and draw(st.booleans())):
+    without = ("qwen2", "olmo2", "smollm3", "phi3", "granite")
+    if "head_dim" in EXTRA.get(family, {}) or (family not in without and draw(st.booleans())):
         values["head_dim"] = 2 * draw(st.integers(1, 9))
     rope: dict[str, Any] = {"rope_theta": draw(st.sampled_from([10000, 10000.0, 5e5, 1e6])), "rope_type": "default"}
-    kind = draw(st.sampled_from(["default", "linear", "llama3", "yarn"]))
+    kind = "default" if family == "phi3" else draw(st.sampled_from(["default", "linear", "llama3", "yarn"]))
     if kind != "default":
         rope |= {"rope_type": kind, "factor": draw(st.floats(1, 64))}
     if kind == "llama3":
@@ -271,12 +306,20 @@ def hf_configs(draw: st.DrawFn) -> Any:
     if kind == "yarn":
         rope |= draw(yarn_keys())
     values["rope_parameters"] = rope
-    if family in ("llama", "qwen3"):
+    values |= {name: value for name, value in EXTRA.get(family, {}).items() if name not in values}
+    if family == "gemma3_text":
+        local = {"rope_type": "default", "rope_theta": draw(st.sampled_from([10000.0, 3e4]))}
+        kinds = st.sampled_from(["full_attention", "sliding_attention"])
+        values["layer_types"] = draw(st.lists(kinds, min_size=layers, max_size=layers))
+        values["rope_parameters"] = {"full_attention": rope, "sliding_attention": local}
+    if family == "phi3":
+        values["rope_parameters"] = draw(phi_rotations(2 * half))["rope_parameters"]
+    if family in ("llama", "qwen3", "granite", "smollm3", "olmo2"):
         values["attention_bias"] = draw(st.booleans())
-    if family == "llama":
+    if family in ("llama", "granite", "smollm3"):
         values["mlp_bias"] = draw(st.booleans())
     window = draw(st.none() | st.integers(1, 50))
-    if family == "mistral":
+    if family in ("mistral", "phi3"):
         values["sliding_window"] = window
     if family in ("qwen2", "qwen3"):
         values |= {"use_sliding_window": draw(st.booleans()), "sliding_window": window}
@@ -291,7 +334,12 @@ def hf_configs(draw: st.DrawFn) -> Any:
 @given(hf_configs(), st.booleans(), st.booleans())
 def test_any_configuration(theirs: Any, old_spelling: bool, use_diff: bool) -> None:
     written = json.loads(theirs.to_json_string(use_diff=use_diff))
-    if old_spelling:
+    if old_spelling and theirs.model_type == "gemma3_text":
+        ropes = written.pop("rope_parameters")
+        full, local = ropes["full_attention"], ropes["sliding_attention"]
+        written |= {"rope_theta": full.pop("rope_theta"), "rope_local_base_freq": local["rope_theta"]}
+        written["rope_scaling"] = full if full["rope_type"] != "default" else None
+    elif old_spelling:
         rope = written.pop("rope_parameters")
         written["rope_theta"] = rope.pop("rope_theta")
         written["rope_scaling"] = rope if rope["rope_type"] != "default" else None
@@ -316,7 +364,9 @@ def qwen(**changes: Any) -> dict[str, Any]:
         (llama(rope_scaling={"type": "yarn", "factor": 4.0, "short_factor": [1]}), "short_factor", "[1]"),
         (llama(rope_scaling={"type": "yarn", "factor": 4.0, "beta_fast": 1, "beta_slow": 2}), "beta_slow", "beta_fast"),
         (llama(rope_scaling={"rope_type": "dynamic", "factor": 4.0}), "scaling", "dynamic"),
-        (llama(rope_parameters={"rope_type": "longrope", "rope_theta": 1e4}), "scaling", "longrope"),
+        (llama(rope_parameters={"rope_type": "longrope", "rope_theta": 1e4}), "short_factor", "None"),
+        (llama(rope_scaling={"type": "longrope", "short_factor": [1.0, "x"]}), "short_factor", "'x'"),
+        (llama(rope_scaling={"type": "longrope", "short_factor": [1.0]}), "short_factor has 1 values", "4"),
         (llama(rope_scaling={"type": "mrope", "mrope_section": [1, 2]}), "scaling", "mrope"),
         (llama(rope_scaling={"rope_type": "linear"}), "factor", "missing"),
         (llama(rope_scaling={"rope_type": "linear", "factor": 0}), "factor", "0"),

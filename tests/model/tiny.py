@@ -22,9 +22,20 @@ FAMILIES = {
     "mistral": (transformers.MistralConfig, transformers.MistralForCausalLM),
     "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
     "qwen3": (transformers.Qwen3Config, transformers.Qwen3ForCausalLM),
+    "ministral": (transformers.MinistralConfig, transformers.MinistralForCausalLM),
+    "olmo2": (transformers.Olmo2Config, transformers.Olmo2ForCausalLM),
+    "smollm3": (transformers.SmolLM3Config, transformers.SmolLM3ForCausalLM),
+    "phi3": (transformers.Phi3Config, transformers.Phi3ForCausalLM),
+    "granite": (transformers.GraniteConfig, transformers.GraniteForCausalLM),
+    "gemma2": (transformers.Gemma2Config, transformers.Gemma2ForCausalLM),
+    "gemma3_text": (transformers.Gemma3TextConfig, transformers.Gemma3ForCausalLM),
 }
 STYLES = ("smollm", "qwen2", "llama3", "mistral")
-STYLE_OF = {"llama": "smollm", "mistral": "mistral", "qwen2": "qwen2", "qwen3": "qwen2"}
+STYLE_OF = {
+    "llama": "smollm", "mistral": "mistral", "ministral": "mistral", "qwen2": "qwen2", "qwen3": "qwen2",
+    "olmo2": "llama3", "smollm3": "llama3", "phi3": "mistral", "granite": "smollm",
+    "gemma2": "mistral", "gemma3_text": "mistral",
+}  # fmt: skip
 SMALL = {
     "vocab_size": 420,
     "hidden_size": 32,
@@ -35,6 +46,21 @@ SMALL = {
     "max_position_embeddings": 256,
 }
 VOCABULARY = 400
+# What a tiny model of a family needs beyond SMALL: sizes that transformers would not take from the others, token ids
+# that lie in the vocabulary, and numbers that are not those of Llama.
+EXTRA: dict[str, dict[str, Any]] = {
+    "qwen3": {"head_dim": 8},
+    "ministral": {"head_dim": 8},
+    "olmo2": {"eos_token_id": 2},
+    "smollm3": {"no_rope_layer_interval": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2},
+    "phi3": {"pad_token_id": 0, "eos_token_id": 2},
+    "granite": {
+        "embedding_multiplier": 3.0, "attention_multiplier": 0.3, "residual_multiplier": 0.7, "logits_scaling": 2.0,
+    },
+    "gemma2": {"head_dim": 8, "query_pre_attn_scalar": 9, "sliding_window": 6, "attn_logit_softcapping": 5.0,
+               "final_logit_softcapping": 3.0},
+    "gemma3_text": {"head_dim": 8, "query_pre_attn_scalar": 9, "sliding_window": 6, "sliding_window_pattern": 2},
+}  # fmt: skip
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n' }}"
@@ -146,13 +172,14 @@ def write_tokenizer(folder: Path, style: str = "smollm", *, chat_template: str |
 def random_model(family: str = "llama", *, seed: int = 0, scale: float = 0.2, **config: Any) -> Any:
     """A transformers model with random weights (norm weights near 1, biases too), float32, in evaluation mode."""
     config_class, model_class = FAMILIES[family]
-    sizes = {**SMALL, **({"head_dim": 8} if family == "qwen3" else {}), **config}
+    sizes = {**SMALL, **EXTRA.get(family, {}), **config}
     model = model_class(config_class(**sizes)).eval()
+    centre = 0.0 if family.startswith("gemma") else 1.0
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator) * scale
-            parameter.copy_(noise + 1.0 if "norm" in name else noise)
+            parameter.copy_(noise + centre if "norm" in name else noise)
     return model
 
 
@@ -175,29 +202,34 @@ def write_folder(
     return model
 
 
-_GGUF_NAMES = {
-    "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v",
-    "self_attn.o_proj": "attn_output",
-    "self_attn.q_norm": "attn_q_norm",
-    "self_attn.k_norm": "attn_k_norm",
-    "mlp.gate_proj": "ffn_gate",
-    "mlp.up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-    "input_layernorm": "attn_norm",
-    "post_attention_layernorm": "ffn_norm",
-}
+GGUF_OF = {"mistral": "llama", "ministral": "llama", "gemma3_text": "gemma3"}
+"""The architecture in GGUF files, where it has another name."""
 
 
-def gguf_name(name: str) -> str:
-    """A Hugging Face tensor name as GGUF files spell it."""
-    stem, _, suffix = name.rpartition(".")
-    top = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-    if stem in top:
-        return f"{top[stem]}.{suffix}"
-    _, _, layer, part = stem.split(".", 3)
-    return f"blk.{layer}.{_GGUF_NAMES[part]}.{suffix}"
+def gguf_names(architecture: str, layers: int) -> Any:
+    """The gguf package's own mapping of Hugging Face names."""
+    number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
+    return gguf.get_tensor_name_map(number, layers)
+
+
+def gguf_extras(model: Any) -> dict[str, Any]:
+    """The fields that llama.cpp's converter writes for some architectures beside the usual ones."""
+    c, kind = model.config, model.config.model_type
+    extras: dict[str, Any] = {}
+    if kind.startswith("gemma"):
+        extras["attention.sliding_window"] = c.sliding_window
+    if kind == "gemma2":
+        extras["attn_logit_softcapping"] = float(c.attn_logit_softcapping)
+        extras["final_logit_softcapping"] = float(c.final_logit_softcapping)
+    if kind == "granite":
+        extras = {
+            "embedding_scale": float(c.embedding_multiplier), "residual_scale": float(c.residual_multiplier),
+            "attention.scale": float(c.attention_multiplier), "logit_scale": float(c.logits_scaling),
+        }  # fmt: skip
+    if kind == "phi3" and c.rope_parameters["rope_type"] == "longrope":
+        extras["rope.scaling.original_context_length"] = c.original_max_position_embeddings
+        extras["rope.scaling.attn_factor"] = float(model.model.rotary_emb.attention_scaling)
+    return extras
 
 
 def permuted(values: np.ndarray, heads: int) -> np.ndarray:
@@ -221,9 +253,11 @@ def write_gguf(
     `metadata`: further unsigned integers, floats, strings or booleans; None leaves a field out.
     """
     config, family = model.config, model.config.model_type
-    architecture = "llama" if family == "mistral" else family
+    architecture = GGUF_OF.get(family, family)
+    names = gguf_names(architecture, config.num_hidden_layers)
     writer = gguf.GGUFWriter(path, architecture)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    rope = config.rope_parameters.get("full_attention", config.rope_parameters)
     fields: dict[str, Any] = {
         "block_count": config.num_hidden_layers,
         "context_length": config.max_position_embeddings,
@@ -234,9 +268,9 @@ def write_gguf(
         "attention.key_length": head_dim,
         "attention.value_length": head_dim,
         "attention.layer_norm_rms_epsilon": float(config.rms_norm_eps),
-        "rope.freq_base": float(config.rope_parameters["rope_theta"]),
-        "rope.dimension_count": head_dim,
-    }
+        "rope.freq_base": float(rope["rope_theta"]),
+        "rope.dimension_count": int(head_dim * rope.get("partial_rotary_factor", 1.0)),
+    } | gguf_extras(model)
     fields = {f"{architecture}.{name}": value for name, value in fields.items()}
     fields |= tokenizer_metadata(style or STYLE_OF[family]) | (metadata or {})
     for name, value in fields.items():
@@ -245,11 +279,17 @@ def write_gguf(
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         values = tensor.float().numpy()
-        if architecture == "llama" and (".q_proj" in name or ".k_proj" in name):
+        if family.startswith("gemma") and name.endswith("norm.weight"):
+            values = values + 1
+        if architecture in ("llama", "granite", "smollm3") and (".q_proj" in name or ".k_proj" in name):
             heads = config.num_attention_heads if ".q_proj" in name else config.num_key_value_heads
             values = permuted(values, heads)
         stored = gguf.GGMLQuantizationType[kind if values.ndim == 2 else "F32"]
-        writer.add_tensor(gguf_name(name), _blocks(values, stored), raw_dtype=stored)
+        own = names.get_name(name, try_suffixes=(".weight", ".bias")) or "output.weight"
+        writer.add_tensor(own, _blocks(values, stored), raw_dtype=stored)
+    if rope.get("rope_type") == "longrope":
+        for kind_, name in (("short", "rope_factors_short.weight"), ("long", "rope_factors_long.weight")):
+            writer.add_tensor(name, np.array(rope[f"{kind_}_factor"], np.float32))
     if rope_divisors is not None:
         writer.add_tensor("rope_freqs.weight", rope_divisors.astype(np.float32))
     writer.write_header_to_file()

@@ -17,6 +17,7 @@ import torch
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
+from embedgrad.model.families import GGUF_ARCHITECTURES
 from embedgrad.model.files.recognise import GGUF_MAGIC
 from embedgrad.model.native_matrices import is_built
 from embedgrad.model.quantised import QUANTISED, BlockWeight
@@ -32,20 +33,9 @@ _PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "F
 _BLOCKS_PER_ROW = 64
 
 NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
-LAYER_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 ROPE_DIVISORS = "rope_freqs.weight"
+# LongRoPE's divisors for texts within the original context, and for longer ones, which are not computed.
+LONGROPE_DIVISORS, UNUSED = "rope_factors_short.weight", ("rope_factors_long.weight",)
 _MOST_DIVISORS = 65536
 
 
@@ -91,15 +81,19 @@ class GgufFile:
             raise ModelError(f"{path} is one part of a split model; join the parts with llama-gguf-split --merge.")
         self._check_kinds(entries)
         self._stored = dict(entries)
-        self._rope = entries.pop(ROPE_DIVISORS, None)
-        self._entries = {_canonical(name): entry for name, entry in entries.items()}
-        if len(self._entries) != len(entries):
+        short_factors, plain = entries.pop(LONGROPE_DIVISORS, None), entries.pop(ROPE_DIVISORS, None)
+        self._rope = plain if short_factors is None else short_factors
+        family = self.metadata.get("general.architecture")
+        kind = GGUF_ARCHITECTURES.get(family) if isinstance(family, str) else None
+        self._permuted, names = kind is not None and kind.gguf_permuted, {} if kind is None else kind.gguf_names
+        self._entries = {_canonical(name, names): entry for name, entry in entries.items() if name not in UNUSED}
+        if len(self._entries) != len([name for name in entries if name not in UNUSED]):
             raise ModelError(f"{path} holds two tensors of the same name.")
         self._heads: dict[str, int] = {}
 
     def set_heads(self, heads: int, kv_heads: int) -> None:
-        """Sets the numbers of query and key heads, by which q and k are permuted in files of the llama architecture."""
-        if self.metadata.get("general.architecture") == "llama":
+        """Sets the numbers of query and key heads, by which q and k are permuted in files of some families."""
+        if self._permuted:
             self._heads = {"self_attn.q_proj": heads, "self_attn.k_proj": kv_heads}
 
     def names(self) -> list[str]:
@@ -366,13 +360,13 @@ def _product(shape: tuple[int, ...]) -> int:
     return result
 
 
-def _canonical(name: str) -> str:
+def _canonical(name: str, layer_names: dict[str, str]) -> str:
     """The Hugging Face name of a tensor. A name without counterpart stays unchanged; `read_checkpoint` refuses it."""
     stem, dot, suffix = name.rpartition(".")
     if stem in NAMES:
         return f"{NAMES[stem]}{dot}{suffix}"
     block, _, rest = stem.partition(".")
     layer, _, part = rest.partition(".")
-    if block == "blk" and layer.isdecimal() and part in LAYER_NAMES:
-        return f"model.layers.{int(layer)}.{LAYER_NAMES[part]}{dot}{suffix}"
+    if block == "blk" and layer.isdecimal() and part in layer_names:
+        return f"model.layers.{int(layer)}.{layer_names[part]}{dot}{suffix}"
     return name

@@ -23,6 +23,11 @@ _MARKS_AND_SPACE = r" ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 _QWEN2 = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}|{_MARKS_AND_SPACE}"
 _LLAMA3 = rf"{_CONTRACTIONS}|{_WORDS}|\p{{N}}{{1,3}}|{_MARKS_AND_SPACE}"
 _GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)"
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_CASED = rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+", rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+_MARKS_WITH_SLASH = r" ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_TEKKEN = rf"{_CASED[0]}|{_CASED[1]}|\p{{N}}|{_MARKS_WITH_SLASH}"
+_GPT4O = rf"{_CASED[0]}{_CONTRACTIONS}?|{_CASED[1]}{_CONTRACTIONS}?|\p{{N}}{{1,3}}|{_MARKS_WITH_SLASH}"
 # llama.cpp's pre-tokenizer for files that name none.
 _DEFAULT = (r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", "[0-9][0-9][0-9]")
 
@@ -40,9 +45,16 @@ SPLITS = {
     "smollm": lambda: [pre_tokenizers.Digits(individual_digits=True), _byte_level(True)],
     "qwen2": lambda: [_split(_QWEN2), _byte_level(False)],
     "llama-bpe": lambda: [_split(_LLAMA3), _byte_level(False)],
+    "tekken": lambda: [_split(_TEKKEN), _byte_level(False)],
+    "gpt-4o": lambda: [_split(_GPT4O), _byte_level(False)],
     "default": lambda: [*(_split(pattern) for pattern in _DEFAULT), _byte_level(False)],
 }
-_ALIASES = {"deepseek-r1-qwen": "qwen2", "llama3": "llama-bpe", "llama-v3": "llama-bpe"}
+_ALIASES = {
+    "deepseek-r1-qwen": "qwen2", "llama3": "llama-bpe", "llama-v3": "llama-bpe", "smaug-bpe": "llama-bpe",
+    "dbrx": "llama-bpe", "refact": "smollm", "starcoder": "smollm", "olmo": "gpt-2",
+}  # fmt: skip
+# A word of the vocabulary is one token there, whatever the merges.
+_WHOLE_WORDS = ("llama-bpe", "llama3", "llama-v3", "tekken")
 
 
 def build_backend(metadata: Mapping[str, Any], where: str) -> Tokenizer:
@@ -72,6 +84,7 @@ def build_backend(metadata: Mapping[str, Any], where: str) -> Tokenizer:
 
 def _byte_level_bpe(metadata: Mapping[str, Any], vocabulary: dict[str, int], where: str) -> Tokenizer:
     name = metadata.get("tokenizer.ggml.pre", "default")
+    whole = name in _WHOLE_WORDS if isinstance(name, str) else False
     name = _ALIASES.get(name, name) if isinstance(name, str) else name
     if name not in SPLITS:
         raise ModelError(
@@ -79,7 +92,7 @@ def _byte_level_bpe(metadata: Mapping[str, Any], vocabulary: dict[str, int], whe
             f"{', '.join([*SPLITS, *_ALIASES])}."
         )
     merges = [(left, right) for left, _, right in (merge.partition(" ") for merge in _table(metadata, "merges", where))]
-    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=name == "llama-bpe"))
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=merges, ignore_merges=whole))
     if name == "qwen2":
         backend.normalizer = normalizers.NFC()
     backend.pre_tokenizer = pre_tokenizers.Sequence(SPLITS[name]())

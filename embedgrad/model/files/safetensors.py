@@ -30,17 +30,31 @@ class ModelFilesWarning(UserWarning):
     """A model's folder holds more than one set of weights; the message says which one is read."""
 
 
-class SafetensorsFiles:
-    """The TensorSource of a folder of safetensors files. Tensors are views into private mappings of the files."""
+# Names of a multimodal model's text tensors, as transformers 4 and 5 spell them, and what the text model calls them.
+_OF_TEXT = (
+    (re.compile(r"language_model\.(model|lm_head)\."), r"\1."),
+    (re.compile(r"model\.language_model\."), "model."),
+    (re.compile(r"lm_head\."), "lm_head."),
+)
 
-    def __init__(self, folder: Path) -> None:
+
+class SafetensorsFiles:
+    """The TensorSource of a folder of safetensors files. Tensors are views into private mappings of the files.
+
+    text_only: of a multimodal model only the tensors of the text part are there, by the text model's names.
+    """
+
+    def __init__(self, folder: Path, *, text_only: bool = False) -> None:
         """Opens the files and checks all headers. Raises ModelError."""
+        self._text_only = text_only
+        self._stored_names: dict[str, str] = {}
         self._files: dict[str, Any] = {}
         self._shapes: dict[str, tuple[int, ...]] = {}
         paths, listed = files_of(folder)
         for path in paths:
             self._add(path)
-        absent = [name for name in listed if name not in self._files and not DERIVED.fullmatch(name)]
+        own = ((name, self._name(name)) for name in listed if not DERIVED.fullmatch(name))
+        absent = [stored for stored, name in own if name is not None and name not in self._files]
         if absent:
             raise ModelError(
                 f"{folder / INDEX} lists {absent[0]} and {len(absent) - 1} more tensors that the files do not hold; "
@@ -54,10 +68,12 @@ class SafetensorsFiles:
         return dict(self._shapes)
 
     def get(self, name: str) -> torch.Tensor:
-        return self._files[name].get_tensor(name)
+        return self._files[name].get_tensor(self._stored_names[name])
 
     def first_row(self, name: str) -> torch.Tensor:
-        row: torch.Tensor = self._files[name].get_slice(name)[0:1] if len(self._shapes[name]) > 1 else self.get(name)
+        if len(self._shapes[name]) < 2:
+            return self.get(name)
+        row: torch.Tensor = self._files[name].get_slice(self._stored_names[name])[0:1]
         return row.flatten()
 
     def stored_as(self, name: str) -> str | None:
@@ -69,13 +85,21 @@ class SafetensorsFiles:
     def release(self, name: str) -> None:
         """Nothing: no tensor of these files is quantised."""
 
+    def _name(self, stored: str) -> str | None:
+        """The name of a stored tensor; None for one of another part of a multimodal model."""
+        if not self._text_only:
+            return stored
+        found = ((pattern.match(stored), pattern, name) for pattern, name in _OF_TEXT)
+        return next((pattern.sub(name, stored, count=1) for match, pattern, name in found if match), None)
+
     def _add(self, path: Path) -> None:
         try:
             file = safe_open(path, framework="pt", device="cpu")
-            for name in file.keys():  # noqa: SIM118 (no mapping)
-                if DERIVED.fullmatch(name):
+            for stored in file.keys():  # noqa: SIM118 (no mapping)
+                name = self._name(stored)
+                if name is None or DERIVED.fullmatch(stored):
                     continue
-                header = file.get_slice(name)
+                header = file.get_slice(stored)
                 if header.get_dtype() not in DTYPES:
                     raise ModelError(
                         f"{path}: {name} has type {header.get_dtype()}; supported are {', '.join(DTYPES)} (a quantised "
@@ -83,7 +107,7 @@ class SafetensorsFiles:
                     )
                 if name in self._files:
                     raise ModelError(f"{path}: {name} is in another file of the folder as well.")
-                self._files[name] = file
+                self._files[name], self._stored_names[name] = file, stored
                 self._shapes[name] = tuple(header.get_shape())
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             found = stand_in(path) or f"is not a complete safetensors file ({first_line(error)}); fetch it again"

@@ -68,19 +68,24 @@ def content(model: Any, tmp_path_factory: pytest.TempPathFactory) -> bytes:
 def test_every_tensor_is_read_bit_for_bit(tmp_path: Path, family: str, tied: bool) -> None:
     bias = {"attention_bias": True, "mlp_bias": True} if family == "llama" else {}
     bias = {"attention_bias": True} if family == "qwen3" else bias
+    bias |= {"logits_scaling": 1.0} if family == "granite" else {}
     model = tiny.random_model(family, tie_word_embeddings=tied, num_key_value_heads=1, **bias)
     tiny.write_gguf(tmp_path / "m.gguf", model)
     checkpoint = read_checkpoint(tmp_path / "m.gguf")
     config = checkpoint.config
     assert checkpoint.name == "m"
-    assert config.family == ("llama" if family == "mistral" else family)
+    assert config.family == ("llama" if family in ("mistral", "ministral") else family)
     assert config.tied == tied
-    assert config.qk_norm == (family == "qwen3")
+    assert config.qk_norm == (family in ("qwen3", "olmo2", "gemma3_text"))
     assert config.mlp_bias == (family == "llama")
     assert config.rms_eps == float(np.float32(model.config.rms_norm_eps))
     assert (config.max_position, config.head_dim) == (256, 8)
-    assert torch.equal(inverse_frequencies(config.rope, config.head_dim), model.model.rotary_emb.inv_freq)
+    rotary = model.model.rotary_emb
+    frequencies = rotary.full_attention_inv_freq if family == "gemma3_text" else rotary.inv_freq
+    assert torch.equal(inverse_frequencies(config.rope, config.head_dim), frequencies)
     expected = model.state_dict()
+    if family.startswith("gemma"):
+        expected = {name: x + 1 if "norm" in name else x for name, x in expected.items()}
     assert set(checkpoint.tensors.names()) == set(expected) - ({"lm_head.weight"} if tied else set())
     for name in checkpoint.tensors.names():
         assert torch.equal(checkpoint.tensors.get(name), expected[name]), name
