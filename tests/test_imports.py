@@ -15,10 +15,10 @@ from tests.model.tiny import write_folder
 ROOT = Path(__file__).parents[1]
 # The rooms of docs/design.md from the lowest floor up; a room's files may import from rooms before it.
 FLOORS = (
-    "embedgrad.kernels", "embedgrad.util", "embedgrad.maths", "embedgrad.backends", "embedgrad.data", "embedgrad.model",
-    "embedgrad.prompt", "embedgrad.engine", "embedgrad.generation", "embedgrad.evaluation", "embedgrad.tasks",
-    "embedgrad.exports", "embedgrad.serve", "embedgrad.harness", "embedgrad.train", "embedgrad.compare",
-    "embedgrad.report", "embedgrad.cli", "embedgrad",
+    "embedgrad.kernels", "embedgrad.util", "embedgrad.distributed", "embedgrad.maths", "embedgrad.backends",
+    "embedgrad.data", "embedgrad.model", "embedgrad.prompt", "embedgrad.engine", "embedgrad.generation",
+    "embedgrad.evaluation", "embedgrad.tasks", "embedgrad.exports", "embedgrad.serve", "embedgrad.harness",
+    "embedgrad.train", "embedgrad.compare", "embedgrad.report", "embedgrad.cli", "embedgrad",
     "bench",
 )  # fmt: skip
 DIRECTLY_IN_EMBEDGRAD = {"__init__", "__main__"}

@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 
 import embedgrad.util.openmp  # noqa: F401
-from embedgrad.util.errors import EmbedGradError
+from embedgrad.util.errors import EmbedGradError, ToldElsewhere
 
 app = typer.Typer(
     name="embedgrad",
@@ -326,6 +326,8 @@ def main() -> None:
         finally:
             if sys.stdout is not None:
                 sys.stdout.flush()  # Python's own flush at exit comes too late to report a full disk
+    except ToldElsewhere:  # by another process of the same task
+        sys.exit(2)
     except EmbedGradError as refusal:
         print(f"embedgrad: {refusal}", file=sys.stderr)
         sys.exit(2)

@@ -90,11 +90,14 @@ class PromptTrainer:
 
     def launch(self, prepared: Prepared, step: int, lr: float) -> Launched:
         """Start a step; `step` counts from 1. Raises ConfigError where the memory budget is too small."""
+        self._set_factors(step, lr)
+        return self._runner.launch(prepared)
+
+    def _set_factors(self, step: int, lr: float) -> None:
         factors = self._rule.factors(step, lr)
         if self._factors.is_cuda:
             factors = factors.pin_memory()
         self._factors.copy_(factors, non_blocking=True)
-        return self._runner.launch(prepared)
 
     def read(self, launched: Launched) -> StepResult:
         """Waits for the step."""

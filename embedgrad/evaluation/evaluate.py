@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from embedgrad.data.example import Example, check_examples
+from embedgrad.distributed.ranks import ALONE, Ranks, parts_of
 from embedgrad.engine.model import Model
 from embedgrad.evaluation.answers import AnswerStatistics
 from embedgrad.evaluation.grading.grader import Grade, Grader
 from embedgrad.evaluation.grading.labels import Exact, same_answer
-from embedgrad.evaluation.label_scores import LabelScorer
+from embedgrad.evaluation.label_scores import LabelScorer, LikeliestLabels
 from embedgrad.evaluation.statistics import Accuracy, McNemar
 from embedgrad.evaluation.targets import check_targets
 from embedgrad.generation.generate import Generation, check_room, write_answers
@@ -95,6 +96,7 @@ def evaluate(
     labels: Sequence[str] | None = None,
     sampling: Sampling | None = None,
     grader: Grader | None = None,
+    ranks: Ranks = ALONE,
 ) -> Evaluation:
     """Generates an answer to every example and grades it. With `labels`, also finds the most likely label.
 
@@ -102,25 +104,34 @@ def evaluate(
     sampling: None: greedy, with 8 tokens more than the longest target or label has.
     grader: None: `embedgrad.evaluation.grading.labels.Exact`, which ignores case, surrounding white space and a final
         full stop.
+    ranks: processes that share the examples; all call this with the same arguments and get the same result.
     Raises DataError where there are no examples, or a target is not text, not among the labels, or not right by the
     grader when it is the answer, and the errors of `generate`.
     """
     grader = Exact(tuple(labels or ())) if grader is None else grader
-    rendered, scorer = _prepared(model, prompt, examples, labels, grader)
+    named, rendered = _rendered(model, prompt, examples, labels, grader)
     sampling = default_sampling(model, examples, labels) if sampling is None else sampling
-    answers = write_answers(model, prompt, rendered, sampling, on_prefill=scorer)
+
+    def answer(own: range) -> list[tuple[Generation, LikeliestLabels | None]]:
+        part = slice(own.start, own.stop)
+        scorer = None if labels is None else LabelScorer(model, prompt, named[part], rendered[part], labels)
+        answers = write_answers(model, prompt, rendered[part], sampling, on_prefill=scorer, first_stream=own.start)
+        return list(zip(answers, [None] * len(answers) if scorer is None else scorer.likeliest(), strict=True))
+
+    answered = answer(range(len(examples))) if ranks.size == 1 else _shared(len(examples), ranks, answer)
+    answers = [one for one, _ in answered]
     targets = [str(example.target) for example in examples]
     grades = [grader.grade(answer.text, target) for answer, target in zip(answers, targets, strict=True)]
     records = [_record(*each) for each in zip(examples, answers, grades, strict=True)]
-    if scorer is not None:
-        likeliest = zip(records, scorer.likeliest(), strict=True)
+    if labels is not None:
         records = [
             replace(r, choice=best.plain, choice_normalised=best.normalised, choice_calibrated=best.calibrated)
-            for r, best in likeliest
+            for r, (_, best) in zip(records, answered, strict=True)
+            if best is not None
         ]
 
     def share(name: str) -> Accuracy | None:
-        return None if scorer is None else Accuracy.of([getattr(r, name) == r.target for r in records])
+        return None if labels is None else Accuracy.of([getattr(r, name) == r.target for r in records])
 
     return Evaluation(
         Accuracy.of([record.generated_correct for record in records]),
@@ -131,6 +142,15 @@ def evaluate(
         grader.describe(),
         AnswerStatistics.of(answers, targets, grades, grader),
     )
+
+
+def _shared(
+    count: int, ranks: Ranks, answer: Callable[[range], list[tuple[Generation, LikeliestLabels | None]]]
+) -> list[tuple[Generation, LikeliestLabels | None]]:
+    """What `answer` gives for `count` examples, of which each rank does a run of neighbours."""
+    own = parts_of(count, ranks)[ranks.rank]
+    told = ranks.gather([[asdict(one), best and asdict(best)] for one, best in (answer(own) if own else ())])
+    return [(Generation(**one), best and LikeliestLabels(**best)) for part in told for one, best in part]
 
 
 def _record(example: Example, answer: Generation, grade: Grade) -> Record:
@@ -166,17 +186,19 @@ def check_evaluation(
     grader: Grader | None = None,
 ) -> None:
     """Raises the errors that `evaluate` would raise for these examples before it computes anything."""
-    _prepared(model, prompt, examples, labels, grader)
+    named, rendered = _rendered(model, prompt, examples, labels, grader)
+    if labels is not None:
+        LabelScorer(model, prompt, named, rendered, labels)
 
 
-def _prepared(
+def _rendered(
     model: Model,
     prompt: SoftPrompt,
     examples: Sequence[Example],
     labels: Sequence[str] | None,
     grader: Grader | None,
-) -> tuple[list[Rendered], LabelScorer | None]:
-    """(the rendered queries, the scorer of `labels` or None)."""
+) -> tuple[list[Example], list[Rendered]]:
+    """(the examples, each with a name for messages, and their rendered queries)."""
     check_examples(examples, "the test data")
     if not examples:
         raise DataError("there are no examples to evaluate on; give at least one.")
@@ -188,7 +210,7 @@ def _prepared(
     prompt.check_model(model)
     rendered = [render_query(model, prompt, example.query, where=example.where) for example in examples]
     check_room(model, rendered, [example.where for example in examples])
-    return rendered, None if labels is None else LabelScorer(model, prompt, examples, rendered, labels)
+    return examples, rendered
 
 
 def shares(evaluations: Mapping[str, Evaluation]) -> dict[str, dict[str, Accuracy]]:

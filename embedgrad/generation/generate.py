@@ -74,9 +74,11 @@ def write_answers(
     on_answer: Callable[[int, Generation], None] | None = None,
     on_token: Callable[[int, int], None] | None = None,
     on_prefill: Callable[[int, KeyValueCache, Tensor], None] | None = None,
+    first_stream: int = 0,
 ) -> list[Generation]:
     """`generate` for rendered queries.
 
+    first_stream: the first query's stream of random numbers; the others have those that follow.
     on_prefill: on_prefill(first index, cache, logits [B, V]) is called for each batch of consecutive queries before
         their first tokens are chosen. It may advance the cache, but must rewind it.
     """
@@ -88,7 +90,7 @@ def write_answers(
     choice = forced_choice(model, prompt, sampling.choices, end)
     return write_sequences(
         model, prompt.embeddings.to(model.device), end, rendered, sampling, choice, batch_size=batch_size,
-        on_answer=on_answer, on_token=on_token, on_prefill=on_prefill,
+        on_answer=on_answer, on_token=on_token, on_prefill=on_prefill, first_stream=first_stream,
     )  # fmt: skip
 
 
@@ -104,6 +106,7 @@ def write_sequences(
     on_answer: Callable[[int, Generation], None] | None = None,
     on_token: Callable[[int, int], None] | None = None,
     on_prefill: Callable[[int, KeyValueCache, Tensor], None] | None = None,
+    first_stream: int = 0,
 ) -> list[Generation]:
     """`write_answers` for at least one sequence and no prompt object.
 
@@ -132,11 +135,13 @@ def write_sequences(
                 raise ConfigError(f"query {index}: {error}")
 
             took = None if on_token is None else lambda token, *_: on_token(index, token)
-            return Request(sequence, sampling, take, fail, index, choice, took)
+            return Request(sequence, sampling, take, fail, first_stream + index, choice, took)
 
         waiting = [request(index, sequence) for index, sequence in enumerate(rendered)]
         if on_prefill is not None:
-            writer.on_prefill = lambda requests, cache, logits: on_prefill(requests[0].stream, cache, logits)
+            writer.on_prefill = lambda requests, cache, logits: on_prefill(
+                requests[0].stream - first_stream, cache, logits
+            )
         with interruptible() as interrupt:
             while len(answers) < len(rendered):
                 entering = waiting[: len(writer.slots.free())]

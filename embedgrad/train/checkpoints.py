@@ -126,16 +126,20 @@ def tensor_hash(*tensors: Tensor) -> str:
 
 def save_state(folder: Path, state: RunState) -> Path:
     """Write `state` to `folder`, then remove all but the `KEPT` newest checkpoints. Raises SaveError."""
-    tensors = {name: getattr(state, name).contiguous() for name in _TENSORS}
-    record = {one.name: getattr(state, one.name) for one in fields(state) if one.name not in _TENSORS}
-    text = json.dumps({"format": FORMAT, **record})
     path = folder / f"step-{state.step:08d}.safetensors"
-    metadata = {"state": text, "sha256": _checksum(text, tensors)}
-    write_atomic(path, save_safetensors(tensors, metadata=metadata))
+    write_atomic(path, encode(state))
     for old in checkpoints(folder)[KEPT:]:
         with contextlib.suppress(OSError):
             old.unlink()
     return path
+
+
+def encode(state: RunState) -> bytes:
+    """`state` as the bytes of a safetensors file."""
+    tensors = {name: getattr(state, name).contiguous() for name in _TENSORS}
+    record = {one.name: getattr(state, one.name) for one in fields(state) if one.name not in _TENSORS}
+    text = json.dumps({"format": FORMAT, **record})
+    return save_safetensors(tensors, metadata={"state": text, "sha256": _checksum(text, tensors)})
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -172,7 +176,14 @@ def load_latest(folder: Path, lines: int) -> tuple[RunState | None, list[str]]:
 def load_state(path: Path) -> RunState:
     """Read one checkpoint. Raises ConfigError where it is damaged."""
     try:
-        data = path.read_bytes()
+        return decode(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"the checkpoint {path} cannot be used: {error}.") from error
+
+
+def decode(data: bytes) -> RunState:
+    """The state of which `encode` made `data`. Raises ValueError where it is damaged."""
+    try:
         tensors = load_safetensors(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         metadata = header["__metadata__"]
@@ -186,8 +197,8 @@ def load_state(path: Path) -> RunState:
         state = RunState(**values)
         _check_types(state)
         return state
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"the checkpoint {path} cannot be used: {error}.") from error
+    except (SafetensorError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(error) from error
 
 
 def check_counts(state: RunState, like: RunState, total: int) -> None:

@@ -21,10 +21,11 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from embedgrad.data.example import Example
+from embedgrad.distributed.ranks import ALONE, Ranks, parts_of
 from embedgrad.engine.model import Model
 from embedgrad.evaluation.answers import AnswerStatistics
 from embedgrad.evaluation.evaluate import default_sampling
@@ -78,6 +79,19 @@ class Answered:
     def __add__(self, more: Answered) -> Answered:
         return Answered(self.answers + more.answers, self.targets + more.targets, self.grades + more.grades)
 
+    def to_json(self) -> list[list[Any]]:
+        """All fields as JSON-able values."""
+        return [[asdict(a), t, asdict(g)] for a, t, g in zip(self.answers, self.targets, self.grades, strict=True)]
+
+    @classmethod
+    def from_json(cls, values: Sequence[Sequence[Any]]) -> Answered:
+        """The inverse of `to_json`."""
+        return cls(
+            [Generation(**answer) for answer, _, _ in values],
+            [target for _, target, _ in values],
+            [Grade(**grade) for _, _, grade in values],
+        )
+
     def first(self, count: int) -> Answered:
         """The first `count` answers."""
         return Answered(self.answers[:count], self.targets[:count], self.grades[:count])
@@ -116,9 +130,12 @@ class Monitors:
         seed: int,
         judge: Judge,
         stop: Callable[[], bool],
+        ranks: Ranks = ALONE,
     ) -> None:
-        """seed: draws the training examples for which answers are generated. stop: whether to stop now."""
+        """seed: draws the training examples for which answers are generated. stop: whether to stop now. ranks: share
+        the answers, and make the same calls."""
         self._model, self._settings, self._judge, self._stop = model, settings, judge, stop
+        self._ranks = ranks
         self._validation = list(validation)
         count = min(settings.train_examples, len(train))
         self._train = random.Random(f"{seed}/monitored").sample(list(train), count)
@@ -127,8 +144,21 @@ class Monitors:
             self._sampling = default_sampling(model, [*self._train, *validation])
 
     def answered(self, prompt: SoftPrompt, examples: Sequence[Example]) -> Answered:
-        """Generated answers to `examples`. Raises Stopped within one token after a request to stop."""
+        """Generated answers to `examples`, of which each rank writes its share. Raises Stopped within one token after
+        a request to stop."""
+        own = parts_of(len(examples), self._ranks)[self._ranks.rank]
+        try:
+            answered: Answered | None = self._answered(prompt, examples[own.start : own.stop])
+        except Stopped:
+            answered = None
+        if self._ranks.size == 1 and answered is not None:
+            return answered
+        told = self._ranks.gather(None if answered is None else answered.to_json())
+        if None in told:
+            raise Stopped
+        return sum((Answered.from_json(each) for each in told), Answered([], [], []))
 
+    def _answered(self, prompt: SoftPrompt, examples: Sequence[Example]) -> Answered:
         def heard(*_: int) -> None:
             if self._stop():
                 raise Stopped

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from embedgrad.data.example import Example, check_examples
+from embedgrad.distributed.ranks import ALONE, Ranks
 from embedgrad.engine.model import Model
 from embedgrad.evaluation.targets import check_targets
 from embedgrad.prompt.prompt import SoftPrompt
-from embedgrad.train.checkpoints import tensor_hash
+from embedgrad.train.checkpoints import decode, encode, tensor_hash
 from embedgrad.train.monitors import Judge
 from embedgrad.train.progress import Progress, Quiet
 from embedgrad.train.resuming import on_its_date
-from embedgrad.train.run_folder import Resume, RunFolder
+from embedgrad.train.run_folder import Found, Resume, RunFolder
 from embedgrad.train.session import Session
 from embedgrad.train.settings import OptimizeConfig
 from embedgrad.util import environment
@@ -66,6 +68,7 @@ def optimize(
     terminate_cleanly: bool = False,
     judge: Judge | None = None,
     allow_other_bits: bool = False,
+    ranks: Ranks = ALONE,
 ) -> OptimizeResult:
     """Optimise `prompt` (which is not changed) on `train`; the best prompt is chosen on `validation`.
 
@@ -80,6 +83,10 @@ def optimize(
     threads or torch's version changed, which changes the bits. description: what config.yaml says, if more than the
     optimiser's settings. judge: how validations make and grade answers; default: exact answers, teacher-forced unless
     `accuracy_by` says otherwise.
+
+    ranks: the processes that do the run together (`embedgrad.distributed.join.join`); all call `optimize` with the same
+    arguments and get the same result. Each computes its part of every batch, validation and answer. The first alone
+    opens run_dir and informs `progress`. Their number is part of what decides about the bits.
 
     Ctrl-C ends the run after the step at hand, saves it and returns (a second one raises KeyboardInterrupt at once);
     with `terminate_cleanly` SIGTERM and SIGHUP do the same. Signals are left alone outside the main thread.
@@ -100,23 +107,47 @@ def optimize(
     validation = [example for example in validation or () if example.weight > 0]
     _check(config, train, validation)
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(RunFolder.open(run_dir, resume)) if run_dir is not None else None
-        if folder is not None:
-            folder.probe(4 * prompt.embeddings.numel() * prompt.embeddings.element_size())
-        stop = stack.enter_context(stop_on_signals(terminate_cleanly))
-        progress = progress or Quiet()
+        folder = None
+        if run_dir is not None:
+            space = 4 * prompt.embeddings.numel() * prompt.embeddings.element_size()
+            again = resume or ("auto" if ranks.restarted else False)
+            folder = ranks.only_first(lambda: stack.enter_context(_opened(run_dir, again, space)))
+        stop = stack.enter_context(stop_on_signals(terminate_cleanly, once=ranks.size == 1))
+        progress = progress if progress is not None and ranks.leads else Quiet()
         stack.callback(progress.stop)
         judge = _judge(judge or Judge(), config)
         for part, what in ((train, "training example"), (validation, "validation example")):
             check_targets(part, what, grader=judge.grader)
-        if folder is not None:
-            prompt, note = on_its_date(prompt, model, folder.load_state()[0])
-            if note is not None:
-                progress.note(note)
-        session = Session(model, prompt, train, validation, config, folder, progress, stop, judge)
-        session.begin(description, allow_other_bits)
+        found = _found(folder, ranks)
+        prompt, note = on_its_date(prompt, model, found.state)
+        if note is not None:
+            progress.note(note)
+        session = Session(model, prompt, train, validation, config, folder, progress, stop, judge, ranks)
+        session.begin(found, description, allow_other_bits)
         session.go()
         return _result(session)
+
+
+def _opened(path: str | os.PathLike[str], resume: Resume, checkpoint_bytes: int) -> RunFolder:
+    """The run folder, with room for checkpoints."""
+    folder = RunFolder.open(path, resume)
+    try:
+        folder.probe(checkpoint_bytes)
+    except BaseException:
+        folder.close()
+        raise
+    return folder
+
+
+def _found(folder: RunFolder | None, ranks: Ranks) -> Found:
+    """What the folder of rank 0 holds of an earlier session, on every rank."""
+    found = ranks.only_first(lambda: Found(None, [], []) if folder is None else folder.find())
+    if ranks.size == 1 and found is not None:
+        return found
+    saved = ranks.share(None if found is None or found.state is None else encode(found.state))
+    told = ranks.share(None if found is None else json.dumps([found.records, found.problems]).encode())
+    assert told is not None
+    return Found(None if saved is None else decode(saved), *json.loads(told))
 
 
 def _judge(judge: Judge, config: OptimizeConfig) -> Judge:

@@ -7,23 +7,46 @@ somebody looks at the state after a step, the next one is not launched before.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, Protocol
 
 from torch import Tensor
 
-from embedgrad.engine.prompt_trainer import Batch, PromptTrainer, StepResult
-from embedgrad.engine.runner import Launched, Prepared
+from embedgrad.engine.prompt_trainer import Batch, StepResult
+
+
+class Trainer(Protocol):
+    """Takes steps; see `PromptTrainer`. What `prepare` and `launch` return is its own affair."""
+
+    @property
+    def ahead(self) -> int:
+        """Steps that may be launched before the first of them is read: 0 or 1."""
+
+    def prepare(self, batch: Batch) -> Any:
+        """All of a step that the host can do early."""
+
+    def launch(self, prepared: Any, step: int, lr: float) -> Any:
+        """Start a step; `step` counts from 1."""
+
+    def read(self, launched: Any) -> StepResult:
+        """Wait for a step."""
+
+    def take_back(self) -> None:
+        """Undo the last step that was launched; once."""
+
+    def state(self, before_last: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """e, m and v on the CPU."""
 
 
 class Pipeline:
     """Steps of one trainer. Steps are counted from 0."""
 
     def __init__(
-        self, trainer: PromptTrainer, batch: Callable[[int], Batch], rate: Callable[[int], float], total: int
+        self, trainer: Trainer, batch: Callable[[int], Batch], rate: Callable[[int], float], total: int
     ) -> None:
         """batch(n), rate(n): the examples and the learning rate of step n. total: steps of the run."""
         self._trainer, self._batch, self._rate, self._total = trainer, batch, rate, total
-        self._launched: list[Launched] = []  # not read yet
-        self._ready: Prepared | None = None  # the step after them
+        self._launched: list[Any] = []  # not read yet
+        self._ready: Any = None  # the step after them
 
     @property
     def pending(self) -> int:

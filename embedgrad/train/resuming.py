@@ -21,8 +21,8 @@ from embedgrad.util.errors import ConfigError, TemplateError
 _LENGTH = ("steps", "epochs")
 
 
-def computation(model: Model) -> dict[str, Any]:
-    """What decides how numbers are rounded, beside model and settings: threads and kernels split the sums."""
+def computation(model: Model, ranks: int = 1) -> dict[str, Any]:
+    """What decides how numbers are rounded, beside model and settings: ranks, threads and kernels split the sums."""
     gpu = model.device.type == "cuda"
     return {
         "backend": model.backend,
@@ -30,6 +30,7 @@ def computation(model: Model) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "vector instructions": torch.backends.cpu.get_cpu_capability(),
         "torch": str(torch.__version__),
+        **({"ranks": ranks} if ranks > 1 else {}),
     }
 
 
@@ -74,7 +75,8 @@ def accept(saved: RunState, now: RunState, total: int, path: Path, allow_other_b
             f"the run in {path} has taken {saved.step} steps, and the settings now ask for {total}; ask for more."
         )
     notes = []
-    otherwise = differences(old, {COMPUTATION: new[COMPUTATION]})
+    computed = [{COMPUTATION: {"ranks": 1, **one[COMPUTATION]}} for one in (old, new) if COMPUTATION in one]
+    otherwise = differences(*computed) if len(computed) == 2 else []  # an earlier version did not note it
     if otherwise and goes_on(saved, total):
         told = ", ".join(otherwise)
         if not allow_other_bits:

@@ -11,6 +11,7 @@ import contextlib
 import json
 import os
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Literal
@@ -29,6 +30,16 @@ except ImportError:  # Windows has no flock, so a second process in the same fol
 
 Resume = bool | Literal["auto"]
 _PROBES = 4  # checkpoints for which a run needs space: two that are kept, one that is being written, and the prompt
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a folder holds of an earlier session: the newest usable checkpoint, its records, what is wrong with newer
+    ones."""
+
+    state: RunState | None
+    records: list[dict[str, Any]]
+    problems: list[str]
 
 
 class RunFolder:
@@ -110,6 +121,11 @@ class RunFolder:
         if state is None and checkpoints(self.checkpoints):
             raise ConfigError(f"the run in {self.path} cannot be resumed: {' '.join(problems)}")
         return state, problems
+
+    def find(self) -> Found:
+        """What an earlier session has left. Raises ConfigError where there are checkpoints but none can be used."""
+        state, problems = self.load_state()
+        return Found(state, [] if state is None else self.records(state.lines), problems)
 
     def save_state(self, state: RunState) -> None:
         """Writes a checkpoint, after a sync of metrics.jsonl, on whose lines the checkpoint depends."""

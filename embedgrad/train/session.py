@@ -6,13 +6,15 @@ import contextlib
 import math
 import random
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 
 from embedgrad.data.example import Example
+from embedgrad.distributed.ranks import ALONE, Ranks
+from embedgrad.engine.batch_split import split_batch
 from embedgrad.engine.model import Model
 from embedgrad.engine.prompt_trainer import Batch, PromptTrainer, StepResult
 from embedgrad.engine.scorer import Scorer
@@ -20,13 +22,15 @@ from embedgrad.engine.tree import prepare
 from embedgrad.maths.optimizer import SGD, AdamW, Rule, learning_rate
 from embedgrad.prompt.prompt import SoftPrompt
 from embedgrad.prompt.rendering import Rendered, render
+from embedgrad.train.agreement import SharedStop, check_alike, check_same_start
 from embedgrad.train.alarms import Alarms
 from embedgrad.train.checkpoints import RunState, check_counts, identity, tensor_hash
 from embedgrad.train.monitors import Answered, Judge, Monitors, Stopped, step_figures, weighted_share
-from embedgrad.train.pipeline import Pipeline
+from embedgrad.train.pipeline import Pipeline, Trainer
 from embedgrad.train.progress import Progress
+from embedgrad.train.ranked_trainer import RankedTrainer
 from embedgrad.train.resuming import accept, computation, goes_on, tokens_hash
-from embedgrad.train.run_folder import RunFolder
+from embedgrad.train.run_folder import Found, RunFolder
 from embedgrad.train.settings import OptimizeConfig
 from embedgrad.util.errors import SaveError, TrainingError
 from embedgrad.util.interrupts import StopRequest
@@ -51,9 +55,13 @@ class Session:
         progress: Progress,
         stop: StopRequest,
         judge: Judge,
+        ranks: Ranks = ALONE,
     ) -> None:
+        """ranks: the processes that take the run's steps together; the folder is with the first, None elsewhere."""
+        self.ranks = ranks
         self.model, self.prompt, self.train, self.validation = model, prompt, train, validation
-        self.config, self.folder, self.progress, self.stop = config, folder, progress, stop
+        self.config, self.folder, self.progress = config, folder, progress
+        self.stop = SharedStop(stop, ranks)
         self.total = config.total_steps(len(train))
         self.interval = config.validation_interval(len(train))
         self.anchor = prompt.anchor.to(prompt.embeddings.dtype)
@@ -64,10 +72,12 @@ class Session:
         rendered_too = _rendered(model, prompt, validation, "validation example")
         self.rendering = tokens_hash([*rendered, *rendered_too])
         self.sequences, held_out = prepare(rendered), prepare(rendered_too)
-        chunks = [held_out[i : i + _VALIDATION_CHUNK] for i in range(0, len(held_out), _VALIDATION_CHUNK)]
+        self.scored = split_batch(held_out, ranks.size)[ranks.rank]  # the validation examples that this rank scores
+        own = [held_out[i] for i in self.scored]
+        chunks = [own[i : i + _VALIDATION_CHUNK] for i in range(0, len(own), _VALIDATION_CHUNK)]
         self.scorer = Scorer(model, chunks, repeated=True)
         self.monitors = Monitors(
-            model, train, validation, config.monitors, config.seed, judge, lambda: self.stop.requested
+            model, train, validation, config.monitors, config.seed, judge, lambda: self.stop.asked, ranks
         )
         self.weights_hash = model.weights_hash()
         self.state = self._fresh()
@@ -85,30 +95,32 @@ class Session:
         return RunState(
             start, torch.zeros_like(start), torch.zeros_like(start), start.clone(),
             identity(
-                settings, self.train, self.validation, told, weights, self.rendering, computation(self.model)
+                settings, self.train, self.validation, told, weights, self.rendering,
+                computation(self.model, self.ranks.size),
             ),
         )  # fmt: skip
 
-    def begin(self, description: Mapping[str, Any] | None, allow_other_bits: bool = False) -> None:
-        """Go back to the newest checkpoint, if there is one, and bring the folder in line with it."""
-        if self.folder is None:
-            self.progress.start(self.total, 0)
-            return
-        saved, problems = self.folder.load_state()
-        notes: list[str] = []
+    def begin(
+        self, found: Found, description: Mapping[str, Any] | None, allow_other_bits: bool = False
+    ) -> None:  # fmt: skip
+        """Go back to the checkpoint that was found, if there is one, and bring the folder in line with it."""
+        if self.ranks.size > 1:
+            check_same_start(self.ranks, self.state.identity, self.config.model_dump(mode="json"))
+        saved, notes = found.state, []
         if saved is not None:
-            notes = accept(saved, self.state, self.total, self.folder.path, allow_other_bits)
-            check_counts(saved, self.state, self.total)
+            notes = self.ranks.only_first(lambda: self._accepted(found, allow_other_bits)) or []
             if goes_on(saved, self.total):
                 saved.identity, saved.stop_reason = self.state.identity, None
             self.state = saved
-            self.records = self.folder.records(saved.lines)
+            self.records = found.records
             self.alarms = Alarms(self.config.monitors, self.records)
         self.progress.start(self.total, self.state.step)
         for note in notes:
             self.progress.note(note)
-        for problem in problems:
+        for problem in found.problems:
             self.progress.note(f"{problem} Going on from step {self.state.step}.")
+        if self.folder is None:
+            return
         default = {
             "model": self.model.name,
             "prompt": self.prompt.text,
@@ -119,18 +131,26 @@ class Session:
         self._save_best()
         self._save()
 
+    def _accepted(self, found: Found, allow_other_bits: bool) -> list[str]:
+        assert found.state is not None
+        assert self.folder is not None
+        notes = accept(found.state, self.state, self.total, self.folder.path, allow_other_bits)
+        check_counts(found.state, self.state, self.total)
+        return notes
+
     def go(self) -> None:
         """Steps, validations and checkpoints until the run is over or asked to stop."""
         self.clock = self.settled = time.monotonic()
         state = self.state
         self._validate_if_due()
-        while state.stop_reason is None and not self.stop.requested:
+        while state.stop_reason is None and not self.stop.agree():
             if state.step >= self.total:
                 state.stop_reason = "completed"
                 break
             self._step()
             self._validate_if_due()
             if state.step % self.config.checkpoint_every == 0:
+                self._check_alike()
                 self._save()
         while self.pipeline.pending:  # where somebody asked to stop
             self._settle()
@@ -138,6 +158,7 @@ class Session:
         if not self.validation:
             state.best, state.best_step = state.e.clone(), state.step
             self._save_best()
+        self._check_alike()
         self._save()
 
     @cached_property
@@ -145,7 +166,10 @@ class Session:
         """The steps of this session, from the state as it is when they are first asked for."""
         state, config = self.state, self.config
         known = range(state.step, min(self.total, state.step + _SIZED))
-        trainer = PromptTrainer(
+        made: Callable[..., Trainer] = PromptTrainer
+        if self.ranks.size > 1:
+            made = partial(RankedTrainer, ranks=self.ranks)
+        trainer = made(
             self.model, (state.e, state.m, state.v), self.anchor, (self._batch(step) for step in known),
             region=config.trust_region, rule=rule_of(config), clip_norm=config.clip_norm, policy=config.memory_policy,
             memory_budget=config.memory_budget,
@@ -205,6 +229,12 @@ class Session:
         """Bring e, m and v to what they are after `state.step` steps."""
         self.state.e, self.state.m, self.state.v = self.pipeline.state()
 
+    def _check_alike(self) -> None:
+        """Raises TrainingError where the ranks no longer hold the same bits."""
+        if self.ranks.size > 1:
+            self._fetch()
+            check_alike(self.ranks, self.state)
+
     def _check(self, result: StepResult) -> None:
         """Raises TrainingError where the step was refused: the state is still that before it."""
         if bool(result.report.alive):
@@ -250,32 +280,45 @@ class Session:
     def _validate(self) -> tuple[dict[str, float], dict[str, Any]]:
         """Accuracy and loss, weighted as the examples are, and what the monitors say. Raises Stopped."""
         prompt = self.prompt.replace(embeddings=self.state.e)
-        answered = Answered([], [], []) if self.judge.generates else None
-        loss, right = 0.0, []
+        losses, right = self._score(prompt)
         weights = [example.weight for example in self.validation]
         total = math.fsum(weights)
+        loss, answered = 0.0, Answered([], [], []) if self.judge.generates else None
         for first in range(0, len(self.validation), _VALIDATION_CHUNK):
-            if self.stop.requested:
-                raise Stopped
-            chunk = self.validation[first : first + _VALIDATION_CHUNK]
-            with self._saved_on_failure():
-                details = self.scorer.details(prompt.embeddings, first // _VALIDATION_CHUNK)
-                if answered is not None:
-                    answered += self.monitors.answered(prompt, chunk)
-            shares = torch.tensor([example.weight / total for example in chunk], dtype=torch.float64)
-            loss += float(details.example_loss.double().cpu() @ shares)
-            right += details.exact.double().tolist()
+            chunk = slice(first, first + _VALIDATION_CHUNK)
+            shares = torch.tensor([weight / total for weight in weights[chunk]], dtype=torch.float64)
+            loss += float(torch.tensor(losses[chunk], dtype=torch.float64) @ shares)
+        written = _VALIDATION_CHUNK * self.ranks.size
         if answered is not None:
+            for first in range(0, len(self.validation), written):
+                with self._saved_on_failure():
+                    answered += self.monitors.answered(prompt, self.validation[first : first + written])
             right = [float(grade.correct) for grade in answered.grades]
         if not math.isfinite(loss):
             with self._saved_on_failure():
                 raise TrainingError(f"the validation loss is {loss} after step {self.state.step}{self._advice()}")
         accuracy = weighted_share(right, weights)
-        if self.stop.requested:
+        if self.stop.agree():
             raise Stopped
         with self._saved_on_failure():
             watched = self.monitors.validation_figures(prompt, accuracy, answered, self._recent())
         return {"accuracy": accuracy, "loss": loss}, watched
+
+    def _score(self, prompt: SoftPrompt) -> tuple[list[float], list[float]]:
+        """For each validation example its loss, and 1.0 where every target is the arg-max. Raises Stopped."""
+        told: list[tuple[float, float]] = []
+        for chunk in range(-(-len(self.scored) // _VALIDATION_CHUNK)):
+            if self.stop.asked:
+                break
+            with self._saved_on_failure():
+                details = self.scorer.details(prompt.embeddings, chunk)
+            told += zip(details.example_loss.double().tolist(), details.exact.double().tolist(), strict=True)
+        with self._saved_on_failure():
+            if self.stop.agree():
+                raise Stopped
+            by_rank = self.ranks.gather([self.scored, told])
+        pairs = {i: pair for members, scores in by_rank for i, pair in zip(members, scores, strict=True)}
+        return [pairs[i][0] for i in sorted(pairs)], [pairs[i][1] for i in sorted(pairs)]
 
     def _recent(self) -> tuple[float, int] | None:
         """Accuracy of the last steps' examples, each as it was just before its step, and their number."""

@@ -58,3 +58,11 @@ class SaveError(EmbedGradError):
 
 class ExportError(EmbedGradError):
     """A target of an export cannot express what it should hold, or its check failed."""
+
+
+class RankLost(EmbedGradError):
+    """Another process has ended or cannot be reached."""
+
+
+class ToldElsewhere(EmbedGradError):
+    """Another process has failed and has said why; there is nothing to add."""

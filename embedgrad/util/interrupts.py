@@ -28,13 +28,14 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def stop_on_signals(terminate: bool) -> Iterator[StopRequest]:
+def stop_on_signals(terminate: bool, once: bool = True) -> Iterator[StopRequest]:
     """Inside the block the first SIGINT (with `terminate` also SIGTERM and SIGHUP) only sets the request.
 
     SIGHUP stays ignored where it is, as under nohup.
 
-    The first signal also restores the previous handlers, so that a second signal acts at once. Python allows signal
-    handlers in the main thread only; in other threads the request is never set.
+    With `once` the first signal also restores the previous handlers, so that a second signal acts at once. A launcher
+    of several processes sends its signals more than once, and kills what does not end. Python allows signal handlers in
+    the main thread only; in other threads the request is never set.
     """
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
@@ -48,7 +49,8 @@ def stop_on_signals(terminate: bool) -> Iterator[StopRequest]:
 
     def note(number: int, frame: FrameType | None) -> None:
         request.reason = _REASONS[signal.Signals(number)]
-        restore()
+        if once:
+            restore()
 
     try:
         for number in _caught(terminate):

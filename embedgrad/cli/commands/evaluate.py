@@ -19,6 +19,8 @@ from embedgrad.cli.commands.shared import (
 )
 from embedgrad.data.example import Example
 from embedgrad.data.readers import read_jsonl
+from embedgrad.distributed.join import joined
+from embedgrad.distributed.ranks import Ranks
 from embedgrad.engine.model import Model
 from embedgrad.evaluation.evaluate import MEASURES, Evaluation, evaluate, paired_tests
 from embedgrad.evaluation.evaluate import shares as evaluation_shares
@@ -67,6 +69,13 @@ def run(prompt_path: Path, model_path: str | None, computing: Sequence[Any], opt
     computing: dtype, backend and device for the model in `model_path`; without that path the model is the
     configuration's.
     """
+    with joined() as ranks:
+        _run(ranks, prompt_path, model_path, computing, options)
+
+
+def _run(
+    ranks: Ranks, prompt_path: Path, model_path: str | None, computing: Sequence[Any], options: Options
+) -> None:  # fmt: skip
     if options.output is not None:
         check_target(options.output)
     if sum(given is not None for given in (options.config, options.task)) > 1 or not any(
@@ -86,9 +95,11 @@ def run(prompt_path: Path, model_path: str | None, computing: Sequence[Any], opt
     prompts = {"before": prompt.replace(embeddings=prompt.anchor)} if options.before else {}
     prompts["after"] = prompt
     results = {
-        when: evaluate(model, one, test.examples, test.labels, test.sampling, test.grader)
+        when: evaluate(model, one, test.examples, test.labels, test.sampling, test.grader, ranks)
         for when, one in prompts.items()
     }
+    if not ranks.leads:
+        return
     source = options.data or options.config or options.task
     content: dict[str, Any] = {"prompt": str(prompt_path), "model": model.name, "data": str(source)}
     content |= (

@@ -20,6 +20,8 @@ from embedgrad.cli.progress import Bar, JsonLines
 from embedgrad.cli.tables import tables
 from embedgrad.cli.terminal import tell
 from embedgrad.data.example import Example
+from embedgrad.distributed.join import joined
+from embedgrad.distributed.ranks import Ranks
 from embedgrad.engine.model import Model
 from embedgrad.evaluation.evaluate import MEASURES, Evaluation, evaluate, paired_tests
 from embedgrad.evaluation.evaluate import shares as evaluation_shares
@@ -48,14 +50,27 @@ def run(
     allow_other_bits: bool = False,
 ) -> int:
     """Runs the command. Returns its exit code. data: folder with the task's files. Raises EmbedGradError."""
-    overrides = with_folder(overrides, data)
+    with joined() as ranks:
+        return _run(ranks, config_path, with_folder(overrides, data), resume, quiet, as_json, allow_other_bits)
+
+
+def _run(
+    ranks: Ranks,
+    config_path: Path,
+    overrides: Sequence[str],
+    resume: bool,
+    quiet: bool,
+    as_json: bool,
+    allow_other_bits: bool,
+) -> int:
     planned = plan(load_run_config(config_path, overrides))
     config = planned.config
     folder = expand_path(config.run.folder) / str(config.run.name)
-    progress: Progress = JsonLines() if as_json else Quiet() if quiet else Bar()
+    progress: Progress = Quiet() if not ranks.leads else JsonLines() if as_json else Quiet() if quiet else Bar()
     description = config.model_dump(mode="json")
     seen_from(folder, description)
-    loggers = open_loggers(config.run.loggers, folder, description, progress.note)  # errors come before slow work
+    kinds = config.run.loggers if ranks.leads else ()
+    loggers = open_loggers(kinds, folder, description, progress.note)  # errors come before slow work
     progress = Several(progress, *loggers) if loggers else progress
     model = open_configured(config)
     parts = planned.parts(model.tokenizer)
@@ -66,13 +81,17 @@ def run(
         model, prompt, parts.train, parts.validation, config.optimize,
         run_dir=folder, resume=resume, progress=progress, description=description,
         terminate_cleanly=True, judge=planned.judge, allow_other_bits=allow_other_bits,
+        ranks=ranks,
     )  # fmt: skip
     if result.stop_reason in STOPPED:
-        sets = "".join(f" --set {_quoted(one)}" for one in overrides)
-        again = f"embedgrad optimize {shlex.quote(str(config_path))}{sets} --resume"
-        tell(f"Stopped after step {result.steps}, all of it saved; to go on: {again}")
+        if ranks.leads:
+            tell(
+                f"Stopped after step {result.steps}, all of it saved; to go on: {_again(config_path, overrides, ranks)}"
+            )
         return STOPPED[result.stop_reason]
-    tested = _test(model, prompt, result, parts.test, planned)
+    tested = _test(model, prompt, result, parts.test, planned, ranks)
+    if not ranks.leads:
+        return 0
     if tested:
         content = {when: evaluation.to_dict() for when, evaluation in tested.items()}
         write_text(folder / "test.json", json.dumps(content, ensure_ascii=False) + "\n")
@@ -86,19 +105,29 @@ def run(
     return 0
 
 
+def _again(config_path: Path, overrides: Sequence[str], ranks: Ranks) -> str:
+    """The command that resumes the run."""
+    sets = "".join(f" --set {_quoted(one)}" for one in overrides)
+    command = f"embedgrad optimize {shlex.quote(str(config_path))}{sets} --resume"
+    return command if ranks.size == 1 else f"{command}, on {ranks.size} processes as before"
+
+
 def _quoted(text: str) -> str:
     """`text` quoted as one word for a shell, which expands nothing in it."""
     return "'" + text.replace("'", "'\"'\"'") + "'"
 
 
 def _test(
-    model: Model, prompt: SoftPrompt, result: OptimizeResult, test: Sequence[Example], planned: Plan
-) -> dict[str, Evaluation]:
+    model: Model, prompt: SoftPrompt, result: OptimizeResult, test: Sequence[Example], planned: Plan,
+    ranks: Ranks,
+) -> dict[str, Evaluation]:  # fmt: skip
     """The evaluations on the test data, "before" and "after"; empty without test data."""
     if not test:
         return {}
     return {
-        when: evaluate(model, one, test, labels=planned.labels, sampling=planned.sampling, grader=planned.grader)
+        when: evaluate(
+            model, one, test, labels=planned.labels, sampling=planned.sampling, grader=planned.grader, ranks=ranks
+        )
         for when, one in (("before", result.prompt.replace(embeddings=prompt.embeddings)), ("after", result.prompt))
     }
 
