@@ -128,6 +128,14 @@ def study(
 
 
 @app.command()
+def sweep(config: ConfigFile, set_: Sets = None, data: TaskFolder = None, quiet: Quiet = False) -> None:
+    """Search settings by many runs, and test the best. Run it again to continue; run it twice for two workers."""
+    from embedgrad.cli.commands.sweep import run
+
+    raise typer.Exit(run(config, set_ or [], data, quiet))
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs, such as runs/NAME.")],
     output: Annotated[

@@ -7,6 +7,7 @@ import datetime
 import os
 import secrets
 import socket
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -97,7 +98,7 @@ def _store(place: Place) -> Any:
             f"{str(error).splitlines()[0]}; start all of them, and choose a free MASTER_PORT."
         ) from error
     store.set_timeout(datetime.timedelta(seconds=_MEETING))
-    return torch.distributed.PrefixStore("embedgrad", store)
+    return torch.distributed.PrefixStore(f"embedgrad/{place.attempt}", store)
 
 
 def _lifeline(place: Place, store: Any) -> lifeline.Lifeline:
@@ -105,8 +106,15 @@ def _lifeline(place: Place, store: Any) -> lifeline.Lifeline:
         token, server = secrets.token_hex(16), lifeline.listen(place.address)
         store.set("lifeline", f"{server.getsockname()[1]} {token}")
         return lifeline.accept(server, place.size - 1, token, _MEETING)
-    port, token = store.get("lifeline").decode().split()
-    return lifeline.connect(place.address, int(port), token, _MEETING)
+    until = time.monotonic() + _MEETING
+    while True:  # what the store says may be of an attempt whose rank 0 has died
+        port, token = store.get("lifeline").decode().split()
+        try:
+            return lifeline.connect(place.address, int(port), token)
+        except EmbedGradError:
+            if time.monotonic() > until:
+                raise
+        time.sleep(0.2)
 
 
 def _check_gpus(ranks: Ranks) -> None:

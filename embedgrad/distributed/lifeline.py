@@ -115,10 +115,10 @@ def accept(server: socket.socket, others: int, token: str, seconds: float) -> Li
     return Lifeline(found)
 
 
-def connect(address: str, port: int, token: str, seconds: float) -> Lifeline:
+def connect(address: str, port: int, token: str) -> Lifeline:
     """The lifeline of another rank. Raises EmbedGradError where rank 0 cannot be reached."""
     try:
-        connection = socket.create_connection((address, port), timeout=seconds)
+        connection = socket.create_connection((address, port), timeout=20)
         connection.sendall(token.encode())
     except OSError as error:
         raise EmbedGradError(

@@ -17,7 +17,7 @@ class Place:
     """Where this process stands.
 
     rank: its number among `size` processes. local_rank: its number on this machine. address, port: where the processes
-    meet. restarted: whether the launcher has started the processes again after one of them died.
+    meet. attempt: how often the launcher has started the processes again after one of them died.
     """
 
     rank: int
@@ -25,7 +25,7 @@ class Place:
     local_rank: int
     address: str
     port: int
-    restarted: bool = False
+    attempt: int = 0
 
 
 def find_place(environment: Mapping[str, str] = os.environ) -> Place | None:
@@ -56,7 +56,7 @@ def _by_torchrun(environment: Mapping[str, str]) -> Place | None:
     return _checked(
         Place(
             rank, size, _number(environment, "LOCAL_RANK", rank), environment["MASTER_ADDR"],
-            _number(environment, "MASTER_PORT", 0), _number(environment, "TORCHELASTIC_RESTART_COUNT", 0) > 0,
+            _number(environment, "MASTER_PORT", 0), _number(environment, "TORCHELASTIC_RESTART_COUNT", 0),
         )
     )  # fmt: skip
 
@@ -73,7 +73,7 @@ def _by_srun(environment: Mapping[str, str]) -> Place:
             _number(environment, "SLURM_LOCALID", 0),
             address,
             _number(environment, "MASTER_PORT", _FIRST_PORT + job % _PORTS),
-            _number(environment, "SLURM_RESTART_COUNT", 0) > 0,
+            _number(environment, "SLURM_RESTART_COUNT", 0),
         )
     )
 

@@ -148,7 +148,7 @@ class Monitors:
         a request to stop."""
         own = parts_of(len(examples), self._ranks)[self._ranks.rank]
         try:
-            answered: Answered | None = self._answered(prompt, examples[own.start : own.stop])
+            answered: Answered | None = self._answered(prompt, examples[own.start : own.stop], own.start)
         except Stopped:
             answered = None
         if self._ranks.size == 1 and answered is not None:
@@ -158,14 +158,16 @@ class Monitors:
             raise Stopped
         return sum((Answered.from_json(each) for each in told), Answered([], [], []))
 
-    def _answered(self, prompt: SoftPrompt, examples: Sequence[Example]) -> Answered:
+    def _answered(self, prompt: SoftPrompt, examples: Sequence[Example], first_stream: int) -> Answered:
         def heard(*_: int) -> None:
             if self._stop():
                 raise Stopped
 
         rendered = [render_query(self._model, prompt, example.query) for example in examples]
         assert self._sampling is not None
-        answers = write_answers(self._model, prompt, rendered, self._sampling, on_token=heard)
+        answers = write_answers(
+            self._model, prompt, rendered, self._sampling, on_token=heard, first_stream=first_stream
+        )
         targets = [self._text(example) for example in examples]
         grades = [self._judge.grader.grade(a.text, t) for a, t in zip(answers, targets, strict=True)]
         return Answered(answers, targets, grades)

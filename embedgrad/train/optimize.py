@@ -19,7 +19,7 @@ from embedgrad.train.monitors import Judge
 from embedgrad.train.progress import Progress, Quiet
 from embedgrad.train.resuming import on_its_date
 from embedgrad.train.run_folder import Found, Resume, RunFolder
-from embedgrad.train.session import Session
+from embedgrad.train.session import Prune, Session
 from embedgrad.train.settings import OptimizeConfig
 from embedgrad.util import environment
 from embedgrad.util.errors import ConfigError, DataError, TrainingError
@@ -33,7 +33,7 @@ class OptimizeResult:
     prompt: the best by validation (with the trust region and its figures in `metadata`); last_prompt: after the last
     step. history, validations, alarms: the records of metrics.jsonl. before, after: accuracy and loss on the validation
     data of the prompt as it started and of the best one; None without validation data. stop_reason: "completed",
-    "early stopping", "alarm", or, where a signal ended it and it can be resumed, "interrupted" (SIGINT),
+    "early stopping", "alarm", "pruned", or, where a signal ended it and it can be resumed, "interrupted" (SIGINT),
     "terminated" (SIGTERM) or "hung up" (SIGHUP).
     train_seconds: time in steps, validations and checkpoints, over all sessions of the run. min_similarity: the lowest
     cosine of a row of `prompt` with its anchor.
@@ -69,6 +69,7 @@ def optimize(
     judge: Judge | None = None,
     allow_other_bits: bool = False,
     ranks: Ranks = ALONE,
+    prune: Prune | None = None,
 ) -> OptimizeResult:
     """Optimise `prompt` (which is not changed) on `train`; the best prompt is chosen on `validation`.
 
@@ -83,6 +84,8 @@ def optimize(
     threads or torch's version changed, which changes the bits. description: what config.yaml says, if more than the
     optimiser's settings. judge: how validations make and grade answers; default: exact answers, teacher-forced unless
     `accuracy_by` says otherwise.
+
+    prune: called with the record of each validation; where it returns True, the run ends there ("pruned").
 
     ranks: the processes that do the run together (`embedgrad.distributed.join.join`); all call `optimize` with the same
     arguments and get the same result. Each computes its part of every batch, validation and answer. The first alone
@@ -122,7 +125,7 @@ def optimize(
         prompt, note = on_its_date(prompt, model, found.state)
         if note is not None:
             progress.note(note)
-        session = Session(model, prompt, train, validation, config, folder, progress, stop, judge, ranks)
+        session = Session(model, prompt, train, validation, config, folder, progress, stop, judge, ranks, prune)
         session.begin(found, description, allow_other_bits)
         session.go()
         return _result(session)

@@ -32,6 +32,10 @@ Resume = bool | Literal["auto"]
 _PROBES = 4  # checkpoints for which a run needs space: two that are kept, one that is being written, and the prompt
 
 
+class FolderInUse(ConfigError):
+    """Another process works in the run folder."""
+
+
 @dataclass(frozen=True)
 class Found:
     """What a folder holds of an earlier session: the newest usable checkpoint, its records, what is wrong with newer
@@ -74,7 +78,7 @@ class RunFolder:
         except OSError as error:
             folder.close()
             if isinstance(error, BlockingIOError):
-                raise ConfigError(
+                raise FolderInUse(
                     f"another process is working in {path}; wait for it or choose another name."
                 ) from error
             raise SaveError(f"cannot lock {path}: {error.strerror or error}.") from error

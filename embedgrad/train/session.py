@@ -7,7 +7,7 @@ import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,6 +41,10 @@ _SIZED = 2000  # steps whose sizes are known before the first
 _VALIDATION_CHUNK = 64  # examples between two looks at whether to stop
 
 
+Prune = Callable[[Mapping[str, Any]], bool]
+"""Whether a run ends with this record of a validation."""
+
+
 class Session:
     """One session of one run. `state` is whole between any two lines of `go`, so it can be saved there."""
 
@@ -56,9 +60,10 @@ class Session:
         stop: StopRequest,
         judge: Judge,
         ranks: Ranks = ALONE,
+        prune: Prune | None = None,
     ) -> None:
         """ranks: the processes that take the run's steps together; the folder is with the first, None elsewhere."""
-        self.ranks = ranks
+        self.ranks, self.prune = ranks, prune
         self.model, self.prompt, self.train, self.validation = model, prompt, train, validation
         self.config, self.folder, self.progress = config, folder, progress
         self.stop = SharedStop(stop, ranks)
@@ -81,6 +86,7 @@ class Session:
         )
         self.weights_hash = model.weights_hash()
         self.state = self._fresh()
+        self._pipeline: Pipeline | None = None
         self.clock = self.settled = time.monotonic()
 
     def _fresh(self) -> RunState:
@@ -119,6 +125,8 @@ class Session:
             self.progress.note(note)
         for problem in found.problems:
             self.progress.note(f"{problem} Going on from step {self.state.step}.")
+        if self.ranks.size > 1:
+            self.pipeline  # noqa: B018 (its making connects the ranks, so all make it now)
         if self.folder is None:
             return
         default = {
@@ -161,9 +169,14 @@ class Session:
         self._check_alike()
         self._save()
 
-    @cached_property
+    @property
     def pipeline(self) -> Pipeline:
         """The steps of this session, from the state as it is when they are first asked for."""
+        if self._pipeline is None:  # a cached_property would lock out other threads while ranks meet
+            self._pipeline = self._begin_steps()
+        return self._pipeline
+
+    def _begin_steps(self) -> Pipeline:
         state, config = self.state, self.config
         known = range(state.step, min(self.total, state.step + _SIZED))
         made: Callable[..., Trainer] = PromptTrainer
@@ -276,6 +289,10 @@ class Session:
         self._look_at(record)
         if self.config.patience is not None and state.stale >= self.config.patience and state.step < self.total:
             state.stop_reason = "early stopping"
+        if self.prune is None or state.step >= self.total or state.stop_reason is not None:
+            return
+        if self.ranks.any(self.ranks.leads and self.prune(record)):
+            state.stop_reason = "pruned"
 
     def _validate(self) -> tuple[dict[str, float], dict[str, Any]]:
         """Accuracy and loss, weighted as the examples are, and what the monitors say. Raises Stopped."""
@@ -288,11 +305,11 @@ class Session:
             chunk = slice(first, first + _VALIDATION_CHUNK)
             shares = torch.tensor([weight / total for weight in weights[chunk]], dtype=torch.float64)
             loss += float(torch.tensor(losses[chunk], dtype=torch.float64) @ shares)
-        written = _VALIDATION_CHUNK * self.ranks.size
         if answered is not None:
-            for first in range(0, len(self.validation), written):
+            for first in range(0, len(self.validation), _VALIDATION_CHUNK):
+                chunk = slice(first, first + _VALIDATION_CHUNK)
                 with self._saved_on_failure():
-                    answered += self.monitors.answered(prompt, self.validation[first : first + written])
+                    answered += self.monitors.answered(prompt, self.validation[chunk])
             right = [float(grade.correct) for grade in answered.grades]
         if not math.isfinite(loss):
             with self._saved_on_failure():

@@ -342,6 +342,44 @@ class CompareSection(_Section):
     paraphrases: tuple[Wording, ...] | None = None  # other wordings of the prompt; default: the task's
 
 
+class RangeSection(_Section):
+    """Numbers from `low` to `high`; whole ones where both are whole. log: small ones as often as large ones."""
+
+    low: Annotated[int | float, BeforeValidator(_not_bool)]
+    high: Annotated[int | float, BeforeValidator(_not_bool)]
+    log: bool = False
+    step: Annotated[int | float, BeforeValidator(_not_bool), Field(gt=0)] | None = None
+
+    @model_validator(mode="after")
+    def _in_order(self) -> RangeSection:
+        if self.low >= self.high:
+            raise ValueError(f"low is {self.low}, but should be below high, which is {self.high}")
+        if self.log and (self.low <= 0 or self.step is not None):
+            raise ValueError("should have a low above 0 and no step where log is true")
+        return self
+
+
+def _values(value: object) -> object:
+    if not isinstance(value, Sequence) or isinstance(value, str) or not value:
+        raise ValueError("should be a list of values, or a mapping with low and high")
+    return value
+
+
+class SweepSection(_Section):
+    """The settings of `embedgrad sweep`. parameters: for each setting, such as optimize.learning_rate, a list of values
+    or a range."""
+
+    parameters: Annotated[
+        dict[str, RangeSection | Annotated[tuple[Any, ...], BeforeValidator(_values)]], Field(min_length=1)
+    ]
+    trials: Annotated[Int, Field(ge=1)] = 20
+    sampler: Literal["tpe", "random", "grid"] = "tpe"
+    pruner: Literal["median", "halving", "none"] = "median"
+    unpruned: Annotated[Int, Field(ge=1)] = 4  # trials that end before the first one may be pruned
+    seed: Annotated[Int, Field(ge=0, lt=1 << 32)] = 0
+    storage: str | None = None  # a database's URL; default: a file in the sweep's folder
+
+
 class SamplingSection(_Section):
     """How answers are generated; the fields are those of `embedgrad.generation.sampling.Sampling`."""
 
@@ -371,6 +409,7 @@ class RunConfig(_Section):
     optimize: OptimizeConfig = OptimizeConfig()
     run: RunSection = RunSection()
     compare: CompareSection = CompareSection()
+    sweep: SweepSection | None = None
     sampling: SamplingSection | None = None  # default: greedy, with enough tokens for the longest target
 
     @model_validator(mode="before")

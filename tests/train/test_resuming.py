@@ -112,7 +112,7 @@ def test_another_machine_is_said(name: str, folder: Path, tmp_path: Path, monkey
     begun = start(folder)
     run(begun, tmp_path / "run", stop_at=2)
     here = resuming.computation(begun[0])
-    monkeypatch.setattr("embedgrad.train.session.computation", lambda model: {**here, name: COMPUTATIONS[name]})
+    monkeypatch.setattr("embedgrad.train.session.computation", lambda *_: {**here, name: COMPUTATIONS[name]})
     said = rf"the computation's {name} \({here[name]}, now {COMPUTATIONS[name]}\)"
     with pytest.raises(ConfigError, match=f"{said}.*--allow-other-bits".replace("+", r"\+")):
         run(begun, tmp_path / "run")

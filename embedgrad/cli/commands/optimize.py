@@ -6,6 +6,7 @@ import json
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from embedgrad.cli.commands.shared import (
     STOPPED,
@@ -21,11 +22,12 @@ from embedgrad.cli.tables import tables
 from embedgrad.cli.terminal import tell
 from embedgrad.data.example import Example
 from embedgrad.distributed.join import joined
-from embedgrad.distributed.ranks import Ranks
+from embedgrad.distributed.ranks import ALONE, Ranks
 from embedgrad.engine.model import Model
 from embedgrad.evaluation.evaluate import MEASURES, Evaluation, evaluate, paired_tests
 from embedgrad.evaluation.evaluate import shares as evaluation_shares
 from embedgrad.prompt.prompt import SoftPrompt
+from embedgrad.tasks.parts import Parts
 from embedgrad.train.checks import check_parts
 from embedgrad.train.loggers import open_loggers
 from embedgrad.train.optimize import OptimizeResult, optimize
@@ -89,20 +91,31 @@ def _run(
                 f"Stopped after step {result.steps}, all of it saved; to go on: {_again(config_path, overrides, ranks)}"
             )
         return STOPPED[result.stop_reason]
-    tested = _test(model, prompt, result, parts.test, planned, ranks)
+    tested, summary = finish(folder, model, prompt, result.prompt, parts, planned, ranks)
     if not ranks.leads:
         return 0
+    if as_json:
+        print(json.dumps({"kind": "summary", **summary}))
+    elif not quiet:
+        _report(result, tested, folder)
+    return 0
+
+
+def finish(
+    folder: Path, model: Model, start: SoftPrompt, best: SoftPrompt, parts: Parts, planned: Plan, ranks: Ranks = ALONE
+) -> tuple[dict[str, Evaluation], dict[str, Any]]:  # fmt: skip
+    """Test a run's prompt before and after: (the evaluations, the values of summary.json). Rank 0 writes test.json and
+    summary.json. start: the prompt with which the run began."""
+    tested = _test(model, start, best, parts.test, planned, ranks)
+    if not ranks.leads:
+        return tested, {}
     if tested:
         content = {when: evaluation.to_dict() for when, evaluation in tested.items()}
         write_text(folder / "test.json", json.dumps(content, ensure_ascii=False) + "\n")
     about = {"task": planned.task.name, "leakage": parts.leakage.to_dict(), "peak_memory_bytes": peak_memory()}
     summary = {**read_summary(folder), **figures(tested), **about}
     write_summary(folder, summary)
-    if as_json:
-        print(json.dumps({"kind": "summary", **summary}))
-    elif not quiet:
-        _report(result, tested, folder)
-    return 0
+    return tested, summary
 
 
 def _again(config_path: Path, overrides: Sequence[str], ranks: Ranks) -> str:
@@ -118,7 +131,7 @@ def _quoted(text: str) -> str:
 
 
 def _test(
-    model: Model, prompt: SoftPrompt, result: OptimizeResult, test: Sequence[Example], planned: Plan,
+    model: Model, start: SoftPrompt, best: SoftPrompt, test: Sequence[Example], planned: Plan,
     ranks: Ranks,
 ) -> dict[str, Evaluation]:  # fmt: skip
     """The evaluations on the test data, "before" and "after"; empty without test data."""
@@ -128,7 +141,7 @@ def _test(
         when: evaluate(
             model, one, test, labels=planned.labels, sampling=planned.sampling, grader=planned.grader, ranks=ranks
         )
-        for when, one in (("before", result.prompt.replace(embeddings=prompt.embeddings)), ("after", result.prompt))
+        for when, one in (("before", best.replace(embeddings=start.embeddings)), ("after", best))
     }
 
 

@@ -25,12 +25,15 @@ def run(folders: Sequence[Path], output: Path | None, examples: int) -> None:
         )
     check_target(output)
     plotly_script()  # raises for a missing library before anything is read
-    built = content.build([read_run(folder) for folder in folders], examples)
+    write_page(content.build([read_run(folder) for folder in folders], examples), output)
+    print(f"Written: {output} and {output.with_suffix('.md')}")
+
+
+def write_page(built: content.Content, output: Path) -> None:
+    """Writes the page, and its Markdown twin with its pictures beside it. Raises ConfigError, SaveError."""
     write_atomic(output, page.render(built, _version()).encode("utf-8", "replace"))
     drawn = _draw(built, output) if pictures.available() else {}
-    twin = output.with_suffix(".md")
-    write_atomic(twin, markdown.render(built, drawn, _version()).encode("utf-8", "replace"))
-    print(f"Written: {output} and {twin}")
+    write_atomic(output.with_suffix(".md"), markdown.render(built, drawn, _version()).encode("utf-8", "replace"))
 
 
 def _draw(built: content.Content, output: Path) -> dict[str, str]:

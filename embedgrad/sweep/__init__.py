@@ -1,0 +1,1 @@
+"""A search over settings: a study of Optuna whose trials are ordinary runs."""

@@ -1,0 +1,105 @@
+"""Opens the study of a sweep: its storage, sampler and pruner, all Optuna's."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import inspect
+import json
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from embedgrad.sweep.space import grid
+from embedgrad.train.settings import SweepSection
+from embedgrad.util.errors import ConfigError
+from embedgrad.util.shown import first_line
+
+BEAT, GRACE = 5, 30  # seconds between two signs of life of a worker, and until one without is taken for dead
+FOLDER, IDENTITY, PROBLEM, LOSS, WORKERS = "folder", "identity", "problem", "loss", "workers"
+
+
+def open_study(section: SweepSection, folder: Path, identity: Mapping[str, Any], maximise: bool) -> Any:
+    """The study in its storage, made by the first worker. Raises ConfigError (no Optuna, a database that cannot be
+    used, a study of other settings)."""
+    optuna = _optuna()
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    url = section.storage or f"sqlite:///{(folder / 'study.db').absolute()}"
+    options: dict[str, Any] = {"heartbeat_interval": BEAT, "grace_period": GRACE}
+    known = inspect.signature(optuna.storages.RDBStorage.__init__).parameters
+    name = "heartbeat_stale_trial_callback" if "heartbeat_stale_trial_callback" in known else "failed_trial_callback"
+    options[name] = take_over
+    if url.startswith("sqlite"):
+        options["engine_kwargs"] = {"connect_args": {"timeout": 60}}
+    own = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
+    with alone(folder), warnings.catch_warnings():  # two workers that make the tables at once would disturb each other
+        warnings.simplefilter("ignore")  # Optuna calls its heartbeat experimental
+        try:
+            storage = optuna.storages.RDBStorage(url, **options)
+            study = optuna.create_study(
+                storage=storage, study_name=folder.name, load_if_exists=True,
+                direction="maximize" if maximise else "minimize", pruner=_pruner(optuna, section),
+            )  # fmt: skip
+        except Exception as error:  # SQLAlchemy's and the drivers' errors have no common base
+            raise ConfigError(f"the sweep's storage {url} cannot be used: {first_line(error)}") from error
+        known_as = study.user_attrs.get(IDENTITY)
+        if known_as is None:
+            study.set_user_attr(IDENTITY, own)
+        elif known_as != own:
+            raise ConfigError(
+                f"{folder} holds a sweep of other settings, parameters, data or another model; give another run.name, "
+                "or remove it."
+            )
+        worker = study.user_attrs.get(WORKERS, 0)
+        study.set_user_attr(WORKERS, worker + 1)
+    study.sampler = _sampler(optuna, section, worker)
+    return study
+
+
+def take_over(study: Any, trial: Any) -> None:
+    """Let another worker go on with the trial of a worker that died, in the same run folder."""
+    study.enqueue_trial(trial.params, user_attrs={FOLDER: trial.user_attrs.get(FOLDER)})
+
+
+def fail_stale(study: Any) -> None:
+    """Take over the trials of workers that died."""
+    _optuna().storages.fail_stale_trials(study)
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError as error:
+        raise ConfigError("a sweep needs Optuna; pip install 'embedgrad[sweep]' brings it.") from error
+    return optuna
+
+
+def _sampler(optuna: Any, section: SweepSection, worker: int) -> Any:
+    """The sampler of one worker; two with one seed would try the same values."""
+    seed = (section.seed + 7919 * worker) % (1 << 32)
+    if section.sampler == "grid":
+        return optuna.samplers.GridSampler(grid(section), seed=seed)
+    if section.sampler == "random":
+        return optuna.samplers.RandomSampler(seed=seed)
+    return optuna.samplers.TPESampler(seed=seed, n_startup_trials=section.unpruned, constant_liar=True)
+
+
+def _pruner(optuna: Any, section: SweepSection) -> Any:
+    if section.pruner == "none":
+        return optuna.pruners.NopPruner()
+    if section.pruner == "halving":
+        return optuna.pruners.SuccessiveHalvingPruner()
+    return optuna.pruners.MedianPruner(n_startup_trials=section.unpruned, n_warmup_steps=1)
+
+
+@contextlib.contextmanager
+def alone(folder: Path) -> Iterator[None]:
+    """Inside the block no other worker on this machine is inside one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "ab") as lock:
+        with contextlib.suppress(ImportError):
+            import fcntl
+
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
