@@ -7,8 +7,8 @@ import json
 import random
 import time
 import warnings
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from embedgrad.compare.arms import OPTIMISED
 from embedgrad.compare.outcome import Outcome, item_hashes, verdicts
 from embedgrad.compare.peft_tuning import tune
 from embedgrad.data.example import Example
+from embedgrad.distributed.ranks import ALONE, Ranks
 from embedgrad.engine.model import Model
 from embedgrad.evaluation.evaluate import Evaluation, evaluate
 from embedgrad.prompt.prompt import SoftPrompt
@@ -60,18 +61,32 @@ class _Notes(Quiet):
 class Runner:
     """A comparison in `folder`. Raises ConfigError where the folder belongs to other settings or another model."""
 
-    def __init__(self, plan: Plan, model: Model, folder: Path) -> None:
-        self.model, self.folder = model, folder
+    def __init__(self, plan: Plan, model: Model, folder: Path, ranks: Ranks = ALONE) -> None:
+        """ranks: processes that share each arm's steps and items; the first reads and writes the folder."""
+        self.model, self.folder, self.ranks = model, folder, ranks
         self._parts: dict[int, Parts] = {}
-        folder.mkdir(parents=True, exist_ok=True)
-        known = _read_identity(folder / IDENTITY)
+        known = self._from_first(lambda: _read_identity(folder / IDENTITY))
         self.plan = replace(plan, date=None if known is None else known.get("date"))  # the day on which it began
         own = self._identity()
+        ranks.only_first(lambda: self._begin(known, own))
+
+    def _begin(self, known: dict[str, Any] | None, own: dict[str, Any]) -> None:
+        folder = self.folder
+        folder.mkdir(parents=True, exist_ok=True)
         if known is not None and _without_places(known) != own:
             raise ConfigError(
                 f"{folder} holds arms of other settings, data or another model; give another run.name, or remove it."
             )
         write_atomic(folder / IDENTITY, (json.dumps(own, indent=1, sort_keys=True) + "\n").encode())
+
+    def _from_first(self, read: Callable[[], Any]) -> Any:
+        """What `read` returns (what JSON can say) on rank 0."""
+        if self.ranks.size == 1:
+            return read()
+        found = self.ranks.only_first(read)
+        told = self.ranks.share(json.dumps(found).encode())
+        assert told is not None
+        return json.loads(told)
 
     def _identity(self) -> dict[str, Any]:
         """Everything that all arms depend on, except the data: each outcome holds the hashes of its items."""
@@ -149,12 +164,14 @@ class Runner:
         place = self.place(arm.name, seed, fold)
         parts = self.parts(fold)
         items = item_hashes(parts.test)
-        known = Outcome.load(place)
-        if known is not None:
+        stored = self._from_first(lambda: None if (o := Outcome.load(place)) is None else asdict(o))
+        if stored is not None:
+            known = Outcome(**stored)
             if known.items != items:
                 raise ConfigError(f"{place} was tested on other items; give another run.name, or remove it.")
             return known
-        place.mkdir(parents=True, exist_ok=True)
+        if self.ranks.leads:
+            place.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
         candidates = arm.candidates(self.model, parts.train, seed)
         if arm.training is None:
@@ -167,17 +184,19 @@ class Runner:
             arm=arm.name, title=arm.title, seed=seed, fold=fold, items=items, correct=verdicts(evaluation),
             answers=evaluation.statistics.to_dict(), seconds=spent, **figures,
         )  # fmt: skip
-        outcome.save(place)
+        if self.ranks.leads:
+            outcome.save(place)
         return outcome
 
     def records(self, arm: str, seed: int, fold: int) -> list[dict[str, Any]]:
         """The records in metrics.jsonl of an optimised arm."""
-        return read_metrics(self.place(arm, seed, fold))[0]
+        records: list[dict[str, Any]] = self._from_first(lambda: read_metrics(self.place(arm, seed, fold))[0])
+        return records
 
     def evaluate(self, prompt: SoftPrompt, examples: Sequence[Example]) -> Evaluation:
         """Evaluates a prompt with the configuration's labels, sampling and grader."""
         plan = self.plan
-        return evaluate(self.model, prompt, examples, plan.labels, plan.sampling, plan.grader)
+        return evaluate(self.model, prompt, examples, plan.labels, plan.sampling, plan.grader, self.ranks)
 
     def budget(self, outcomes: Sequence[Outcome], fold: int) -> int | None:
         """Forward plus backward tokens of the optimised prompt on this fold, for its first seed; None before it ran."""
@@ -222,7 +241,7 @@ class Runner:
         result = optimize(
             self.model, prompt, train, validation, config,
             run_dir=place, resume="auto", description=description, terminate_cleanly=True, judge=self.plan.judge,
-            progress=_Notes(), allow_other_bits=True,
+            progress=_Notes(), allow_other_bits=True, ranks=self.ranks,
         )  # fmt: skip
         if result.stop_reason in REASONS:
             raise Stopped(result.stop_reason)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import threading
+import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -69,6 +70,7 @@ def on_ranks(size: int, work: Callable[[Ranks], T]) -> list[T]:
             results[rank] = work(ThreadRanks(rank, size, table))
         except BaseException as error:
             errors[rank] = error
+            time.sleep(0.5)  # lets the others leave a barrier that all have reached
             table.barrier.abort()
 
     threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]

@@ -13,6 +13,8 @@ from embedgrad.compare.arms import arms
 from embedgrad.compare.outcome import Outcome
 from embedgrad.compare.runner import Runner, Stopped
 from embedgrad.compare.table import columns, explanation, lines, markdown, to_json
+from embedgrad.distributed.join import joined
+from embedgrad.distributed.ranks import Ranks
 from embedgrad.evaluation.statistics import Accuracy
 from embedgrad.train.paths import expand_path
 from embedgrad.train.plan import plan
@@ -24,12 +26,16 @@ SHOWN = ("generated_accuracy", "choice_accuracy")  # measures on the terminal; t
 
 def run(config_path: Path, overrides: Sequence[str], data: Path | None, quiet: bool, as_json: bool) -> int:
     """Runs the command. Returns its exit code. Raises EmbedGradError."""
-    overrides = with_folder(overrides, data)
+    with joined() as ranks:
+        return _run(ranks, config_path, with_folder(overrides, data), quiet or not ranks.leads, as_json and ranks.leads)
+
+
+def _run(ranks: Ranks, config_path: Path, overrides: Sequence[str], quiet: bool, as_json: bool) -> int:
     planned = plan(load_run_config(config_path, overrides))
     section = planned.config.run
     folder = expand_path(section.folder) / f"{section.name}-compare"
     model = open_configured(planned.config)
-    runner = Runner(planned, model, folder)
+    runner = Runner(planned, model, folder, ranks)
     chosen, notes = arms(runner.plan, model)
     notes.insert(0, runner.parts(runner.folds[0]).leakage.sentence() + ".")
 
@@ -50,10 +56,12 @@ def run(config_path: Path, overrides: Sequence[str], data: Path | None, quiet: b
                     if as_json:
                         print(json.dumps({"kind": "outcome", **vars(outcome)}), flush=True)
                     say(_told(outcome, len(runner.folds)))
-            _write(folder, outcomes, notes)
+            if ranks.leads:
+                _write(folder, outcomes, notes)
     except (KeyboardInterrupt, Stopped) as stopped:
         reason = stopped.reason if isinstance(stopped, Stopped) else "interrupted"
-        tell("Stopped; the same command goes on from here.")
+        if ranks.leads:
+            tell("Stopped; the same command goes on from here.")
         return STOPPED[reason]
     if not (quiet or as_json):
         _show(outcomes)

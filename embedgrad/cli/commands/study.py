@@ -11,6 +11,8 @@ from embedgrad.cli.terminal import tell
 from embedgrad.compare.runner import Runner, Stopped
 from embedgrad.compare.studies import NAMES, find_study
 from embedgrad.compare.studies.pictures import save, style
+from embedgrad.distributed.join import joined
+from embedgrad.distributed.ranks import Ranks
 from embedgrad.engine.model import Model
 from embedgrad.train.paths import expand_path
 from embedgrad.train.plan import Plan, plan
@@ -20,19 +22,25 @@ from embedgrad.util.shown import visible
 
 def run(name: str, config_path: Path, overrides: Sequence[str], data: Path | None, output: Path | None) -> int:
     """Runs the command. Returns its exit code. name: name of a study, or "all". Raises EmbedGradError."""
+    with joined() as ranks:
+        return _run(ranks, name, config_path, with_folder(overrides, data), output)
+
+
+def _run(ranks: Ranks, name: str, config_path: Path, overrides: Sequence[str], output: Path | None) -> int:
     studies = {one: find_study(one) for one in (NAMES if name == "all" else (name,))}
-    overrides = with_folder(overrides, data)
     planned = plan(load_run_config(config_path, overrides))
     section = planned.config.run
     runs = expand_path(section.folder)
     folder = output or runs / f"{section.name}-studies"
     with style():
         model = open_configured(planned.config)
-        runner = Runner(planned, model, runs / f"{section.name}-compare")
+        runner = Runner(planned, model, runs / f"{section.name}-compare", ranks)
         pages = []
         try:
             for one, study in studies.items():
                 found = study.run(runner)
+                if not ranks.leads:
+                    continue
                 folder.mkdir(parents=True, exist_ok=True)
                 content = {"study": one, "model": model.name, "test_items": len(runner.parts(0).test), **found.data}
                 write_text(folder / f"{one}.json", json.dumps(content, indent=1) + "\n")
@@ -42,8 +50,11 @@ def run(name: str, config_path: Path, overrides: Sequence[str], data: Path | Non
                 print(visible(f"{one}: {found.paragraph}\n"), flush=True)
         except (KeyboardInterrupt, Stopped) as stopped:
             reason = stopped.reason if isinstance(stopped, Stopped) else "interrupted"
-            tell("Stopped; the same command goes on from here.")
+            if ranks.leads:
+                tell("Stopped; the same command goes on from here.")
             return STOPPED[reason]
+    if not ranks.leads:
+        return 0
     if name == "all":
         write_text(folder / "studies.md", _together(planned, model, len(runner.parts(0).test), pages))
     print(f"Written to {folder}/: for each study its data (.json), a picture (.svg) and a paragraph (.md)")

@@ -1,0 +1,117 @@
+"""Real processes: what they write, how they end when one is killed or stopped, and what they say."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.distributed.launched import ends, start
+from tests.model.tiny import write_folder
+from tests.train.training import outcome
+
+CONFIG = """
+model: {path: tiny, dtype: float32, device: cpu}
+prompt: Say what it is.
+data: {path: data.jsonl, labels: [positive, negative], split: {train: 13, validation: 7, test: 7}}
+optimize: {steps: 60, batch_size: 5, learning_rate: 2e-2, validate_every: 9, checkpoint_every: 2, select_by: loss,
+           trust_region: {kind: cosine, tau: 0.8}}
+"""
+SECONDS = 20  # in which the others must have ended
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ranks")
+    write_folder(folder / "tiny")
+    rows = [
+        {"query": f"A film of {('joy', 'pain')[i % 2]}, number {i} " + "and so on " * (i % 4),
+         "target": ("positive", "negative")[i % 2]} for i in range(29)
+    ]  # fmt: skip
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "run.yaml").write_text(CONFIG)
+    return folder
+
+
+def begin(work: Path, folder: str, size: int = 2, *more: str, restarted: bool = False) -> list[subprocess.Popen[str]]:
+    command = ("-m", "embedgrad", "optimize", "run.yaml", "-q", "--set", f"run.folder={folder}", *more)
+    return start(size, *command, restarted=restarted, cwd=work)
+
+
+def result(work: Path, folder: str) -> dict[str, Any]:
+    found = outcome(work / folder / "run")
+    del found["files"]
+    found["summary"].pop("peak_memory_bytes")
+    return found
+
+
+def wait_for_lines(folder: Path, count: int, processes: list[subprocess.Popen[str]]) -> None:
+    metrics = folder / "run" / "metrics.jsonl"
+    while not (metrics.exists() and metrics.read_bytes().count(b"\n") > count):
+        assert all(process.poll() in (None, 0) for process in processes), ends(processes, 5)
+        time.sleep(0.005)
+
+
+@pytest.fixture(scope="module")
+def whole(work: Path) -> dict[str, Any]:
+    """An undisturbed run of two ranks."""
+    assert [code for code, _, _ in ends(begin(work, "whole"))] == [0, 0]
+    return result(work, "whole")
+
+
+def killed_and_resumed(work: Path, folder: str, victim: int, lines: int, by_restart: bool) -> None:
+    processes = begin(work, folder)
+    wait_for_lines(work / folder, lines, processes)
+    processes[victim].send_signal(signal.SIGKILL)
+    killed = time.monotonic()
+    found = ends(processes, SECONDS)
+    assert time.monotonic() - killed < SECONDS, found
+    code, _, said = found[1 - victim]
+    if code != 0:  # else the run had come to its end
+        assert code == 2
+        assert said.count("embedgrad:") == 1
+        assert "Traceback" not in said
+    again = begin(work, folder, 2, *([] if by_restart else ["--resume"]), restarted=by_restart)
+    assert [code for code, _, _ in ends(again)] == [0, 0]
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_rank_ends_all_and_nothing_is_lost(victim: int, work: Path, whole: dict[str, Any]) -> None:
+    killed_and_resumed(work, f"killed-{victim}", victim, 20 + victim, by_restart=victim == 1)
+    assert result(work, f"killed-{victim}") == whole
+
+
+@pytest.mark.slow
+def test_ranks_killed_at_twenty_moments(work: Path, whole: dict[str, Any]) -> None:
+    draw = random.Random(0)
+    for moment in range(20):
+        killed_and_resumed(work, f"moment-{moment}", draw.randrange(2), draw.randrange(66), by_restart=moment % 2 == 0)
+        assert result(work, f"moment-{moment}") == whole, moment
+
+
+def test_ctrl_c_saves_and_the_run_goes_on(work: Path, whole: dict[str, Any]) -> None:
+    processes = begin(work, "stopped")
+    wait_for_lines(work / "stopped", 15, processes)
+    for process in processes:
+        for _ in range(2):  # launchers send it more than once
+            os.kill(process.pid, signal.SIGINT)
+    found = ends(processes)
+    assert [code for code, _, _ in found] == [130, 130], found
+    assert sum("all of it saved" in said for _, _, said in found) == 1
+    assert [code for code, _, _ in ends(begin(work, "stopped", 2, "--resume"))] == [0, 0]
+    assert result(work, "stopped") == whole
+
+
+def test_an_error_is_said_once(work: Path, whole: dict[str, Any]) -> None:
+    for more in (["--set", "run.folder=whole"], ["--set", "model.path=nowhere"]):
+        found = ends(begin(work, "other", 2, *more))
+        assert [code for code, _, _ in found] == [2, 2], found
+        said = [line for _, _, err in found for line in err.splitlines() if line.startswith("embedgrad:")]
+        assert len(said) == 1, found
