@@ -128,11 +128,17 @@ def study(
 
 
 @app.command()
-def sweep(config: ConfigFile, set_: Sets = None, data: TaskFolder = None, quiet: Quiet = False) -> None:
+def sweep(
+    config: ConfigFile,
+    set_: Sets = None,
+    data: TaskFolder = None,
+    together: Annotated[int, typer.Option(min=1, help="Trials that take their steps in one pass.")] = 1,
+    quiet: Quiet = False,
+) -> None:
     """Search settings by many runs, and test the best. Run it again to continue; run it twice for two workers."""
     from embedgrad.cli.commands.sweep import run
 
-    raise typer.Exit(run(config, set_ or [], data, quiet))
+    raise typer.Exit(run(config, set_ or [], data, quiet, together))
 
 
 @app.command()

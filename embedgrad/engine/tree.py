@@ -11,6 +11,7 @@ visible to the interval of its own descendants. The last token of a sequence pre
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -172,6 +173,15 @@ class PreparedSequence:
         units = [_number_of(ids[:last], first) for first, last in spans]
         self.symbols = np.concatenate([np.array(units, np.int64), self.ids * _ROWS + self.rows + 1])
         self.target_at, self.target_ids = wanted - 1 - self.start, ids[wanted]
+
+    def shifted(self, rows: int) -> PreparedSequence:
+        """The same sequence with a prompt whose rows stand `rows` further down, behind those of other prompts."""
+        moved = copy.copy(self)
+        shows = self.rows >= 0
+        moved.rows = np.where(shows, self.rows + rows, self.rows)
+        moved.symbols = self.symbols.copy()
+        moved.symbols[len(self.paths) :] += np.where(shows, rows, 0)
+        return moved
 
 
 _ROWS = 1 << 24  # prompt rows that a symbol tells apart

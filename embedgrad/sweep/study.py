@@ -6,8 +6,9 @@ import contextlib
 import hashlib
 import inspect
 import json
+import threading
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +34,7 @@ def open_study(section: SweepSection, folder: Path, identity: Mapping[str, Any],
     if url.startswith("sqlite"):
         options["engine_kwargs"] = {"connect_args": {"timeout": 60}}
     own = hashlib.sha256(json.dumps(identity, sort_keys=True, default=str).encode()).hexdigest()
-    with alone(folder), warnings.catch_warnings():  # two workers that make the tables at once would disturb each other
-        warnings.simplefilter("ignore")  # Optuna calls its heartbeat experimental
+    with alone(folder), quiet():  # two workers that make the tables at once would disturb each other
         try:
             storage = optuna.storages.RDBStorage(url, **options)
             study = optuna.create_study(
@@ -64,7 +64,48 @@ def take_over(study: Any, trial: Any) -> None:
 
 def fail_stale(study: Any) -> None:
     """Take over the trials of workers that died."""
-    _optuna().storages.fail_stale_trials(study)
+    with quiet():
+        _optuna().storages.fail_stale_trials(study)
+
+
+def trial_state(name: str) -> Any:
+    """Optuna's state of this name, such as FAIL."""
+    return _optuna().trial.TrialState[name]
+
+
+def optuna_samplers() -> Any:
+    """Optuna's samplers."""
+    return _optuna().samplers
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Inside the block Optuna does not say that its signs of life are experimental."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextlib.contextmanager
+def beating(study: Any, trials: Sequence[Any]) -> Iterator[None]:
+    """Inside the block the trials give signs of life, as those of Optuna's own loop do."""
+    ended = threading.Event()
+
+    def beat() -> None:
+        while True:
+            for trial in trials:
+                with contextlib.suppress(Exception):  # a database that is busy; the next beat comes in time
+                    study._storage.record_heartbeat(trial._trial_id)
+            if ended.wait(BEAT):
+                return
+
+    thread = threading.Thread(target=beat, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 def _optuna() -> Any:

@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import math
 import time
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from embedgrad.engine.model import Model
-from embedgrad.sweep.space import suggest, trial_config
-from embedgrad.sweep.study import FOLDER, LOSS, PROBLEM, fail_stale, open_study, take_over
-from embedgrad.train.optimize import OptimizeResult, optimize
+from embedgrad.sweep.space import grid, suggest, trial_config
+from embedgrad.sweep.study import (
+    FOLDER,
+    LOSS,
+    PROBLEM,
+    beating,
+    fail_stale,
+    open_study,
+    optuna_samplers,
+    take_over,
+    trial_state,
+)
+from embedgrad.train.optimize import OptimizeResult, Run
 from embedgrad.train.paths import seen_from
 from embedgrad.train.plan import Plan, plan
 from embedgrad.train.run_folder import FolderInUse, read_metrics
 from embedgrad.train.settings import RunConfig, SweepSection
-from embedgrad.util.errors import EmbedGradError, SaveError
+from embedgrad.train.together import optimize_together
+from embedgrad.util.errors import EmbedGradError
 from embedgrad.util.interrupts import REASONS
+from embedgrad.util.shown import short
 
 _PAUSE = 2.0  # seconds between two looks at what the other workers do
 _SURPLUS = "not needed: the others were enough"
@@ -69,23 +81,85 @@ class Sweep:
         config["model"].pop("path")
         return {"config": config, "prompt": planned.prompt, "weights": self.model.weights_hash()}
 
-    def work(self) -> None:
-        """Take trials until there are enough and all have ended. Raises Stopped, SaveError."""
+    def work(self, together: int = 1) -> None:
+        """Take trials until there are enough and all have ended. together: how many take their steps in one pass.
+
+        Raises Stopped, SaveError.
+        """
         while True:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Optuna calls its heartbeat experimental
-                fail_stale(self.study)
-                states = [trial.state for trial in self.trials() if trial.problem != _SURPLUS]
-                ended = sum(state in ("complete", "pruned", "failed") for state in states)
-                if ended >= self.section.trials:
-                    return
-                if ended + states.count("running") < self.section.trials or "waiting" in states:
-                    before = len(states)
-                    self.study.optimize(self._objective, n_trials=1, catch=(EmbedGradError,))
-                    if len(self.study.trials) == before:  # a grid of which nothing is left
-                        return
-                    continue
-            time.sleep(_PAUSE)
+            fail_stale(self.study)
+            states = [trial.state for trial in self.trials() if trial.problem != _SURPLUS]
+            ended = sum(state in ("complete", "pruned", "failed") for state in states)
+            wanted = self.section.trials
+            if isinstance(self.study.sampler, optuna_samplers().GridSampler):
+                wanted = min(wanted, math.prod(map(len, grid(self.section).values())))
+            if ended >= wanted:
+                return
+            free = max(wanted - ended - states.count("running"), states.count("waiting"))
+            if free:
+                self._turn(min(free, together))
+            else:
+                time.sleep(_PAUSE)
+
+    def _turn(self, count: int) -> None:
+        """Ask for `count` trials, run them, and tell what came of them."""
+        trials = [self.study.ask() for _ in range(count)]
+        with beating(self.study, trials):
+            self._run_all(trials)
+
+    def _run_all(self, trials: Sequence[Any]) -> None:
+        runs: list[tuple[Any, Run]] = []
+        for trial in trials:
+            try:
+                runs.append((trial, self._begun(trial)))
+            except EmbedGradError as error:
+                self._failed(trial, error)
+        try:
+            results = optimize_together(
+                self.model, [run for _, run in runs], terminate_cleanly=True, allow_other_bits=True
+            )
+        except BaseException:
+            for trial, _ in runs:
+                self._leave(trial)
+            raise
+        reason = None
+        for (trial, run), result in zip(runs, results, strict=True):
+            if isinstance(result, FolderInUse):  # the worker that was taken for dead is still at it
+                self._leave(trial)
+                time.sleep(_PAUSE)
+            elif isinstance(result, EmbedGradError):
+                self._failed(trial, result)
+            elif result.stop_reason in REASONS:
+                self._leave(trial)
+                reason = result.stop_reason
+            else:
+                self._ended(trial, run, result)
+        if reason is not None:
+            raise Stopped(reason)
+
+    def _leave(self, trial: Any) -> None:
+        """Leave a trial to whoever asks next."""
+        frozen = self.study.tell(trial, state=trial_state("FAIL"))
+        take_over(self.study, frozen)
+
+    def _failed(self, trial: Any, error: EmbedGradError) -> None:
+        trial.set_user_attr(PROBLEM, str(error))
+        self.study.tell(trial, state=trial_state("FAIL"))
+        if str(error) != _SURPLUS:
+            self._say(f"{trial.user_attrs.get(FOLDER)}: {error}")
+
+    def _ended(self, trial: Any, run: Run, result: OptimizeResult) -> None:
+        assert result.after is not None
+        trial.set_user_attr(LOSS, result.after["loss"])
+        told = ", ".join(f"{key.rpartition('.')[2]} {_short(value)}" for key, value in trial.params.items())
+        self._say(
+            f"{trial.user_attrs[FOLDER]}: {result.stop_reason} after {result.steps} steps, {told}: best validation "
+            f"accuracy {result.after['accuracy']:.4f}, loss {result.after['loss']:.4f}"
+        )
+        if result.stop_reason == "pruned":
+            self.study.tell(trial, state=trial_state("PRUNED"))
+        else:
+            self.study.tell(trial, float(result.after["loss" if self.by_loss else "accuracy"]))
 
     def trials(self) -> list[Trial]:
         """All trials but those that were left to another worker."""
@@ -111,41 +185,17 @@ class Sweep:
         """The configuration of a trial."""
         return trial_config(self.path, self.overrides, values, name, str(self.folder))
 
-    def _objective(self, trial: Any) -> float:
-        import optuna
-
+    def _begun(self, trial: Any) -> Run:
+        """The run of a trial. Raises EmbedGradError."""
         earlier = [one for one in self.trials() if one.number < trial.number and one.problem is None]
         if trial.user_attrs.get(FOLDER) is None and len(earlier) >= self.section.trials:
-            trial.set_user_attr(PROBLEM, _SURPLUS)
             raise EmbedGradError(_SURPLUS)
-        values = suggest(trial, self.section)
         name = trial.user_attrs.get(FOLDER) or f"trial-{trial.number:04d}"
         trial.set_user_attr(FOLDER, name)
-        try:
-            result = self._run(trial, self.config(values, name))
-        except SaveError:
-            take_over(self.study, trial)
-            raise
-        except EmbedGradError as error:
-            trial.set_user_attr(PROBLEM, str(error))
-            self._say(f"{name}: {error}")
-            raise
-        if result.stop_reason in REASONS:
-            take_over(self.study, trial)
-            raise Stopped(result.stop_reason)
-        assert result.after is not None
-        trial.set_user_attr(LOSS, result.after["loss"])
-        told = ", ".join(f"{key.rpartition('.')[2]} {value!r}" for key, value in trial.params.items())
-        self._say(f"{name}: {result.stop_reason} after {result.steps} steps, {told}: best validation accuracy "
-                  f"{result.after['accuracy']:.4f}, loss {result.after['loss']:.4f}")  # fmt: skip
-        if result.stop_reason == "pruned":
-            raise optuna.TrialPruned
-        return float(result.after["loss" if self.by_loss else "accuracy"])
-
-    def _run(self, trial: Any, config: RunConfig) -> OptimizeResult:
+        config = self.config(suggest(trial, self.section), name)
         planned = plan(config)
         parts = planned.parts(self.model.tokenizer)
-        place = self.folder / str(config.run.name)
+        place = self.folder / name
         description = config.model_dump(mode="json")
         seen_from(place, description)
 
@@ -156,12 +206,11 @@ class Sweep:
         for record in read_metrics(place)[0]:  # of a worker that died
             if record["kind"] == "validation":
                 prune(record)
-        while True:
-            try:
-                return optimize(
-                    self.model, planned.start(self.model), parts.train, parts.validation, config.optimize,
-                    run_dir=place, resume="auto", description=description, terminate_cleanly=True, judge=planned.judge,
-                    allow_other_bits=True, prune=prune,
-                )  # fmt: skip
-            except FolderInUse:  # the worker that was taken for dead is still at it
-                time.sleep(_PAUSE)
+        return Run.of(
+            planned.start(self.model), parts.train, parts.validation, planned.config.optimize, run_dir=place,
+            resume="auto", description=description, judge=planned.judge, prune=prune,
+        )  # fmt: skip
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else short(value, 40)

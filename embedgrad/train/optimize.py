@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from embedgrad.evaluation.targets import check_targets
 from embedgrad.prompt.prompt import SoftPrompt
 from embedgrad.train.checkpoints import decode, encode, tensor_hash
 from embedgrad.train.monitors import Judge
+from embedgrad.train.pipeline import Trainer
 from embedgrad.train.progress import Progress, Quiet
 from embedgrad.train.resuming import on_its_date
 from embedgrad.train.run_folder import Found, Resume, RunFolder
@@ -23,7 +24,7 @@ from embedgrad.train.session import Prune, Session
 from embedgrad.train.settings import OptimizeConfig
 from embedgrad.util import environment
 from embedgrad.util.errors import ConfigError, DataError, TrainingError
-from embedgrad.util.interrupts import stop_on_signals
+from embedgrad.util.interrupts import StopRequest, stop_on_signals
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,35 @@ class OptimizeResult:
     train_seconds: float
     weights_unchanged: bool
     min_similarity: float
+
+
+@dataclass(frozen=True)
+class Run:
+    """What `optimize` is given for one run, checked; the names are those of its arguments."""
+
+    prompt: SoftPrompt
+    train: list[Example]
+    validation: list[Example]
+    config: OptimizeConfig
+    run_dir: str | os.PathLike[str] | None = None
+    resume: Resume = False
+    progress: Progress | None = None
+    description: Mapping[str, Any] | None = None
+    judge: Judge | None = None
+    prune: Prune | None = None
+
+    @classmethod
+    def of(
+        cls, prompt: SoftPrompt, train: Sequence[Example], validation: Sequence[Example], config: OptimizeConfig,
+        **options: Any,
+    ) -> Run:  # fmt: skip
+        """The run with examples that count. Raises ConfigError, DataError."""
+        check_examples(train, "the training data")
+        check_examples(validation, "the validation data")
+        train = [example for example in train if example.weight > 0]
+        validation = [example for example in validation if example.weight > 0]
+        _check(config, train, validation)
+        return cls(prompt, train, validation, config, **options)
 
 
 def optimize(
@@ -102,33 +132,47 @@ def optimize(
     config = OptimizeConfig() if config is None else config
     if not isinstance(config, OptimizeConfig):
         raise ConfigError(f"the settings must be an OptimizeConfig, not {type(config).__name__}.")
-    check_examples(train, "the training data")
-    check_examples(() if validation is None else validation, "the validation data")
     if resume and run_dir is None:
         raise ConfigError("resume needs run_dir, the folder of the run to go on with.")
-    train = [example for example in train if example.weight > 0]
-    validation = [example for example in validation or () if example.weight > 0]
-    _check(config, train, validation)
+    given = Run.of(
+        prompt, train, () if validation is None else validation, config, run_dir=run_dir, resume=resume,
+        progress=progress, description=description, judge=judge, prune=prune,
+    )  # fmt: skip
     with contextlib.ExitStack() as stack:
-        folder = None
-        if run_dir is not None:
-            space = 4 * prompt.embeddings.numel() * prompt.embeddings.element_size()
-            again = resume or ("auto" if ranks.restarted else False)
-            folder = ranks.only_first(lambda: stack.enter_context(_opened(run_dir, again, space)))
         stop = stack.enter_context(stop_on_signals(terminate_cleanly, once=ranks.size == 1))
-        progress = progress if progress is not None and ranks.leads else Quiet()
-        stack.callback(progress.stop)
-        judge = _judge(judge or Judge(), config)
-        for part, what in ((train, "training example"), (validation, "validation example")):
-            check_targets(part, what, grader=judge.grader)
-        found = _found(folder, ranks)
-        prompt, note = on_its_date(prompt, model, found.state)
-        if note is not None:
-            progress.note(note)
-        session = Session(model, prompt, train, validation, config, folder, progress, stop, judge, ranks, prune)
-        session.begin(found, description, allow_other_bits)
+        session = begin_session(model, given, stack, stop, ranks, allow_other_bits)
         session.go()
-        return _result(session)
+        return result_of(session)
+
+
+def begin_session(
+    model: Model, run: Run, stack: contextlib.ExitStack, stop: StopRequest, ranks: Ranks, allow_other_bits: bool,
+    trainer_of: Callable[..., Trainer] | None = None,
+) -> Session:  # fmt: skip
+    """The session of a run, ready for its first step. `stack` closes what it opens. trainer_of: makes what takes the
+    steps; default: `PromptTrainer`. Raises what `optimize` raises."""
+    folder = None
+    if run.run_dir is not None:
+        space = 4 * run.prompt.embeddings.numel() * run.prompt.embeddings.element_size()
+        again = run.resume or ("auto" if ranks.restarted else False)
+        path = run.run_dir
+        folder = ranks.only_first(lambda: stack.enter_context(_opened(path, again, space)))
+    progress = run.progress if run.progress is not None and ranks.leads else Quiet()
+    stack.callback(progress.stop)
+    judge = _judge(run.judge or Judge(), run.config)
+    for part, what in ((run.train, "training example"), (run.validation, "validation example")):
+        check_targets(part, what, grader=judge.grader)
+    found = _found(folder, ranks)
+    prompt, note = on_its_date(run.prompt, model, found.state)
+    if note is not None:
+        progress.note(note)
+    session = Session(
+        model, prompt, run.train, run.validation, run.config, folder, progress, stop, judge, ranks, run.prune
+    )  # fmt: skip
+    if trainer_of is not None:
+        session.trainer_of = trainer_of
+    session.begin(found, run.description, allow_other_bits)
+    return session
 
 
 def _opened(path: str | os.PathLike[str], resume: Resume, checkpoint_bytes: int) -> RunFolder:
@@ -170,7 +214,7 @@ def _check(config: OptimizeConfig, train: Sequence[Example], validation: Sequenc
         raise ConfigError(f"warmup_steps is {config.warmup_steps}, but the run has only {total} steps.")
 
 
-def _result(session: Session) -> OptimizeResult:
+def result_of(session: Session) -> OptimizeResult:
     """The result, once the weights are seen to be what they were; also writes last.safetensors and the summary."""
     state = session.state
     if session.model.weights_hash() != session.weights_hash:

@@ -64,6 +64,7 @@ class Session:
     ) -> None:
         """ranks: the processes that take the run's steps together; the folder is with the first, None elsewhere."""
         self.ranks, self.prune = ranks, prune
+        self.trainer_of: Callable[..., Trainer] = PromptTrainer
         self.model, self.prompt, self.train, self.validation = model, prompt, train, validation
         self.config, self.folder, self.progress = config, folder, progress
         self.stop = SharedStop(stop, ranks)
@@ -148,18 +149,29 @@ class Session:
 
     def go(self) -> None:
         """Steps, validations and checkpoints until the run is over or asked to stop."""
+        self.start()
+        while self.goes_on():
+            self.launch_step()
+            self.end_step()
+        self.finish()
+
+    def start(self) -> None:
+        """What comes before the first step."""
         self.clock = self.settled = time.monotonic()
-        state = self.state
         self._validate_if_due()
-        while state.stop_reason is None and not self.stop.agree():
-            if state.step >= self.total:
-                state.stop_reason = "completed"
-                break
-            self._step()
-            self._validate_if_due()
-            if state.step % self.config.checkpoint_every == 0:
-                self._check_alike()
-                self._save()
+
+    def goes_on(self) -> bool:
+        """Whether there is a step to take."""
+        state = self.state
+        if state.stop_reason is not None or self.stop.agree():
+            return False
+        if state.step >= self.total:
+            state.stop_reason = "completed"
+        return state.stop_reason is None
+
+    def finish(self) -> None:
+        """What comes after the last step."""
+        state = self.state
         while self.pipeline.pending:  # where somebody asked to stop
             self._settle()
         self._fetch()
@@ -179,10 +191,9 @@ class Session:
     def _begin_steps(self) -> Pipeline:
         state, config = self.state, self.config
         known = range(state.step, min(self.total, state.step + _SIZED))
-        made: Callable[..., Trainer] = PromptTrainer
         if self.ranks.size > 1:
-            made = partial(RankedTrainer, ranks=self.ranks)
-        trainer = made(
+            self.trainer_of = partial(RankedTrainer, ranks=self.ranks)
+        trainer = self.trainer_of(
             self.model, (state.e, state.m, state.v), self.anchor, (self._batch(step) for step in known),
             region=config.trust_region, rule=rule_of(config), clip_norm=config.clip_norm, policy=config.memory_policy,
             memory_budget=config.memory_budget,
@@ -198,13 +209,20 @@ class Session:
         config = self.config
         return learning_rate(config.schedule, config.learning_rate, step, self.total, config.warmup_steps)
 
-    def _step(self) -> None:
-        """Take one more step; where the trainer goes ahead, the next one is launched before this one is read."""
+    def launch_step(self) -> None:
+        """Launch one more step; where the trainer goes ahead, the next one too."""
         with self._saved_on_failure():
             self.pipeline.fill(self.state.step, self._pauses_after)
+
+    def end_step(self) -> None:
+        """Read the step that was launched, validate and save where that is due."""
         self._settle()
         if self.state.stop_reason is not None:  # an alarm: the step that was launched is one too many
             self.pipeline.take_back()
+        self._validate_if_due()
+        if self.state.step % self.config.checkpoint_every == 0:
+            self._check_alike()
+            self._save()
 
     def _pauses_after(self, step: int) -> bool:
         """Whether the state after `step` steps is looked at before the next one may begin."""

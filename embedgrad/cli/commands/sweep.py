@@ -33,7 +33,7 @@ from embedgrad.util.shown import visible
 _EXAMPLES = 5  # test examples of each kind on the page
 
 
-def run(config_path: Path, overrides: Sequence[str], data: Path | None, quiet: bool) -> int:
+def run(config_path: Path, overrides: Sequence[str], data: Path | None, quiet: bool, together: int) -> int:
     """Runs the command. Returns its exit code. Raises EmbedGradError."""
     overrides = with_folder(overrides, data)
     config = load_run_config(config_path, overrides)
@@ -55,7 +55,7 @@ def run(config_path: Path, overrides: Sequence[str], data: Path | None, quiet: b
     check_parts(planned, model, planned.start(model), parts)
     sweep = Sweep(planned, model, folder, config_path, overrides, (lambda _: None) if quiet else tell)
     try:
-        sweep.work()
+        sweep.work(together)
         with alone(folder):  # the workers end at the same time; one of them tests and writes
             return _end(sweep, model, quiet)
     except (KeyboardInterrupt, Stopped) as stopped:
