@@ -54,6 +54,7 @@ def open_study(section: SweepSection, folder: Path, identity: Mapping[str, Any],
         worker = study.user_attrs.get(WORKERS, 0)
         study.set_user_attr(WORKERS, worker + 1)
     study.sampler = _sampler(optuna, section, worker)
+    study.stop = lambda: None  # a grid that is done stops Optuna's own loop, which a worker does not use
     return study
 
 
