@@ -19,6 +19,7 @@ from embedgrad.sweep.study import (
     fail_stale,
     open_study,
     optuna_samplers,
+    quiet,
     take_over,
     trial_state,
 )
@@ -103,7 +104,8 @@ class Sweep:
 
     def _turn(self, count: int) -> None:
         """Ask for `count` trials, run them, and tell what came of them."""
-        trials = [self.study.ask() for _ in range(count)]
+        with quiet():
+            trials = [self.study.ask() for _ in range(count)]
         with beating(self.study, trials):
             self._run_all(trials)
 
