@@ -142,6 +142,9 @@ def distil(
     budget: Annotated[
         int | None, typer.Option(min=1, help="Tokens to spend; default: 400 scorings of a text on the validation data.")
     ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Score texts on the first LIMIT validation items; default: on all.")
+    ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Answers to each request for words or an instruction.")] = 8,
     longest: Annotated[int, typer.Option(min=1, help="Longest text that the model writes, in tokens.")] = 96,
     seed: Annotated[int, typer.Option(min=0, help="Seed of samples and searches.")] = 0,
@@ -164,8 +167,42 @@ def distil(
     from embedgrad.distil.distil import SOURCES, Settings
 
     settings = Settings(tuple(source or SOURCES), samples, budget, seed, top, longest, judged=judge_texts)
-    options = Options(config, set_ or [], data, judge, judge_model, timeout, output, quiet, json)
+    options = Options(config, set_ or [], data, judge, judge_model, timeout, limit, output, quiet, json)
     raise typer.Exit(run(prompt, options, settings))
+
+
+@app.command()
+def transfer(
+    prompt: PromptFile,
+    to: Annotated[str, typer.Option("--to", help="The other model: a folder, .gguf file or hub id.")],
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="Configuration with model and data; default: the run's own.")
+    ] = None,
+    set_: Sets = None,
+    data: TaskFolder = None,
+    translator: Annotated[
+        list[str] | None, typer.Option("--translator", help="ridge, orthogonal, relative; default: all three.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps on the other model; default: the configuration's.")
+    ] = None,
+    accuracy: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Validation accuracy whose steps are counted; default: parts of the way."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder of the results; default: transfer-MODEL/ beside the prompt."),
+    ] = None,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Translate a tuned prompt to another model and measure it there. Run it again to continue."""
+    from embedgrad.cli.commands.transfer import Options, run
+    from embedgrad.transfer.translators import NAMES
+
+    chosen = tuple(dict.fromkeys(translator or NAMES))
+    raise typer.Exit(run(prompt, to, Options(config, set_ or [], data, chosen, steps, accuracy, output, quiet, json)))
 
 
 @app.command()

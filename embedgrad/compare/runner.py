@@ -7,7 +7,7 @@ import json
 import random
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -60,9 +60,10 @@ class _Notes(Quiet):
 class Runner:
     """A comparison in `folder`. Raises ConfigError where the folder belongs to other settings or another model."""
 
-    def __init__(self, plan: Plan, model: Model, folder: Path) -> None:
+    def __init__(self, plan: Plan, model: Model, folder: Path, parts: Mapping[int, Parts] | None = None) -> None:
+        """parts: the data of each fold, where they are not those that the plan gives for this model's tokenizer."""
         self.model, self.folder = model, folder
-        self._parts: dict[int, Parts] = {}
+        self._parts = dict(parts or {})
         folder.mkdir(parents=True, exist_ok=True)
         known = _read_identity(folder / IDENTITY)
         self.plan = replace(plan, date=None if known is None else known.get("date"))  # the day on which it began

@@ -12,9 +12,10 @@ from embedgrad.engine.model import Model
 from embedgrad.evaluation.evaluate import default_sampling, evaluate
 from embedgrad.evaluation.grading.grader import Grader
 from embedgrad.generation.sampling import Sampling
-from embedgrad.prompt.prompt import SoftPrompt, default_template
+from embedgrad.prompt.carry import carried
+from embedgrad.prompt.prompt import SoftPrompt
 from embedgrad.prompt.template import Template
-from embedgrad.util.errors import ContextError, ModelError, PromptError, TemplateError
+from embedgrad.util.errors import ContextError, ModelError, PromptError
 
 AT_ONCE = 8  # requests to an address that are under way at the same time
 PATIENCE = 16  # requests in a row without an answer, after which a judge counts as gone
@@ -86,16 +87,3 @@ class RemoteJudge(TextJudge):
             return self._client.answer(asked, self._longest)
         except Unanswered as error:
             return error
-
-
-def carried(model: Model, template: Template) -> Template:
-    """`template` for another model: its messages in that model's chat template, or that model's default where it has
-    none or refuses them."""
-    if template.kind != "chat":
-        return template
-    try:
-        own = Template.chat([{"role": role, "content": content} for role, content in template.messages])
-        SoftPrompt.from_text(model, "x", own)
-        return own
-    except TemplateError:
-        return default_template(model)

@@ -7,7 +7,7 @@ import os
 import shlex
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from embedgrad.cli.commands.shared import STOPPED, open_configured, open_model, with_folder, write_text
@@ -40,6 +40,7 @@ class Options:
     judge: str | None = None
     judge_model: str | None = None
     timeout: float = 60.0
+    limit: int | None = None
     output: Path | None = None
     quiet: bool = False
     as_json: bool = False
@@ -53,6 +54,7 @@ def run(prompt_path: Path, options: Options, settings: Settings) -> int:
     model = open_configured(planned.config)
     prompt.check_model(model)
     parts = planned.parts(model.tokenizer)
+    parts = replace(parts, validation=parts.validation[: options.limit])
 
     def say(text: str) -> None:
         if not (options.quiet or options.as_json):
