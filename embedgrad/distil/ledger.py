@@ -1,7 +1,4 @@
-"""What a distillation has done so far: one file, written whole after each piece of work.
-
-The file is a safetensors file: the searches' tensors, and everything else as JSON in its metadata.
-"""
+"""What a distillation has done so far: one file, written whole after each piece of work."""
 
 from __future__ import annotations
 
@@ -10,15 +7,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as parse
-from safetensors.torch import save as pack
-
 from embedgrad.search.search import SearchState
+from embedgrad.search.state_file import read_states, write_states
 from embedgrad.util.errors import ConfigError
-from embedgrad.util.files import write_atomic
-from embedgrad.util.shown import first_line
 
 FILE = "state.safetensors"
 
@@ -43,21 +34,13 @@ class Ledger:
             self._read()
 
     def _read(self) -> None:
+        self.searches, values = read_states(self.path)
         try:
-            data = self.path.read_bytes()
-            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-            values = json.loads(header["__metadata__"]["ledger"])
-            tensors = parse(data)
             known = values["identity"]
             self.scores, self.sources = values["scores"], values["sources"]
             self.judged, self.tests = values["judged"], values["tests"]
-            for name, state in values["searches"].items():
-                own = {key.split("|")[1]: x for key, x in tensors.items() if key.split("|")[0] == name}
-                self.searches[name] = SearchState.of(state, own)
-        except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError, SafetensorError) as error:
-            raise ConfigError(
-                f"{self.path} cannot be read ({first_line(error)}); remove it, or give another --output."
-            ) from error
+        except KeyError as error:
+            raise ConfigError(f"{self.path} lacks {error}; remove it, or give another --output.") from error
         changed = [key for key in self._identity if known.get(key) != self._identity[key]]
         if changed:
             raise ConfigError(
@@ -69,14 +52,9 @@ class Ledger:
         """Writes everything, whole or not at all. Raises SaveError."""
         values = {
             "identity": self._identity, "scores": self.scores, "sources": self.sources, "judged": self.judged,
-            "tests": self.tests, "searches": {name: state.to_json() for name, state in self.searches.items()},
+            "tests": self.tests,
         }  # fmt: skip
-        tensors = {
-            f"{name}|{key}": tensor.contiguous()
-            for name, state in self.searches.items()
-            for key, tensor in state.tensors.items()
-        }
-        write_atomic(self.path, pack(tensors or {"none": torch.zeros(1)}, {"ledger": json.dumps(values)}))
+        write_states(self.path, self.searches, values)
 
     @property
     def spent(self) -> dict[str, int]:

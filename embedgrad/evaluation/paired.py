@@ -28,8 +28,11 @@ class Estimate:
         return self.low <= 0 <= self.high
 
 
-def gain(before: Sequence[bool], after: Sequence[bool]) -> Estimate:
-    """The difference of two shares of right answers, `after` − `before`, on the same items in the same order."""
+def gain(before: Sequence[float], after: Sequence[float]) -> Estimate:
+    """The difference of two shares of right answers, `after` − `before`, on the same items in the same order.
+
+    An item's verdict is True or False, or the share of several runs that were right.
+    """
     difference = _array(after) - _array(before)
     return Estimate(float(difference.mean()), *_interval(_drawn(len(difference), difference).mean(axis=1)))
 
@@ -49,7 +52,7 @@ def surviving_share(before: Sequence[bool], best: Sequence[bool], other: Sequenc
     return Estimate(float((own - base).mean() / whole.value), *_interval(usable[:, 0] / usable[:, 1]))
 
 
-def _array(verdicts: Sequence[bool]) -> np.ndarray:
+def _array(verdicts: Sequence[float]) -> np.ndarray:
     return np.asarray(verdicts, np.float64)
 
 

@@ -25,7 +25,8 @@ VISITED = 64  # prompts of which a state remembers the loss; the worst are forgo
 class SearchState:
     """Where a search stands.
 
-    ids: the present tokens. step, spent: steps done and tokens spent (see `search.objective`). visited: prompts with
+    ids: the present tokens. step, spent: steps done and tokens spent (see `search.objective`), `backward` of them in
+    backward passes. visited: prompts with
     their loss {ids, loss, step}; losses of different batches are compared, so they are only a hint. tensors: what else
     the search needs.
     """
@@ -33,6 +34,7 @@ class SearchState:
     ids: list[int]
     step: int = 0
     spent: int = 0
+    backward: int = 0
     visited: list[dict[str, Any]] = field(default_factory=list)
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
@@ -44,7 +46,7 @@ class SearchState:
 
     def to_json(self) -> dict[str, Any]:
         """All but the tensors."""
-        return {"ids": self.ids, "step": self.step, "spent": self.spent, "visited": self.visited}
+        return {name: getattr(self, name) for name in ("ids", "step", "spent", "backward", "visited")}
 
     @classmethod
     def of(cls, values: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> SearchState:
@@ -80,6 +82,7 @@ class Search(ABC):
         if left < self.least(batch):
             return False
         state.spent += self.step(state, batch, left)
+        state.backward += self.objective.tokens(batch)  # one gradient a step
         state.step += 1
         return True
 
