@@ -145,6 +145,9 @@ def distil(
     limit: Annotated[
         int | None, typer.Option(min=1, help="Score texts on the first LIMIT validation items; default: on all.")
     ] = None,
+    from_best: Annotated[
+        bool, typer.Option(help="Search from the best candidate too, not from the original text alone.")
+    ] = True,
     samples: Annotated[int, typer.Option(min=1, help="Answers to each request for words or an instruction.")] = 8,
     longest: Annotated[int, typer.Option(min=1, help="Longest text that the model writes, in tokens.")] = 96,
     seed: Annotated[int, typer.Option(min=0, help="Seed of samples and searches.")] = 0,
@@ -166,7 +169,8 @@ def distil(
     from embedgrad.cli.commands.distil import Options, run
     from embedgrad.distil.distil import SOURCES, Settings
 
-    settings = Settings(tuple(source or SOURCES), samples, budget, seed, top, longest, judged=judge_texts)
+    sources = tuple(source or SOURCES)
+    settings = Settings(sources, samples, budget, seed, top, longest, judged=judge_texts, from_best=from_best)
     options = Options(config, set_ or [], data, judge, judge_model, timeout, limit, output, quiet, json)
     raise typer.Exit(run(prompt, options, settings))
 
@@ -186,6 +190,9 @@ def transfer(
     steps: Annotated[
         int | None, typer.Option(min=1, help="Steps on the other model; default: the configuration's.")
     ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use the first LIMIT validation and test items; default: all.")
+    ] = None,
     accuracy: Annotated[
         float | None,
         typer.Option(min=0.0, max=1.0, help="Validation accuracy whose steps are counted; default: parts of the way."),
@@ -202,7 +209,8 @@ def transfer(
     from embedgrad.transfer.translators import NAMES
 
     chosen = tuple(dict.fromkeys(translator or NAMES))
-    raise typer.Exit(run(prompt, to, Options(config, set_ or [], data, chosen, steps, accuracy, output, quiet, json)))
+    options = Options(config, set_ or [], data, chosen, steps, accuracy, limit, output, quiet, json)
+    raise typer.Exit(run(prompt, to, options))
 
 
 @app.command()

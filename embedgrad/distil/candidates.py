@@ -25,7 +25,7 @@ from embedgrad.prompt.prompt import SoftPrompt
 from embedgrad.prompt.rendering import render_query
 from embedgrad.prompt.template import PROMPT, QUERY, Template
 from embedgrad.search.vocabulary import text_tokens
-from embedgrad.util.errors import EmbedGradError
+from embedgrad.util.errors import ContextError, EmbedGradError
 
 AMPLIFIED = (1.0, 3.0, 10.0, 30.0)
 ABOUT = {  # requests in which the soft prompt stands in quotation marks
@@ -82,19 +82,33 @@ def words(model: Model, prompt: SoftPrompt, name: str, samples: int, seed: int, 
 def induced(
     model: Model, template: Template, train: Sequence[Example], samples: int, seed: int, longest: int
 ) -> Candidates:
-    """`samples` instructions, each for SHOTS examples of its own. Fewer where examples do not fit into the context."""
+    """`samples` instructions, each for SHOTS examples of its own, or as many as fit into the context.
+
+    None where not even one fits, or where there are no examples of text.
+    """
     draw = random.Random(f"{seed}/induced")
     usable = [e for e in train if isinstance(e.query, str) and isinstance(e.target, str)]
     asked = SoftPrompt.from_text(model, INDUCE, around(template, f"{QUERY}\n\n{PROMPT}"))
     shown, spent = [], 0
     for _ in range(samples if usable else 0):
         chosen = draw.sample(usable, min(SHOTS, len(usable)))
-        text = "\n\n".join(f"Input: {str(e.query)[:_SHOWN]}\nAnswer: {e.target}" for e in chosen)
-        length = len(render_query(model, asked, text).ids)
-        if length + longest < model.config.max_position:
-            shown.append(text)
-            spent += length
+        while chosen:
+            text = "\n\n".join(f"Input: {str(e.query)[:_SHOWN]}\nAnswer: {e.target}" for e in chosen)
+            length = _length(model, asked, text)
+            if length is not None and length + longest < model.config.max_position:
+                shown.append(text)
+                spent += length
+                break
+            chosen.pop()
     return _cleaned(model, "induced from examples", _sampled(model, asked, shown, seed, longest), spent)
+
+
+def _length(model: Model, prompt: SoftPrompt, query: str) -> int | None:
+    """The tokens of a request; None where it is longer than the context."""
+    try:
+        return len(render_query(model, prompt, query).ids)
+    except ContextError:
+        return None
 
 
 def around(template: Template, content: str) -> Template:

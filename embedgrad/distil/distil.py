@@ -30,6 +30,7 @@ SOFT, ORIGINAL = "\0soft", "the original text"  # names of what is measured besi
 CHEAP = ("nearest", "words", "induced")
 SOURCES = (*CHEAP, *SEARCHES)
 SCORINGS = 400  # the default budget, in scorings of one text on the validation data
+FROM_BEST = " from the best candidate"  # ends the names of searches that start there
 FINALISTS = 3  # texts of a search that are scored
 _CHEAP_SHARE = 2  # 1/_CHEAP_SHARE of the budget is for the candidates that need no search, and their scoring
 
@@ -41,7 +42,7 @@ class Settings:
     sources: some of SOURCES. samples: answers to each request for words, and induced instructions. budget: tokens
     (`search.objective` says what costs what); None: SCORINGS scorings. top: texts that are tested. longest: tokens of
     a candidate that the model writes. batch_size: examples in a step of a search. judged: texts that a judge is asked
-    about, the best on the model itself.
+    about, the best on the model itself. from_best: search from the best candidate as well.
     """
 
     sources: Sequence[str] = SOURCES
@@ -52,6 +53,7 @@ class Settings:
     longest: int = 96
     batch_size: int = 8
     judged: int = 20
+    from_best: bool = True
 
     def __post_init__(self) -> None:
         """Raises ConfigError for a source that there is not."""
@@ -85,7 +87,7 @@ class Distillation:
     def _identity(self) -> dict[str, Any]:
         parts, settings = self.parts, self.settings
         items = [item_hashes(part) for part in (parts.train, parts.validation, parts.test)]
-        free = ("budget", "sources", "top", "judged")
+        free = ("budget", "sources", "top", "judged", "from_best")
         return {
             "prompt": tensor_hash(self.prompt.embeddings, self.prompt.anchor),
             "template": self.template.to_json(),
@@ -121,19 +123,26 @@ class Distillation:
         for name in CHEAP:
             if name in self.settings.sources:
                 yield from self._cheap(name)
-        best = self.ranked()[0]
-        searches = [name for name in self.settings.sources if name in SEARCHES]
-        starts = {"": self.prompt.text, " from the best candidate": best}
-        if best == self.prompt.text:
-            self.notes.append("No candidate was better than the original text, so the searches start from it only.")
-            del starts[" from the best candidate"]
-        share = (self.budget - self._spent_before_searches()) // max(1, len(searches) * len(starts))
-        for end, text in starts.items():
-            for name in searches:
-                yield from self._search(name, name + end, text, share)
+        yield from self._searches()
         if self.judge is not None:
             yield from self._judged()
         yield from self._tested()
+
+    def _searches(self) -> Iterator[str]:
+        """The searches from the original text; then, for as many tokens, from the best text that there is by then."""
+        searches = [name for name in self.settings.sources if name in SEARCHES]
+        rounds = 2 if self.settings.from_best else 1
+        share = (self.budget - self._spent_before_searches()) // max(1, rounds * len(searches))
+        for name in searches:
+            yield from self._search(name, name, self.prompt.text, share)
+        if not self.settings.from_best or not searches:
+            return
+        best = next(text for text in self.ranked() if not self.ledger.scores[text]["source"].endswith(FROM_BEST))
+        if best == self.prompt.text:
+            self.notes.append("No candidate was better than the original text, so all searches started from it.")
+            return
+        for name in searches:
+            yield from self._search(name, name + FROM_BEST, best, share)
 
     def ranked(self) -> list[str]:
         """The texts with a score, the best on the validation data first: by the answer as generated, then by the
@@ -216,10 +225,11 @@ class Distillation:
                     made = make()
                 except ContextError:
                     made = Candidates([])
-                    self.notes.append(f"The source {name} gave nothing: its request has no room in the context.")
                 self.ledger.sources[name] = {"texts": made.texts, "spent": made.spent}
                 self.ledger.save()
                 yield f"{name}: {len(made.texts)} texts"
+            if not self.ledger.sources[name]["texts"]:
+                self.notes.append(f"The source {name} gave no text, as where its request has no room in the context.")
             for where, text in self.ledger.sources[name]["texts"]:
                 yield from self._score(text, where, limit - sum(self.ledger.spent.values()))
 

@@ -47,6 +47,7 @@ class Options:
     translators: Sequence[str] = NAMES
     steps: int | None = None
     accuracy: float | None = None
+    limit: int | None = None
     output: Path | None = None
     quiet: bool = False
     as_json: bool = False
@@ -139,7 +140,7 @@ def _plan_for(planned: Plan, bridge: Bridge, to: str, steps: int | None, example
 def _arms_folder(plan: Plan, prompt: SoftPrompt, options: Options) -> str:
     """The folder of the arms: another one for another prompt or other settings, so that none is taken for another."""
     settings = plan.config.model_dump(mode="json", include={"optimize", "compare"})
-    told = [tensor_hash(prompt.embeddings, prompt.anchor), settings, sorted(options.translators)]
+    told = [tensor_hash(prompt.embeddings, prompt.anchor), settings, sorted(options.translators), options.limit]
     return "arms-" + hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:8]
 
 
