@@ -98,9 +98,7 @@ def swiglu(gate_up: torch.Tensor, *, out: torch.Tensor, gelu: bool = False) -> t
     return out
 
 
-def swiglu_backward(
-    da: torch.Tensor, gate_up: torch.Tensor, *, out: torch.Tensor, gelu: bool = False
-) -> torch.Tensor:
+def swiglu_backward(da: torch.Tensor, gate_up: torch.Tensor, *, out: torch.Tensor, gelu: bool = False) -> torch.Tensor:
     """out [T, 2F] = [dg, du]; da [T, F] (may be expanded), gate_up [T, 2F]. `out` may be gate_up itself.
 
     Raises ValueError where shapes or types do not fit, or an output is expanded.

@@ -18,7 +18,8 @@ FLOORS = (
     "embedgrad.kernels", "embedgrad.util", "embedgrad.distributed", "embedgrad.maths", "embedgrad.backends",
     "embedgrad.data", "embedgrad.model", "embedgrad.prompt", "embedgrad.engine", "embedgrad.generation",
     "embedgrad.evaluation", "embedgrad.tasks", "embedgrad.exports", "embedgrad.serve", "embedgrad.harness",
-    "embedgrad.train", "embedgrad.compare", "embedgrad.sweep", "embedgrad.report", "embedgrad.cli", "embedgrad",
+    "embedgrad.train", "embedgrad.search", "embedgrad.compare", "embedgrad.sweep", "embedgrad.distil",
+    "embedgrad.transfer", "embedgrad.report", "embedgrad.cli", "embedgrad",
     "bench",
 )  # fmt: skip
 DIRECTLY_IN_EMBEDGRAD = {"__init__", "__main__"}

@@ -142,6 +142,92 @@ def sweep(
 
 
 @app.command()
+def distil(
+    prompt: PromptFile,
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="Configuration with model and data; default: the run's own.")
+    ] = None,
+    set_: Sets = None,
+    data: TaskFolder = None,
+    source: Annotated[
+        list[str] | None,
+        typer.Option("--source", help="nearest, words, induced, gcg, gcg-fluent, pez, pez-fluent; default: all."),
+    ] = None,
+    budget: Annotated[
+        int | None, typer.Option(min=1, help="Tokens to spend; default: 400 scorings of a text on the validation data.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Score texts on the first LIMIT validation items; default: on all.")
+    ] = None,
+    from_best: Annotated[
+        bool, typer.Option(help="Search from the best candidate too, not from the original text alone.")
+    ] = True,
+    samples: Annotated[int, typer.Option(min=1, help="Answers to each request for words or an instruction.")] = 8,
+    longest: Annotated[int, typer.Option(min=1, help="Longest text that the model writes, in tokens.")] = 96,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of samples and searches.")] = 0,
+    top: Annotated[int, typer.Option(min=1, help="Best texts that are tried on the test data.")] = 3,
+    judge: Annotated[
+        str | None,
+        typer.Option(help="Another model, only asked: a path, or an OpenAI-compatible address such as http://host/v1."),
+    ] = None,
+    judge_model: Annotated[str | None, typer.Option(help="The model's name at the address.")] = None,
+    judge_texts: Annotated[int, typer.Option(min=1, help="Texts that the judge is asked about.")] = 20,
+    timeout: Annotated[float, typer.Option(min=0.1, help="Seconds for one request to an address.")] = 60.0,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Folder of the results; default: distil/ beside the prompt.")
+    ] = None,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Find plain texts that keep a tuned prompt's gain, for models that take text only. Run it again to continue."""
+    from embedgrad.cli.commands.distil import Options, run
+    from embedgrad.distil.distil import SOURCES, Settings
+
+    sources = tuple(source or SOURCES)
+    settings = Settings(sources, samples, budget, seed, top, longest, judged=judge_texts, from_best=from_best)
+    options = Options(config, set_ or [], data, judge, judge_model, timeout, limit, output, quiet, json)
+    raise typer.Exit(run(prompt, options, settings))
+
+
+@app.command()
+def transfer(
+    prompt: PromptFile,
+    to: Annotated[str, typer.Option("--to", help="The other model: a folder, .gguf file or hub id.")],
+    config: Annotated[
+        Path | None, typer.Option("--config", "-c", help="Configuration with model and data; default: the run's own.")
+    ] = None,
+    set_: Sets = None,
+    data: TaskFolder = None,
+    translator: Annotated[
+        list[str] | None, typer.Option("--translator", help="ridge, orthogonal, relative; default: all three.")
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Steps on the other model; default: the configuration's.")
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Use the first LIMIT validation and test items; default: all.")
+    ] = None,
+    accuracy: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=1.0, help="Validation accuracy whose steps are counted; default: parts of the way."),
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="Folder of the results; default: transfer-MODEL/ beside the prompt."),
+    ] = None,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> None:
+    """Translate a tuned prompt to another model and measure it there. Run it again to continue."""
+    from embedgrad.cli.commands.transfer import Options, run
+    from embedgrad.transfer.translators import NAMES
+
+    chosen = tuple(dict.fromkeys(translator or NAMES))
+    options = Options(config, set_ or [], data, chosen, steps, accuracy, limit, output, quiet, json)
+    raise typer.Exit(run(prompt, to, options))
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(help="Folders of runs, such as runs/NAME.")],
     output: Annotated[

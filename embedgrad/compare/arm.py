@@ -38,6 +38,7 @@ class Arm:
     candidates: gives the prompts. Without training there may be several: they are tried in their order on the
         validation data until the budget is used up, and the best one is tested. With training there is one.
     training: how the prompt is optimised; None: not at all.
+    search: the discrete search that is made from the one prompt, one of `embedgrad.search.plan.NAMES`; None: none.
     repeated: run the arm with every seed; otherwise with the first seed only.
     """
 
@@ -46,6 +47,7 @@ class Arm:
     candidates: Candidates
     training: Training | None = None
     repeated: bool = False
+    search: str | None = None
 
 
 def only(make: Callable[[Model], SoftPrompt]) -> Candidates:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import random
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,8 @@ from embedgrad.evaluation.evaluate import Evaluation, evaluate
 from embedgrad.prompt.prompt import SoftPrompt
 from embedgrad.prompt.rendering import render
 from embedgrad.prompt.template import Template
+from embedgrad.search.plan import make_search
+from embedgrad.search.state_file import read_states, write_states
 from embedgrad.tasks.parts import Parts
 from embedgrad.train.checkpoints import tensor_hash
 from embedgrad.train.checks import check_parts
@@ -34,11 +37,14 @@ from embedgrad.train.run_folder import read_metrics
 from embedgrad.train.settings import OptimizeConfig
 from embedgrad.util.errors import ConfigError, EmbedGradError
 from embedgrad.util.files import write_atomic
-from embedgrad.util.interrupts import REASONS
+from embedgrad.util.interrupts import REASONS, stop_on_signals
 
 IDENTITY = "identity.json"
 Layout = tuple[Template, str, tuple[int, ...]]
 _PARTS = ("train", "validation", "test")
+SEARCH = "search.safetensors"
+_FINALISTS = 3  # texts of a search that are tried on the validation data, besides the start
+_SEARCH_BATCH = 8  # examples in a step of a search, which scores many prompts on them
 _LONGEST = 4  # examples that are rendered with each further candidate of an arm
 
 
@@ -61,10 +67,20 @@ class _Notes(Quiet):
 class Runner:
     """A comparison in `folder`. Raises ConfigError where the folder belongs to other settings or another model."""
 
-    def __init__(self, plan: Plan, model: Model, folder: Path, ranks: Ranks = ALONE) -> None:
-        """ranks: processes that share each arm's steps and items; the first reads and writes the folder."""
+    def __init__(
+        self,
+        plan: Plan,
+        model: Model,
+        folder: Path,
+        ranks: Ranks = ALONE,
+        parts: Mapping[int, Parts] | None = None,
+    ) -> None:
+        """ranks: processes that share each arm's steps and items; the first reads and writes the folder.
+
+        parts: the data of each fold, where they are not those that the plan gives for this model's tokenizer.
+        """
         self.model, self.folder, self.ranks = model, folder, ranks
-        self._parts: dict[int, Parts] = {}
+        self._parts = dict(parts or {})
         known = self._from_first(lambda: _read_identity(folder / IDENTITY))
         self.plan = replace(plan, date=None if known is None else known.get("date"))  # the day on which it began
         own = self._identity()
@@ -131,6 +147,12 @@ class Runner:
 
         Every example is rendered with an arm's first prompt, the longest few with its other candidates.
         """
+        searched = [arm.name for arm in arms if arm.search is not None]
+        if searched and self.ranks.size > 1:
+            raise ConfigError(
+                f"the arm {searched[0]} is a discrete search, which runs in one process; start the command without "
+                f"torchrun or srun."
+            )
         for fold in self.folds:
             parts, start = self.parts(fold), self.plan.start(self.model)
             check_parts(self.plan, self.model, start, parts)
@@ -146,7 +168,7 @@ class Runner:
     def _check(self, arm: Arm, parts: Parts, seed: int, seen: set[tuple[Layout, str]]) -> None:
         """seen: what was rendered whole before, as another arm or seed; it is not rendered again."""
         for number, prompt in enumerate(arm.candidates(self.model, parts.train, seed)):
-            for name in _PARTS[1:] if arm.training is None else _PARTS:
+            for name in _PARTS if arm.training is not None or arm.search is not None else _PARTS[1:]:
                 part, key = getattr(parts, name), (_layout(prompt), name)
                 if key in seen:
                     continue
@@ -158,7 +180,8 @@ class Runner:
     def run(self, arm: Arm, seed: int, fold: int, budget: int | None = None) -> Outcome:
         """The arm's outcome, read from its folder or made by running the arm.
 
-        budget: number of tokens that an arm with several candidates may process on the validation data; None: no limit.
+        budget: number of tokens that an arm with several candidates may process on the validation data (None: no
+            limit), or a search in all, its validations included.
         Raises Stopped after a signal, and ConfigError where the stored outcome belongs to other test items.
         """
         place = self.place(arm.name, seed, fold)
@@ -174,7 +197,9 @@ class Runner:
             place.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
         candidates = arm.candidates(self.model, parts.train, seed)
-        if arm.training is None:
+        if arm.search is not None:
+            prompt, figures = self._searched(arm.search, candidates[0], parts, seed, place, budget or 0)
+        elif arm.training is None:
             prompt, figures = self._best(candidates, parts.validation, budget)
         else:
             prompt, figures = self._optimised(arm, candidates[0], parts, seed, place)
@@ -225,6 +250,34 @@ class Runner:
             if rank > best_rank:
                 best, best_rank = prompt, rank
         return best, {"forward_tokens": spent, "candidates": tried, "validation": {"after": {"accuracy": best_rank[0]}}}
+
+    def _searched(
+        self, name: str, prompt: SoftPrompt, parts: Parts, seed: int, place: Path, budget: int
+    ) -> tuple[SoftPrompt, dict[str, Any]]:
+        """(best of the start and the search's texts on the validation data, fields of `Outcome`)."""
+        path = place / SEARCH
+        size = min(_SEARCH_BATCH, self.plan.config.optimize.batch_size)
+        search = make_search(name, self.model, prompt, parts.train, batch_size=size, seed=seed)
+        state = read_states(path)[0][name] if path.exists() else search.begin()
+        watched, texts = self._reserved(tokens(self.model, prompt, parts.validation), budget)
+        with stop_on_signals(terminate=True) as stop:
+            while search.advance(state, budget - watched):
+                write_states(path, {name: state}, {})
+                if stop.reason is not None:
+                    raise Stopped(stop.reason)
+        found = [prompt]
+        for text in search.texts(state, texts):
+            with contextlib.suppress(EmbedGradError):  # a text that is no prompt, such as one with a control token
+                found.append(SoftPrompt.from_text(self.model, text, prompt.template))
+        best, figures = self._best(found, parts.validation, budget - state.spent)
+        spent = figures.get("forward_tokens", 0) + state.spent - state.backward
+        return best, {**figures, "forward_tokens": spent, "backward_tokens": state.backward, "steps": state.step}
+
+    def _reserved(self, cost: int, budget: int) -> tuple[int, int]:
+        """(tokens that a search leaves for validations, texts besides the start that are validated): up to _FINALISTS
+        texts in a third of the budget, but at least one."""
+        texts = max(1, min(_FINALISTS, budget // 3 // max(1, cost) - 1))
+        return (texts + 1) * cost, texts
 
     def _optimised(
         self, arm: Arm, prompt: SoftPrompt, parts: Parts, seed: int, place: Path

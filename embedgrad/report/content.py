@@ -10,20 +10,12 @@ from embedgrad.data.leakage import Leakage
 from embedgrad.evaluation.evaluate import MEASURES
 from embedgrad.evaluation.statistics import Accuracy, McNemar, mcnemar_p
 from embedgrad.report.curves import HeatMap, Panel, alarm_sentence, heat_map, overlays, panels
+from embedgrad.report.elsewhere import elsewhere
 from embedgrad.report.read import Record, Run, find, number
+from embedgrad.report.table import Table
 
 _LONGEST = 1200  # characters of a text in an example; a longer text is truncated
 NOTHING = "–"
-
-
-@dataclass(frozen=True)
-class Table:
-    """A table whose cells are text. texts: indices of the columns that hold texts; all others are aligned right."""
-
-    header: list[str]
-    rows: list[list[str]]
-    note: str = ""
-    texts: tuple[int, ...] = (0,)
 
 
 @dataclass(frozen=True)
@@ -189,10 +181,12 @@ def _names(runs: Sequence[Run]) -> list[str]:
 def _section(run: Run, title: str, examples: int) -> Section:
     tables = {"Test data, before and after": _results(run), "Answers to the test data": _answers(run)}
     tables |= {"Validation data, before and after": _validation(run)}
+    further, damaged = elsewhere(run.path)
+    tables |= further
     return Section(
         title=title,
         verdict=_verdict(run),
-        missing=[*run.missing, *_contradictions(run)],
+        missing=[*run.missing, *damaged, *_contradictions(run)],
         facts=_facts(run),
         tables={heading: table for heading, table in tables.items() if table is not None},
         leakage=_leakage(run),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 
-from embedgrad.report.content import Content, Examples, Section, Table
+from embedgrad.report.content import Content, Examples, Section
 from embedgrad.report.curves import HeatMap, Panel
+from embedgrad.report.table import Table
 from embedgrad.util.shown import isolated
 
 _SIGNS = re.compile(r"([\\`*_{}\[\]<>#|~$&!])")  # among them <> for HTML, $ for mathematics, & for entities

@@ -51,13 +51,24 @@ def test_the_sweep_and_the_starts_are_complete(studied: dict[str, Any]) -> None:
     assert [point["tau"] for point in points] == ["0.9", "0.5", "none"]
     for point in points[:-1]:
         assert point["similarity"] >= float(point["tau"])
+
+
+def test_every_start_has_every_arm_at_equal_budgets(studied: dict[str, Any]) -> None:
     starts = studied["data"]["prompt-quality"]["starts"]
-    assert set(starts) == {"good", "terse", "off topic", "adversarial", "nonsense"}
+    assert set(starts) == {"good", "vague", "wrong", "other task", "adversarial", "random tokens"}
+    ways = {"before", "cone 0.95", "cone 0.8", "no region", "gcg", "pez"}
     for found in starts.values():
-        assert found["held"]["similarity"] >= 0.9
-        assert {when: found[when]["accuracy"]["total"] for when in ("before", "held", "free")} == dict.fromkeys(
-            ("before", "held", "free"), 10
-        )
+        assert set(found) == ways
+        assert found["cone 0.95"]["similarity"] >= 0.95
+        assert found["cone 0.8"]["similarity"] >= 0.8
+        assert found["cone 0.95"]["over_held"] == {"value": 0, "low": 0, "high": 0}
+        (budget,) = found["cone 0.95"]["tokens"]
+        for search in ("gcg", "pez"):
+            (spent,) = found[search]["tokens"]
+            assert 0.6 * budget < spent <= budget
+            assert found[search]["steps"][0] >= 1
+    words = studied["words"]["prompt-quality"]
+    assert "At the same number of tokens gcg ends above the cone from" in words
 
 
 def test_runs_are_shared_and_not_repeated(studied: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
