@@ -12,7 +12,7 @@ import os
 import sys
 import warnings
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -427,15 +427,26 @@ def main() -> None:
             if sys.stdout is not None:
                 sys.stdout.flush()  # Python's own flush at exit comes too late to report a full disk
     except ToldElsewhere:  # by another process of the same task
-        sys.exit(2)
+        _refuse()
     except EmbedGradError as refusal:
         print(f"embedgrad: {refusal}", file=sys.stderr)
-        sys.exit(2)
+        _refuse()
     except OSError as error:  # from stdout; errors of all other files are EmbedGradErrors
         with contextlib.suppress(OSError, ValueError):
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # lets Python's flush at exit succeed
         print(f"embedgrad: the output cannot be written: {error.strerror or error}.", file=sys.stderr)
         sys.exit(2)
+
+
+def _refuse() -> NoReturn:
+    """Ends with code 2. Among several processes at once: threads that wait for the others would abort it."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(2)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from embedgrad.util.errors import EmbedGradError, RankLost, ToldElsewhere
 _all_gather = getattr(torch.distributed, "all_gather_single", None) or torch.distributed.all_gather_into_tensor
 T = TypeVar("T")
 _GRACE = 3.0  # seconds in which the others may say why they ended
+_ERRORS = 1.0  # seconds in which the others may meet the same error as rank 0
 
 
 class Ranks:
@@ -167,7 +168,10 @@ class Group(Ranks):
                 raise ToldElsewhere(lost) from lost
             raise
         except EmbedGradError as error:
-            if not self._first_to_say(str(error)):
+            first = self._first_to_say(str(error))
+            if self.leads:
+                self._wait_for_others()
+            if not first:
                 raise ToldElsewhere(error) from error
             raise
 
@@ -180,9 +184,18 @@ class Group(Ranks):
     def _first_to_say(self, sentence: str) -> bool:
         try:
             self._store.set("spoke", "1")
-            return bool(int(self._store.add(f"error/{sentence}", 1)) == 1)
+            first = int(self._store.add(f"error/{sentence}", 1)) == 1
+            self._store.add("errors", 1)
+            return first
         except (RuntimeError, ValueError):  # the store went with its process
             return True
+
+    def _wait_for_others(self) -> None:
+        """The store ends with rank 0. Ranks with the same error look there first, whether it was said."""
+        until = time.monotonic() + _ERRORS
+        with contextlib.suppress(RuntimeError, ValueError):
+            while time.monotonic() < until and int(self._store.add("errors", 0)) < self.size:
+                time.sleep(0.02)
 
     def _someone_spoke(self) -> bool:
         until = time.monotonic() + _GRACE

@@ -21,7 +21,7 @@ from embedgrad.prompt.rendering import render_query
 from embedgrad.prompt.template import Template
 from embedgrad.util.errors import ConfigError, ContextError, DataError
 from tests.engine.drawn import VOCABULARY, configs, make_prompt, pair, prompts
-from tests.truth import transformers_twin
+from tests.truth import transformers_inputs, transformers_twin
 
 drawn = settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck))
 queries = st.lists(st.lists(st.integers(5, VOCABULARY - 1), min_size=1, max_size=9), min_size=1, max_size=4)
@@ -33,11 +33,8 @@ def test_greedy_tokens_are_those_of_repeated_whole_forwards(config: Any, prompt:
     both = pair(*config)
     p = make_prompt(both.model, prompt)
     answers = generate(both.model, p, asked, Sampling(max_new_tokens=6))
-    table = both.twin.get_input_embeddings().weight
     for query, answer in zip(asked, answers, strict=True):
-        rendered = render_query(both.model, p, query)
-        rows = torch.tensor(rendered.prompt_rows)
-        x = torch.where((rows >= 0)[:, None], p.embeddings[rows.clamp_min(0)], table[torch.tensor(rendered.ids)])
+        x, table = transformers_inputs(both.twin, p.embeddings, render_query(both.model, p, query))
         for token in answer.ids:
             logits = both.twin(inputs_embeds=x[None], use_cache=False).logits[0, -1]
             assert float(logits.max() - logits[token]) <= 1e-3

@@ -41,7 +41,7 @@ class Fault(NamedTuple):
 FAULTS = {
     "rms_norm: no ε": Fault("rms_norm", " / d + eps)", " / d)"),
     "rms_norm: x̂ not rounded before the weight": Fault(
-        "rms_norm", "(b_wide * r).to(b_x.dtype).to(tl.float32)", "b_wide * r"
+        "rms_norm", "(b_wide * r).to(b_w.dtype).to(tl.float32)", "b_wide * r"
     ),
     "rms_norm_backward: no mean term": Fault("rms_norm", "b_wdy - b_x * r * mean", "b_wdy"),
     "rms_norm_backward: overwrites instead of adding": Fault("rms_norm", "b_dx + r * (", "r * ("),

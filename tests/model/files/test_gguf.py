@@ -204,7 +204,7 @@ def test_mistral_files_without_their_window(changes: dict[str, Any], window: int
 @pytest.mark.parametrize(
     ("metadata", "said"),
     [
-        ({"general.architecture": "gemma"}, ["gemma", "llama, qwen2, qwen3"]),
+        ({"general.architecture": "gemma"}, ["gemma", "gemma3, granite, llama"]),
         ({"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 4.0}, ["longrope"]),
         ({"llama.rope.scaling.type": "yarn"}, ["rope.scaling.factor", "missing"]),
         ({"llama.rope.scaling.attn_factor": 1.5}, ["rope.scaling.attn_factor", "1.5"]),
