@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from embedgrad.generation.sampling import Sampling
 from embedgrad.serve.finite_schema import MAX_TEXTS, texts_of
@@ -19,8 +19,16 @@ from embedgrad.util.errors import DataError
 MAX_ANSWERS = 16  # answers to one request
 MAX_TOP = 20  # likeliest tokens that are shown, as in the OpenAI API
 
+
+def _whole(value: Any) -> Any:
+    """JSON has one type of number: 1.0 is an integer."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+_Int = Annotated[int, BeforeValidator(_whole)]
 _Text = Annotated[str, Field(min_length=1, max_length=1000)]
-_Token = Annotated[int, Field(ge=0, lt=2**31)]
+_Token = Annotated[_Int, Field(ge=0, lt=2**31)]
+_Prompt = Annotated[str, Field(min_length=1)]
 _Choices = Annotated[list[_Text], Field(min_length=1, max_length=MAX_TEXTS)]
 _SEEDS = 1 << 64
 
@@ -62,13 +70,13 @@ class _Body(_Strict):
     """What both kinds of requests have. `max_tokens` defaults to the server's limit, `temperature` to 0."""
 
     model: str = Field(max_length=256)
-    max_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_tokens: Annotated[_Int, Field(ge=1, lt=2**31)] | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, lt=2**31)] | None = None
+    top_k: Annotated[_Int, Field(ge=-1, lt=2**31)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    n: Annotated[int, Field(ge=1, le=MAX_ANSWERS)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**64)] | None = None
+    n: Annotated[_Int, Field(ge=1, le=MAX_ANSWERS)] | None = None
+    seed: Annotated[_Int, Field(ge=-(2**63), lt=2**64)] | None = None
     stop: _Text | Annotated[list[_Text], Field(max_length=16)] | None = None
     presence_penalty: Annotated[float, Field(ge=-100, le=100)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-100, le=100)] | None = None
@@ -143,9 +151,9 @@ class ChatBody(_Body):
     """The body of /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
-    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31)] | None = None
+    max_completion_tokens: Annotated[_Int, Field(ge=1, lt=2**31)] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP)] | None = None
+    top_logprobs: Annotated[_Int, Field(ge=0, le=MAX_TOP)] | None = None
     response_format: ResponseFormat | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     modalities: list[Literal["text"]] | None = None
@@ -176,14 +184,14 @@ class CompletionBody(_Body):
     """The body of /v1/completions. For a model with a prompt, `prompt` is the query."""
 
     prompt: (
-        str
+        _Prompt
         | Annotated[list[_Token], Field(min_length=1)]
-        | Annotated[list[str], Field(min_length=1, max_length=64)]
+        | Annotated[list[_Prompt], Field(min_length=1, max_length=64)]
         | Annotated[list[Annotated[list[_Token], Field(min_length=1)]], Field(min_length=1, max_length=64)]
     )
-    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP)] | None = None
+    logprobs: Annotated[_Int, Field(ge=0, le=MAX_TOP)] | None = None
     echo: Literal[False] | None = None
-    best_of: Annotated[int, Field(ge=1, le=MAX_ANSWERS)] | None = None
+    best_of: Annotated[_Int, Field(ge=1, le=MAX_ANSWERS)] | None = None
 
     def prompts(self) -> list[str | Sequence[int]]:
         """The prompts, at least one."""

@@ -168,6 +168,21 @@ WRONG = {
 }
 
 
+def test_a_whole_number_may_have_a_point(server: Running) -> None:
+    """JSON has one type of number; 3.5 is still refused where a whole one is meant."""
+    body = {"model": "bare", "prompt": [5.0, 6], "max_tokens": 3.0, "top_k": 0.0, "seed": 1.0, "logprobs": 1.0}
+    response = server.post("/v1/completions", body)
+    assert response.status_code == 200, response.text
+    assert response.json() == {
+        **server.post("/v1/completions", {**body, "prompt": [5, 6], "max_tokens": 3, "seed": 1}).json(),
+        **{name: response.json()[name] for name in ("id", "created")},
+    }
+    for name in ("max_tokens", "seed"):
+        assert name in server.post("/v1/completions", {**body, name: 3.5}).json()["error"]["message"]
+    empty = server.post("/v1/completions", {**body, "prompt": ""})
+    assert (empty.status_code, "prompt" in empty.json()["error"]["message"]) == (400, True)
+
+
 @pytest.mark.parametrize("name", WRONG)
 def test_a_wrong_request_gets_one_sentence(server: Running, name: str) -> None:
     body, status, words = WRONG[name]
