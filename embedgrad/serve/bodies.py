@@ -25,9 +25,16 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-_Int = Annotated[int, BeforeValidator(_whole)]
+def _boolean(value: Any) -> Any:
+    """0 equals False in Python, and so it would fit Literal[False]."""
+    if value is not None and not isinstance(value, bool):
+        raise ValueError("input should be a boolean")
+    return value
+
+
+_WHOLE = BeforeValidator(_whole)  # stands behind the bounds, which else are missing in the document
 _Text = Annotated[str, Field(min_length=1, max_length=1000)]
-_Token = Annotated[_Int, Field(ge=0, lt=2**31)]
+_Token = Annotated[int, Field(ge=0, lt=2**31), _WHOLE]
 _Prompt = Annotated[str, Field(min_length=1)]
 _Choices = Annotated[list[_Text], Field(min_length=1, max_length=MAX_TEXTS)]
 _SEEDS = 1 << 64
@@ -53,11 +60,17 @@ class JsonSchema(_Strict):
     schema_: dict[str, Any] = Field(alias="schema")
 
 
-class ResponseFormat(_Strict):
-    """`response_format`: text, or a JSON schema that allows finitely many values."""
+class TextFormat(_Strict):
+    """`response_format`: any text."""
 
-    type: Literal["text", "json_schema"]
-    json_schema: JsonSchema | None = None
+    type: Literal["text"]
+
+
+class JsonFormat(_Strict):
+    """`response_format`: a JSON schema that allows finitely many values."""
+
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
 
 
 class StructuredOutputs(_Strict):
@@ -70,13 +83,13 @@ class _Body(_Strict):
     """What both kinds of requests have. `max_tokens` defaults to the server's limit, `temperature` to 0."""
 
     model: str = Field(max_length=256)
-    max_tokens: Annotated[_Int, Field(ge=1, lt=2**31)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, lt=2**31), _WHOLE] | None = None
     temperature: Annotated[float, Field(ge=0, le=100)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[_Int, Field(ge=-1, lt=2**31)] | None = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31), _WHOLE] | None = None
     min_p: Annotated[float, Field(ge=0, le=1)] | None = None
-    n: Annotated[_Int, Field(ge=1, le=MAX_ANSWERS)] | None = None
-    seed: Annotated[_Int, Field(ge=-(2**63), lt=2**64)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_ANSWERS), _WHOLE] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**64), _WHOLE] | None = None
     stop: _Text | Annotated[list[_Text], Field(max_length=16)] | None = None
     presence_penalty: Annotated[float, Field(ge=-100, le=100)] | None = None
     frequency_penalty: Annotated[float, Field(ge=-100, le=100)] | None = None
@@ -151,10 +164,10 @@ class ChatBody(_Body):
     """The body of /v1/chat/completions."""
 
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
-    max_completion_tokens: Annotated[_Int, Field(ge=1, lt=2**31)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, lt=2**31), _WHOLE] | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[_Int, Field(ge=0, le=MAX_TOP)] | None = None
-    response_format: ResponseFormat | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_TOP), _WHOLE] | None = None
+    response_format: Annotated[TextFormat | JsonFormat, Field(discriminator="type")] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     modalities: list[Literal["text"]] | None = None
     tools: Annotated[list[Any], Field(max_length=0)] | None = None
@@ -166,12 +179,10 @@ class ChatBody(_Body):
 
     def texts(self) -> list[str]:
         texts = super().texts()
-        if self.response_format is None or self.response_format.type == "text":
+        if not isinstance(self.response_format, JsonFormat):
             return texts
         if texts:
             raise DataError("response_format and guided_choice say different things; give one of them.")
-        if self.response_format.json_schema is None:
-            raise DataError("response_format of the type json_schema needs the field json_schema.")
         return texts_of(self.response_format.json_schema.schema_)
 
     @property
@@ -189,9 +200,9 @@ class CompletionBody(_Body):
         | Annotated[list[_Prompt], Field(min_length=1, max_length=64)]
         | Annotated[list[Annotated[list[_Token], Field(min_length=1)]], Field(min_length=1, max_length=64)]
     )
-    logprobs: Annotated[_Int, Field(ge=0, le=MAX_TOP)] | None = None
-    echo: Literal[False] | None = None
-    best_of: Annotated[_Int, Field(ge=1, le=MAX_ANSWERS)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_TOP), _WHOLE] | None = None
+    echo: Annotated[Literal[False] | None, BeforeValidator(_boolean)] = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_ANSWERS), _WHOLE] | None = None
 
     def prompts(self) -> list[str | Sequence[int]]:
         """The prompts, at least one."""

@@ -156,6 +156,16 @@ WRONG = {
         400,
         "the JSON schema",
     ),
+    "schema is missing": (
+        {"model": "bare", "messages": _USER, "response_format": {"type": "json_schema"}},
+        400,
+        "json_schema is missing",
+    ),
+    "an unknown format": (
+        {"model": "bare", "messages": _USER, "response_format": {"type": "json_object"}},
+        400,
+        "response_format",
+    ),
     "prompt variable": (
         {
             "model": "system",
@@ -179,6 +189,9 @@ def test_a_whole_number_may_have_a_point(server: Running) -> None:
     }
     for name in ("max_tokens", "seed"):
         assert name in server.post("/v1/completions", {**body, name: 3.5}).json()["error"]["message"]
+    for field, value in (("prompt", [[-521]]), ("echo", 0)):
+        refused = server.post("/v1/completions", {**body, field: value})
+        assert (refused.status_code, field in refused.json()["error"]["message"]) == (400, True)
     empty = server.post("/v1/completions", {**body, "prompt": ""})
     assert (empty.status_code, "prompt" in empty.json()["error"]["message"]) == (400, True)
 
