@@ -142,7 +142,7 @@ def _all(calls: Sequence[Callable[[], object]]) -> None:
 
 @contextlib.contextmanager
 def _listening(settings: Settings) -> Any:
-    """A socket that is bound. Raises ConfigError."""
+    """A socket that listens. Raises ConfigError."""
     try:
         family, _, _, _, address = socket.getaddrinfo(
             settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -155,6 +155,7 @@ def _listening(settings: Settings) -> Any:
             if os.name == "posix":
                 listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             listener.bind(address)
+            listener.listen(CONNECTIONS)  # whoever reads the address may connect at once, and waits for uvicorn
         except (OSError, OverflowError) as error:
             reason = getattr(error, "strerror", None) or error
             raise ConfigError(

@@ -55,7 +55,7 @@ def running(folder: Path, *options: str) -> Iterator[Running]:
     with open(stderr, "w") as errors:
         process = subprocess.Popen(
             [*command, "--bare-name", "bare", *options], stdout=subprocess.PIPE, stderr=errors, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"},
         )  # fmt: skip
     try:
         assert process.stdout is not None
@@ -63,6 +63,8 @@ def running(folder: Path, *options: str) -> Iterator[Running]:
         assert address, stderr.read_text()
         yield Running(address, process, model, prompts, stderr)
     finally:
+        ended = process.poll()
+        assert ended is None, f"the server has ended with code {ended}: {stderr.read_text()[-2000:]}"
         process.terminate()
         process.wait(timeout=30)
         assert "Traceback" not in stderr.read_text()

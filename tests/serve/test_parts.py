@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import embedgrad
 from embedgrad.cli.app import app
 from embedgrad.prompt.rendering import render_query
 from embedgrad.serve.finite_schema import texts_of
+from embedgrad.serve.run import Settings, serve
 from embedgrad.serve.served import ServedModel
 from embedgrad.serve.text_stream import TextStream
 from embedgrad.util.errors import DataError
@@ -111,6 +113,21 @@ def test_control_tokens_in_the_messages_are_text(folder: Path, model: embedgrad.
         ]
         assert tokenizer.decode(rendered.ids, skip_special=False).count(token) >= 3
         assert [row for row in rendered.prompt_rows if row >= 0] == [row for row in calm.prompt_rows if row >= 0]
+
+
+def test_who_reads_the_address_can_connect(model: embedgrad.Model) -> None:
+    """The address is told when the socket listens, not before: a client under load is not turned away."""
+
+    class Connected(Exception):
+        pass
+
+    def connect(address: str) -> None:
+        host, port = address.removeprefix("http://").split(":")
+        socket.create_connection((host, int(port))).close()
+        raise Connected
+
+    with pytest.raises(Connected):
+        serve([ServedModel(model, "bare", None)], Settings(port=0, slots=1), connect)
 
 
 def test_two_models_of_one_name_are_refused(tmp_path: Path) -> None:
