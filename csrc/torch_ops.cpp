@@ -165,37 +165,21 @@ void rope_backward(
     });
 }
 
-void swiglu(const Tensor& gate_up, Tensor out) {
+void swiglu(const Tensor& gate_up, Tensor out, bool gelu) {
     with_type_of(gate_up, "gate_up", [&](auto type) {
         using T = decltype(type);
         const int64_t n = out.size(0), width = out.size(1);
-        embedgrad::swiglu<T>(pool, rows<T>(gate_up, "gate_up", n, 2 * width), rows<T>(out, "out", n, width), n, width);
+        embedgrad::swiglu<T>(
+            pool, rows<T>(gate_up, "gate_up", n, 2 * width), rows<T>(out, "out", n, width), n, width, gelu);
     });
 }
 
-void swiglu_backward(const Tensor& da, const Tensor& gate_up, Tensor out) {
+void swiglu_backward(const Tensor& da, const Tensor& gate_up, Tensor out, bool gelu) {
     with_type_of(da, "da", [&](auto type) {
         using T = decltype(type);
         const int64_t n = da.size(0), width = da.size(1);
         embedgrad::swiglu_backward<T>(pool, rows<T>(da, "da", n, width), rows<T>(gate_up, "gate_up", n, 2 * width),
-                                      rows<T>(out, "out", n, 2 * width), n, width);
-    });
-}
-
-void geglu(const Tensor& gate_up, Tensor out) {
-    with_type_of(gate_up, "gate_up", [&](auto type) {
-        using T = decltype(type);
-        const int64_t n = out.size(0), width = out.size(1);
-        embedgrad::geglu<T>(pool, rows<T>(gate_up, "gate_up", n, 2 * width), rows<T>(out, "out", n, width), n, width);
-    });
-}
-
-void geglu_backward(const Tensor& da, const Tensor& gate_up, Tensor out) {
-    with_type_of(da, "da", [&](auto type) {
-        using T = decltype(type);
-        const int64_t n = da.size(0), width = da.size(1);
-        embedgrad::geglu_backward<T>(pool, rows<T>(da, "da", n, width), rows<T>(gate_up, "gate_up", n, 2 * width),
-                                     rows<T>(out, "out", n, 2 * width), n, width);
+                                      rows<T>(out, "out", n, 2 * width), n, width, gelu);
     });
 }
 
@@ -421,10 +405,8 @@ TORCH_LIBRARY(embedgrad, m) {
     m.def(
         "rope_backward(Tensor(a!) dx, Tensor? raw, Tensor cos, Tensor sin, int heads, int kv_heads, int head_dim, "
         "Tensor? q_norm, Tensor? k_norm, float eps) -> ()");
-    m.def("swiglu(Tensor gate_up, Tensor(a!) out) -> ()");
-    m.def("swiglu_backward(Tensor da, Tensor gate_up, Tensor(a!) out) -> ()");
-    m.def("geglu(Tensor gate_up, Tensor(a!) out) -> ()");
-    m.def("geglu_backward(Tensor da, Tensor gate_up, Tensor(a!) out) -> ()");
+    m.def("swiglu(Tensor gate_up, Tensor(a!) out, bool gelu) -> ()");
+    m.def("swiglu_backward(Tensor da, Tensor gate_up, Tensor(a!) out, bool gelu) -> ()");
     m.def(
         "softmax_loss(Tensor(a!) z, Tensor targets, Tensor? weights, Tensor(b!) nll, Tensor(c!) predicted) -> ()");
     m.def("embed(Tensor rows, Tensor? table, Tensor ids, Tensor prompt_rows, Tensor(a!) out) -> ()");
@@ -458,8 +440,6 @@ TORCH_LIBRARY_IMPL(embedgrad, CPU, m) {
     m.impl("rope_backward", rope_backward);
     m.impl("swiglu", swiglu);
     m.impl("swiglu_backward", swiglu_backward);
-    m.impl("geglu", geglu);
-    m.impl("geglu_backward", geglu_backward);
     m.impl("softmax_loss", softmax_loss);
     m.impl("embed", embed);
     m.impl("embed_backward", embed_backward);

@@ -49,40 +49,22 @@ void rope_backward(
 }
 
 template <typename T>
-void swiglu(const Pool& pool, Rows<T> gate_up, Rows<T> out, int64_t rows, int64_t width) {
+void swiglu(const Pool& pool, Rows<T> gate_up, Rows<T> out, int64_t rows, int64_t width, bool gelu) {
     const bool non_temporal = prefers_non_temporal(out, rows, width);
     pool.run(rows, rows_per_thread(width), [&](int64_t begin, int64_t end) {
         if (non_temporal) {
-            EMBEDGRAD_DISPATCH(swiglu_rows<true>, gate_up, out, begin, end, width)
+            EMBEDGRAD_DISPATCH(swiglu_rows<true>, gate_up, out, begin, end, width, gelu)
         } else {
-            EMBEDGRAD_DISPATCH(swiglu_rows<false>, gate_up, out, begin, end, width)
+            EMBEDGRAD_DISPATCH(swiglu_rows<false>, gate_up, out, begin, end, width, gelu)
         }
     });
 }
 
 template <typename T>
-void swiglu_backward(const Pool& pool, Rows<T> da, Rows<T> gate_up, Rows<T> out, int64_t rows, int64_t width) {
+void swiglu_backward(
+    const Pool& pool, Rows<T> da, Rows<T> gate_up, Rows<T> out, int64_t rows, int64_t width, bool gelu) {
     pool.run(rows, rows_per_thread(width), [&](int64_t begin, int64_t end) {
-        EMBEDGRAD_DISPATCH(swiglu_backward_rows, da, gate_up, out, begin, end, width)
-    });
-}
-
-template <typename T>
-void geglu(const Pool& pool, Rows<T> gate_up, Rows<T> out, int64_t rows, int64_t width) {
-    const bool non_temporal = prefers_non_temporal(out, rows, width);
-    pool.run(rows, rows_per_thread(width), [&](int64_t begin, int64_t end) {
-        if (non_temporal) {
-            EMBEDGRAD_DISPATCH(geglu_rows<true>, gate_up, out, begin, end, width)
-        } else {
-            EMBEDGRAD_DISPATCH(geglu_rows<false>, gate_up, out, begin, end, width)
-        }
-    });
-}
-
-template <typename T>
-void geglu_backward(const Pool& pool, Rows<T> da, Rows<T> gate_up, Rows<T> out, int64_t rows, int64_t width) {
-    pool.run(rows, rows_per_thread(width), [&](int64_t begin, int64_t end) {
-        EMBEDGRAD_DISPATCH(geglu_backward_rows, da, gate_up, out, begin, end, width)
+        EMBEDGRAD_DISPATCH(swiglu_backward_rows, da, gate_up, out, begin, end, width, gelu)
     });
 }
 
@@ -92,10 +74,8 @@ void geglu_backward(const Pool& pool, Rows<T> da, Rows<T> gate_up, Rows<T> out, 
     template void rope(const Pool&, Rows<T>, const T*, const T*, HeadNorms<T>, int64_t, int64_t, int64_t);              \
     template void rope_backward(                                                                                        \
         const Pool&, Rows<T>, Rows<T>, const T*, const T*, HeadNorms<T>, int64_t, int64_t, int64_t);                    \
-    template void swiglu(const Pool&, Rows<T>, Rows<T>, int64_t, int64_t);                                              \
-    template void swiglu_backward(const Pool&, Rows<T>, Rows<T>, Rows<T>, int64_t, int64_t);                            \
-    template void geglu(const Pool&, Rows<T>, Rows<T>, int64_t, int64_t);                                               \
-    template void geglu_backward(const Pool&, Rows<T>, Rows<T>, Rows<T>, int64_t, int64_t);
+    template void swiglu(const Pool&, Rows<T>, Rows<T>, int64_t, int64_t, bool);                                        \
+    template void swiglu_backward(const Pool&, Rows<T>, Rows<T>, Rows<T>, int64_t, int64_t, bool);
 EMBEDGRAD_OF(float)
 EMBEDGRAD_OF(Bf16)
 

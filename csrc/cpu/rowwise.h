@@ -39,18 +39,13 @@ void rope_backward(
     const Pool&, Rows<T> dx, Rows<T> raw, const T* cos, const T* sin, HeadNorms<T> norms, int64_t rows, int64_t heads,
     int64_t half);
 
-// out = g σ(g) ⊙ u; gate_up = [g, u] [rows, 2·width]
+// out = g σ(z) ⊙ u; gate_up = [g, u] [rows, 2·width]. z = g, or with gelu z = 2√(2/π)(g + 0.044715 g³).
 template <typename T>
-void swiglu(const Pool&, Rows<T> gate_up, Rows<T> out, int64_t rows, int64_t width);
+void swiglu(const Pool&, Rows<T> gate_up, Rows<T> out, int64_t rows, int64_t width, bool gelu = false);
 
-// out = [da ⊙ u ⊙ σ(g)(1 + g(1 − σ(g))), da ⊙ g σ(g)]; out may be gate_up.
+// out = [da ⊙ u ⊙ σ(z)(1 + g z′(1 − σ(z))), da ⊙ g σ(z)]; out may be gate_up.
 template <typename T>
-void swiglu_backward(const Pool&, Rows<T> da, Rows<T> gate_up, Rows<T> out, int64_t rows, int64_t width);
-
-// The same two with GELU (tanh) as the gate: g σ(z), z = 2√(2/π)(g + 0.044715 g³).
-template <typename T>
-void geglu(const Pool&, Rows<T> gate_up, Rows<T> out, int64_t rows, int64_t width);
-template <typename T>
-void geglu_backward(const Pool&, Rows<T> da, Rows<T> gate_up, Rows<T> out, int64_t rows, int64_t width);
+void swiglu_backward(
+    const Pool&, Rows<T> da, Rows<T> gate_up, Rows<T> out, int64_t rows, int64_t width, bool gelu = false);
 
 }  // namespace embedgrad

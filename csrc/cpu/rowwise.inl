@@ -266,20 +266,16 @@ static inline void swiglu_row(const T* gate, const T* up, T* out, int64_t width)
     for (; i < width; i += VL) swiglu_at<1, NON_TEMPORAL, Gate>(gate + i, up + i, out + i, width - i);
 }
 
-static inline void geglu_row(const float* gate, const float* up, float* out, int64_t width) {
-    swiglu_row<false, Gelu>(gate, up, out, width);
-}
-
-template <bool NON_TEMPORAL, typename Gate = Silu, typename T>
-static void swiglu_rows(Rows<T> gate_up, Rows<T> out, int64_t begin, int64_t end, int64_t width) {
-    for (int64_t t = begin; t < end; ++t)
-        swiglu_row<NON_TEMPORAL, Gate>(gate_up.at(t), gate_up.at(t) + width, out.at(t), width);
-    if (NON_TEMPORAL) stream_fence();
-}
-
 template <bool NON_TEMPORAL, typename T>
-static void geglu_rows(Rows<T> gate_up, Rows<T> out, int64_t begin, int64_t end, int64_t width) {
-    swiglu_rows<NON_TEMPORAL, Gelu>(gate_up, out, begin, end, width);
+static void swiglu_rows(Rows<T> gate_up, Rows<T> out, int64_t begin, int64_t end, int64_t width, bool gelu) {
+    for (int64_t t = begin; t < end; ++t) {
+        const T *gate = gate_up.at(t), *up = gate + width;
+        if (gelu)
+            swiglu_row<NON_TEMPORAL, Gelu>(gate, up, out.at(t), width);
+        else
+            swiglu_row<NON_TEMPORAL, Silu>(gate, up, out.at(t), width);
+    }
+    if (NON_TEMPORAL) stream_fence();
 }
 
 template <int N, typename Gate, typename T>
@@ -299,19 +295,22 @@ EMBEDGRAD_INLINE void swiglu_backward_at(const T* da, const T* gate, const T* up
     }
 }
 
-template <typename Gate = Silu, typename T>
-static void swiglu_backward_rows(Rows<T> da, Rows<T> gate_up, Rows<T> out, int64_t begin, int64_t end, int64_t width) {
-    for (int64_t t = begin; t < end; ++t) {
-        const T *d = da.at(t), *gate = gate_up.at(t), *up = gate + width;
-        T *d_gate = out.at(t), *d_up = d_gate + width;
-        int64_t i = 0;
-        for (; i + 4 * VL <= width; i += 4 * VL)
-            swiglu_backward_at<4, Gate>(d + i, gate + i, up + i, d_gate + i, d_up + i, VL);
-        for (; i < width; i += VL) swiglu_backward_at<1, Gate>(d + i, gate + i, up + i, d_gate + i, d_up + i, width - i);
-    }
+template <typename Gate, typename T>
+static void swiglu_backward_row(const T* da, const T* gate, T* d_gate, int64_t width) {
+    const T* up = gate + width;
+    T* d_up = d_gate + width;
+    int64_t i = 0;
+    for (; i + 4 * VL <= width; i += 4 * VL)
+        swiglu_backward_at<4, Gate>(da + i, gate + i, up + i, d_gate + i, d_up + i, VL);
+    for (; i < width; i += VL) swiglu_backward_at<1, Gate>(da + i, gate + i, up + i, d_gate + i, d_up + i, width - i);
 }
 
 template <typename T>
-static void geglu_backward_rows(Rows<T> da, Rows<T> gate_up, Rows<T> out, int64_t begin, int64_t end, int64_t width) {
-    swiglu_backward_rows<Gelu>(da, gate_up, out, begin, end, width);
+static void swiglu_backward_rows(
+    Rows<T> da, Rows<T> gate_up, Rows<T> out, int64_t begin, int64_t end, int64_t width, bool gelu) {
+    for (int64_t t = begin; t < end; ++t)
+        if (gelu)
+            swiglu_backward_row<Gelu>(da.at(t), gate_up.at(t), out.at(t), width);
+        else
+            swiglu_backward_row<Silu>(da.at(t), gate_up.at(t), out.at(t), width);
 }

@@ -104,25 +104,17 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def swiglu(self, gate_up: Tensor, *, out: Tensor) -> Tensor:
-        """out = g σ(g) ⊙ u; gate_up = [g, u] [T, 2F], out [T, F]."""
+    def swiglu(self, gate_up: Tensor, *, out: Tensor, gelu: bool = False) -> Tensor:
+        """out = g σ(z) ⊙ u with z = g; gate_up = [g, u] [T, 2F], out [T, F].
 
-    @abstractmethod
-    def swiglu_backward(self, da: Tensor, gate_up: Tensor, *, out: Tensor) -> Tensor:
-        """out = [dg, du], dg = da ⊙ u ⊙ σ(g)(1 + g(1 − σ(g))), du = da ⊙ g σ(g); da [T, F], gate_up, out [T, 2F].
-
-        out may be gate_up itself.
+        gelu: GeGLU instead, with z = 2√(2/π)(g + 0.044715 g³): GELU in its tanh form, ½ g (1 + tanh(z/2)) = g σ(z).
         """
 
     @abstractmethod
-    def geglu(self, gate_up: Tensor, *, out: Tensor) -> Tensor:
-        """out = gelu(g) ⊙ u, gelu(g) = g σ(2z) = ½ g (1 + tanh z), z = √(2/π)(g + 0.044715 g³); shapes of `swiglu`."""
+    def swiglu_backward(self, da: Tensor, gate_up: Tensor, *, out: Tensor, gelu: bool = False) -> Tensor:
+        """out = [dg, du], dg = da ⊙ u ⊙ σ(z)(1 + g z′(1 − σ(z))), du = da ⊙ g σ(z); da [T, F], gate_up, out [T, 2F].
 
-    @abstractmethod
-    def geglu_backward(self, da: Tensor, gate_up: Tensor, *, out: Tensor) -> Tensor:
-        """out = [dg, du], dg = da ⊙ u ⊙ (s + 2 g s (1 − s) z′), du = da ⊙ g s, s = σ(2z), z′ = √(2/π)(1 + 0.134145 g²).
-
-        Shapes are those of `swiglu_backward`; out may be gate_up itself.
+        z′ is 1, with `gelu` 2√(2/π)(1 + 0.134145 g²). out may be gate_up itself.
         """
 
     def scale(self, x: Tensor, factor: float, *, out: Tensor) -> Tensor:

@@ -36,22 +36,13 @@ class Naive(Backend):  # a method's contract stands in `Backend`
                 dx.copy_(rms_backward(dx, x, w, eps))
         return dqkv
 
-    def swiglu(self, gate_up: Tensor, *, out: Tensor) -> Tensor:
+    def swiglu(self, gate_up: Tensor, *, out: Tensor, gelu: bool = False) -> Tensor:
         g, u = gate_up.chunk(2, dim=1)
-        return out.copy_(g * torch.sigmoid(g) * u)
+        return out.copy_(g * gate(g, gelu)[0] * u)
 
-    def swiglu_backward(self, da: Tensor, gate_up: Tensor, *, out: Tensor) -> Tensor:
+    def swiglu_backward(self, da: Tensor, gate_up: Tensor, *, out: Tensor, gelu: bool = False) -> Tensor:
         g, u = gate_up.chunk(2, dim=1)
-        s = torch.sigmoid(g)
-        return out.copy_(torch.cat([da * u * s * (1 + g * (1 - s)), da * g * s], dim=1))
-
-    def geglu(self, gate_up: Tensor, *, out: Tensor) -> Tensor:
-        g, u = gate_up.chunk(2, dim=1)
-        return out.copy_(g * gelu_gate(g)[0] * u)
-
-    def geglu_backward(self, da: Tensor, gate_up: Tensor, *, out: Tensor) -> Tensor:
-        g, u = gate_up.chunk(2, dim=1)
-        s, ds = gelu_gate(g)
+        s, ds = gate(g, gelu)
         return out.copy_(torch.cat([da * u * (s + g * ds), da * g * s], dim=1))
 
     def tree_attention(self, q, k, v, mask: TreeMask, *, scale, softcap=None, out, lse, workspace=None):  # type: ignore[no-untyped-def]
@@ -113,11 +104,12 @@ def normalised(x: Tensor, eps: float) -> Tensor:
     return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
 
 
-def gelu_gate(g: Tensor) -> tuple[Tensor, Tensor]:
-    """s = σ(2z) with z = √(2/π)(g + 0.044715 g³), and ds/dg."""
-    c = (2 / math.pi) ** 0.5
-    s = torch.sigmoid(2 * c * (g + 0.044715 * g**3))
-    return s, 2 * s * (1 - s) * c * (1 + 3 * 0.044715 * g.square())
+def gate(g: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
+    """s = σ(z), z = g or 2√(2/π)(g + 0.044715 g³), and ds/dg."""
+    c = 2 * (2 / math.pi) ** 0.5
+    z, dz = (c * (g + 0.044715 * g**3), c * (1 + 3 * 0.044715 * g.square())) if gelu else (g, 1)
+    s = torch.sigmoid(z)
+    return s, s * (1 - s) * dz
 
 
 def rms_backward(dy: Tensor, x: Tensor, w: Tensor, eps: float) -> Tensor:

@@ -40,8 +40,8 @@ def _load() -> None:
     except OSError as error:
         raise ImportError(f"csrc/ was built for another torch: {error}") from error
     for name in (
-        "rms_norm", "rms_norm_backward", "rope", "rope_backward", "swiglu", "swiglu_backward", "geglu",
-        "geglu_backward", "softmax_loss", "embed", "embed_backward", "prompt_step", "tree_attention",
+        "rms_norm", "rms_norm_backward", "rope", "rope_backward", "swiglu", "swiglu_backward",
+        "softmax_loss", "embed", "embed_backward", "prompt_step", "tree_attention",
         "tree_attention_backward",
     ):  # fmt: skip
         torch.library.register_fake(f"embedgrad::{name}", lambda *_, **__: None)
@@ -141,28 +141,16 @@ class Native(Reference):
         _ops.rope_backward(dqkv, qkv_raw, cos.contiguous(), sin.contiguous(), *heads, q_norm, k_norm, eps)
         return dqkv
 
-    def swiglu(self, gate_up: Tensor, *, out: Tensor) -> Tensor:
+    def swiglu(self, gate_up: Tensor, *, out: Tensor, gelu: bool = False) -> Tensor:
         if not _fits(gate_up, out):
-            return super().swiglu(gate_up, out=out)
-        _ops.swiglu(gate_up, out)
+            return super().swiglu(gate_up, out=out, gelu=gelu)
+        _ops.swiglu(gate_up, out, gelu)
         return out
 
-    def swiglu_backward(self, da: Tensor, gate_up: Tensor, *, out: Tensor) -> Tensor:
+    def swiglu_backward(self, da: Tensor, gate_up: Tensor, *, out: Tensor, gelu: bool = False) -> Tensor:
         if not _fits(da, gate_up, out):
-            return super().swiglu_backward(da, gate_up, out=out)
-        _ops.swiglu_backward(da, gate_up, out)
-        return out
-
-    def geglu(self, gate_up: Tensor, *, out: Tensor) -> Tensor:
-        if not _fits(gate_up, out):
-            return super().geglu(gate_up, out=out)
-        _ops.geglu(gate_up, out)
-        return out
-
-    def geglu_backward(self, da: Tensor, gate_up: Tensor, *, out: Tensor) -> Tensor:
-        if not _fits(da, gate_up, out):
-            return super().geglu_backward(da, gate_up, out=out)
-        _ops.geglu_backward(da, gate_up, out)
+            return super().swiglu_backward(da, gate_up, out=out, gelu=gelu)
+        _ops.swiglu_backward(da, gate_up, out, gelu)
         return out
 
     def tree_attention_bytes(self, queries: int, keys: int, heads: Heads) -> int:

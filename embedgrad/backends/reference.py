@@ -91,34 +91,22 @@ class Reference(Backend):
                     part.copy_(wdy.addcmul_(wide * r, mean, value=-1).mul_(r))
         return dqkv
 
-    def swiglu(self, gate_up: Tensor, *, out: Tensor) -> Tensor:
+    def swiglu(self, gate_up: Tensor, *, out: Tensor, gelu: bool = False) -> Tensor:
         for rows in _row_blocks(gate_up):
             gate, up = gate_up[rows].chunk(2, dim=1)
-            torch.mul(torch.nn.functional.silu(gate), up, out=out[rows])
+            torch.mul(_activated(gate, gelu), up, out=out[rows])
         return out
 
-    def swiglu_backward(self, da: Tensor, gate_up: Tensor, *, out: Tensor) -> Tensor:
+    def swiglu_backward(self, da: Tensor, gate_up: Tensor, *, out: Tensor, gelu: bool = False) -> Tensor:
         for rows in _row_blocks(gate_up):
             gate, up = gate_up[rows].chunk(2, dim=1)
             d_gate, d_up = out[rows].chunk(2, dim=1)
-            d_silu = da[rows] * up
-            torch.mul(da[rows], torch.nn.functional.silu(gate), out=d_up)
-            torch.ops.aten.silu_backward.grad_input(d_silu, gate, grad_input=d_gate)
-        return out
-
-    def geglu(self, gate_up: Tensor, *, out: Tensor) -> Tensor:
-        for rows in _row_blocks(gate_up):
-            gate, up = gate_up[rows].chunk(2, dim=1)
-            torch.mul(torch.nn.functional.gelu(gate, approximate="tanh"), up, out=out[rows])
-        return out
-
-    def geglu_backward(self, da: Tensor, gate_up: Tensor, *, out: Tensor) -> Tensor:
-        for rows in _row_blocks(gate_up):
-            gate, up = gate_up[rows].chunk(2, dim=1)
-            d_gate, d_up = out[rows].chunk(2, dim=1)
-            d_gelu = da[rows] * up
-            torch.mul(da[rows], torch.nn.functional.gelu(gate, approximate="tanh"), out=d_up)
-            torch.ops.aten.gelu_backward.grad_input(d_gelu, gate, approximate="tanh", grad_input=d_gate)
+            d_active = da[rows] * up
+            torch.mul(da[rows], _activated(gate, gelu), out=d_up)
+            if gelu:
+                torch.ops.aten.gelu_backward.grad_input(d_active, gate, approximate="tanh", grad_input=d_gate)
+            else:
+                torch.ops.aten.silu_backward.grad_input(d_active, gate, grad_input=d_gate)
         return out
 
     def tree_attention(
@@ -349,6 +337,10 @@ def _row_blocks(x: Tensor) -> Iterator[slice]:
     rows = max(16, BLOCK // max(1, x.shape[1]))
     for start in range(0, len(x), rows):
         yield slice(start, min(start + rows, len(x)))
+
+
+def _activated(gate: Tensor, gelu: bool) -> Tensor:
+    return torch.nn.functional.gelu(gate, approximate="tanh") if gelu else torch.nn.functional.silu(gate)
 
 
 def _inverse_rms(x: Tensor, eps: float) -> Tensor:

@@ -104,17 +104,11 @@ class Triton(Backend):
     ) -> Tensor:
         return _rope.rope_backward(dqkv, qkv_raw, cos, sin, heads, q_norm=q_norm, k_norm=k_norm, eps=eps)
 
-    def swiglu(self, gate_up: Tensor, *, out: Tensor) -> Tensor:
-        return _swiglu.swiglu(gate_up, out=out)
+    def swiglu(self, gate_up: Tensor, *, out: Tensor, gelu: bool = False) -> Tensor:
+        return _swiglu.swiglu(gate_up, out=out, gelu=gelu)
 
-    def swiglu_backward(self, da: Tensor, gate_up: Tensor, *, out: Tensor) -> Tensor:
-        return _swiglu.swiglu_backward(da, gate_up, out=out)
-
-    def geglu(self, gate_up: Tensor, *, out: Tensor) -> Tensor:
-        return _swiglu.swiglu(gate_up, out=out, gelu=True)
-
-    def geglu_backward(self, da: Tensor, gate_up: Tensor, *, out: Tensor) -> Tensor:
-        return _swiglu.swiglu_backward(da, gate_up, out=out, gelu=True)
+    def swiglu_backward(self, da: Tensor, gate_up: Tensor, *, out: Tensor, gelu: bool = False) -> Tensor:
+        return _swiglu.swiglu_backward(da, gate_up, out=out, gelu=gelu)
 
     def plan_attention(
         self,

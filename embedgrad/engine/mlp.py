@@ -8,7 +8,7 @@ from torch import Tensor
 from embedgrad.backends.base import Backend
 from embedgrad.engine.attention import Attention
 from embedgrad.model.config import ModelConfig
-from embedgrad.model.families import GELU_TANH, SILU
+from embedgrad.model.families import GELU_TANH
 from embedgrad.model.weights import LayerWeights
 
 
@@ -21,8 +21,7 @@ class Mlp:
     def __init__(self, config: ModelConfig, ops: Backend, dtype: torch.dtype, attention: Attention) -> None:
         self.config, self.ops, self.dtype, self.arena = config, ops, dtype, attention.arena
         self.attention = attention
-        gates = {SILU: (ops.swiglu, ops.swiglu_backward), GELU_TANH: (ops.geglu, ops.geglu_backward)}
-        self.gate, self.gate_backward = gates[config.kind.gate]
+        self.gelu = config.kind.gate == GELU_TANH
 
     def gate_up(self, w: LayerWeights, x1: Tensor, *, keep: bool) -> Tensor:
         """[g, u] [T, 2F], from the arena's bottom where it is to be kept."""
@@ -54,7 +53,7 @@ class Mlp:
                     y = None if w.mlp_post_norm is None else self._branch(w, gate_up)  # computed again, not kept
                     dy = self.attention.branch_gradient(dx, y, w.mlp_post_norm)
                 w.down.backward(dy, out=da)  # (8)
-            self.gate_backward(da, gate_up, out=gate_up)  # (8)
+            self.ops.swiglu_backward(da, gate_up, out=gate_up, gelu=self.gelu)  # (8)
         with arena.frame():
             dh2 = arena.scratch(*dx.shape, dtype=self.dtype)
             w.gate_up.backward(gate_up, out=dh2)  # (9)
@@ -65,7 +64,7 @@ class Mlp:
     def _active(self, gate_up: Tensor) -> Tensor:
         """a [T, F] = gate(g) ⊙ u."""
         a = self.arena.scratch(len(gate_up), self.config.intermediate_size, dtype=self.dtype)
-        return self.gate(gate_up, out=a)  # (6)
+        return self.ops.swiglu(gate_up, out=a, gelu=self.gelu)  # (6)
 
     def _branch(self, w: LayerWeights, gate_up: Tensor) -> Tensor:
         """y [T, d] = a W_dᵀ."""

@@ -91,9 +91,9 @@ def test_row_wise_gradients_are_autograds(seed: int, rows: int, half: int) -> No
     def geglu(x: Tensor) -> Tensor:
         return torch.nn.functional.gelu(x[:, :half], approximate="tanh") * x[:, half:]
 
-    torch.testing.assert_close(naive.geglu(gate_up, out=torch.empty_like(da)), geglu(gate_up))
+    torch.testing.assert_close(naive.swiglu(gate_up, out=torch.empty_like(da), gelu=True), geglu(gate_up))
     plainly = autograd(geglu, da, gate_up)[0]
-    torch.testing.assert_close(naive.geglu_backward(da, gate_up, out=torch.empty_like(gate_up)), plainly)
+    torch.testing.assert_close(naive.swiglu_backward(da, gate_up, out=torch.empty_like(gate_up), gelu=True), plainly)
 
 
 @quick
@@ -204,8 +204,8 @@ def test_row_wise_ops_of_every_backend(ops: Backend, seed: int, rows: int, half:
             ops.rope_backward(qkv_.clone(), qkv_ + 1, cos, sin, heads, q_norm=w_, k_norm=w_, eps=1e-6),
             ops.swiglu(x_, out=torch.empty(rows, half, dtype=dtype, device=DEVICE)),
             ops.swiglu_backward(da_, x_, out=torch.empty_like(x_)),
-            ops.geglu(x_, out=torch.empty(rows, half, dtype=dtype, device=DEVICE)),
-            ops.geglu_backward(da_, x_, out=torch.empty_like(x_)),
+            ops.swiglu(x_, out=torch.empty(rows, half, dtype=dtype, device=DEVICE), gelu=True),
+            ops.swiglu_backward(da_, x_, out=torch.empty_like(x_), gelu=True),
             ops.embed(r_, t_, ids, shown - 1, out=torch.empty_like(x_)),
             ops.embed_backward(x_, shown - 1, grad=torch.empty(3, width, dtype=dtype, device=DEVICE)),
         ]
