@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import tokenizers
@@ -87,6 +87,14 @@ class LiteralTokenizer:
         if any(_FIRST <= ord(character) < _FIRST + _MOST for character in text):
             raise DataError("the text has characters of Unicode's private-use plane 15 beside control tokens.")
         return self._controls.replaced(text, self._stand_ins.__getitem__)
+
+    def escape_around(self, text: str, places: Mapping[str, str]) -> str:
+        """`escape`, and then the text of the control token `token` for each places[token]: there it is ordinary text.
+
+        A template is rendered with the places, so that its own control tokens can be told from those of data.
+        """
+        restored = str.maketrans({place: token for token, place in places.items()})
+        return self.escape(text).translate(restored)
 
     def encode(self, text: str) -> list[int]:
         """As `Tokenizer.encode`, for text with stand-ins."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from embedgrad.prompt.sandbox import clock, compile_chat_template, today
@@ -91,11 +92,10 @@ class Conversation:
             return [prompt, query]
         tokenizer = self._tokenizer
         found = tokenizer.controls.within(query)
-        marks = dict(zip(found, self._free_marks(query, len(found) + 2)[2:], strict=True))
-        restored = str.maketrans({mark: text for text, mark in marks.items()})
+        places = dict(zip(found, free_marks(query + self._used, len(found) + 2)[2:], strict=True))
         return [
-            tokenizer.literal.escape(part).translate(restored) if isinstance(part, str) else part
-            for part in self.parts(prompt, tokenizer.controls.replaced(query, marks.__getitem__))
+            tokenizer.literal.escape_around(part, places) if isinstance(part, str) else part
+            for part in self.parts(prompt, tokenizer.controls.replaced(query, places.__getitem__))
         ]
 
     def parts(self, prompt: Slot, query: str | Slot) -> list[Part]:
@@ -129,17 +129,8 @@ class Conversation:
 
     def _marks(self, text: str) -> tuple[str, str]:
         """Two characters that do not occur in `text` or in the template. Raises DataError where none are left."""
-        first, second = self._free_marks(text, 2)
+        first, second = free_marks(text + self._used, 2)
         return first, second
-
-    def _free_marks(self, text: str, count: int) -> list[str]:
-        if text.isascii() and self._used.isascii():
-            return [chr(mark) for mark in _MARKS[:count]]
-        used = set(text) | set(self._used)
-        free = [mark for mark in map(chr, _MARKS) if mark not in used]
-        if len(free) < count:
-            raise DataError("the text uses every private-use character; none is left to mark the prompt's place.")
-        return free[:count]
 
     @cached_property
     def answer(self) -> Answer:
@@ -202,3 +193,12 @@ class Conversation:
             right += character if found and after == tail else ""
         everything = len(_STRIPPED)
         return (None if len(left) == everything else left), (None if len(right) == everything else right)
+
+
+def free_marks(used: str, count: int) -> list[str]:
+    """`count` private-use characters that `used` does not have. Raises DataError where too few are left."""
+    taken = set() if used.isascii() else set(used)
+    free = list(islice((mark for mark in map(chr, _MARKS) if mark not in taken), count))
+    if len(free) < count:
+        raise DataError("the text uses every private-use character; none is left to mark the prompt's place.")
+    return free

@@ -15,6 +15,7 @@ from embedgrad.exports.chat_template import VARIABLE, Placed, chat_template
 from embedgrad.generation.constrained import ForcedChoice
 from embedgrad.generation.generate import common_prefix, forced_choice, limits_of
 from embedgrad.generation.slots import Limits
+from embedgrad.prompt.conversation import free_marks
 from embedgrad.prompt.prompt import SoftPrompt
 from embedgrad.prompt.rendering import Rendered, TokenisationWarning, check_ids, end_token, render_query
 from embedgrad.prompt.sandbox import compile_chat_template
@@ -23,7 +24,6 @@ from embedgrad.util.errors import ContextError, DataError, TemplateError
 from embedgrad.util.memo import PerObject
 
 Messages = Sequence[Mapping[str, str]]
-_MARKS = [chr(code) for code in range(0xF800, 0xF8F0)]  # private-use characters that stand for the prompt
 _CHOICES: PerObject[ForcedChoice | None] = PerObject(limit=64)  # clients send the same list again and again
 _PLAIN_QUERIES = ("x", "7")  # what two conversations have in common is the prefix of most
 
@@ -114,19 +114,17 @@ class ServedModel:
 
         Texts of control tokens within the messages are ordinary text, as in a query.
         """
-        used, controls = "".join(message["content"] for message in messages), self.model.tokenizer.controls
-        held = [] if self.prompt is not None and self.prompt.template.control_tokens else controls.within(used)
-        free = [mark for mark in _MARKS if mark not in used]
-        if len(free) <= len(held):
-            raise DataError("the messages use every character that could mark the prompt's place.")
-        mark, *others = free
+        controls, template = self.model.tokenizer.controls, None if self.prompt is None else self.prompt.template
+        contents = "".join(message["content"] for message in messages)
+        held = [] if template is not None and template.control_tokens else controls.within(contents)
+        sources = (self.model.tokenizer.chat_template or "") + ("" if template is None else template.source_text())
+        mark, *others = free_marks(contents + sources, 1 + len(held))
         if not held:
             return self.tokens(self.text(messages, mark, variables), mark)
-        marks = dict(zip(held, others, strict=False))  # hold the tokens' places while the template is rendered
-        marked = [{**each, "content": controls.replaced(each["content"], marks.__getitem__)} for each in messages]
-        text = self.model.tokenizer.literal.escape(self.text(marked, mark, variables))
-        restored = str.maketrans({place: token for token, place in marks.items()})
-        return self.tokens(text.translate(restored), mark, literal=True)
+        places = dict(zip(held, others, strict=True))
+        marked = [{**each, "content": controls.replaced(each["content"], places.__getitem__)} for each in messages]
+        text = self.model.tokenizer.literal.escape_around(self.text(marked, mark, variables), places)
+        return self.tokens(text, mark, literal=True)
 
     def text(
         self,
