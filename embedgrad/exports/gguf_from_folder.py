@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from embedgrad.exports.gguf_file import Typed, plain_kind
+from embedgrad.exports.said import unsaid
 from embedgrad.exports.source import Source
 from embedgrad.model.config import ModelConfig
 from embedgrad.model.families import Family
@@ -20,7 +21,6 @@ from embedgrad.model.files.gguf import LONGROPE_DIVISORS, NAMES, ROPE_DIVISORS, 
 from embedgrad.model.files.gguf_tokenizer import SPLITS
 from embedgrad.model.rope import RopeConfig, inverse_frequencies, yarn_attention
 from embedgrad.util.errors import ExportError
-from embedgrad.util.shown import short
 
 _NORMAL, _UNKNOWN, _CONTROL, _USER_DEFINED, _UNUSED, _BYTE = range(1, 7)
 _WITH_BIASES = ("llama",)  # architectures of which llama.cpp reads every bias
@@ -69,7 +69,7 @@ def folder_as_gguf(source: Source) -> tuple[dict[str, Any], dict[str, bytes], li
 
 def _check(source: Source) -> None:
     config = source.config
-    hidden_keys = any(window is not None and window < config.max_position for window in config.windows)
+    hidden_keys = any(_seen(config, config.max_position).windows)
     if hidden_keys and config.kind.gguf_every is None:
         raise ExportError(
             f"{source.name} attends to a sliding window, which a GGUF file of its architecture cannot say; shorten the "
@@ -95,21 +95,22 @@ def _check_said(source: Source, fields: dict[str, Typed]) -> None:
         shapes.pop("lm_head.weight", None)
     metadata = {key: value.value for key, value in fields.items() if not key.startswith("tokenizer.")}
     said = ModelConfig.from_gguf(metadata, source.name, shapes, config.rope.divisors if _is_long(config) else ())
-    for name in (
-        "query_scale", "embedding_scale", "residual_scale", "logit_divisor", "attention_softcap", "logit_softcap",
-        "windows", "unrotated", "num_kv_heads", "head_dim", "qk_norm",
-    ):  # fmt: skip
-        wanted, found = (getattr(each, "scale" if name == "query_scale" else name) for each in (config, said))
-        if name == "windows":  # as wide as the context: none
-            wanted, found = (
-                tuple(w if w is not None and w < config.max_position else None for w in x) for x in (wanted, found)
-            )
-        same = math.isclose(wanted, found, rel_tol=1e-6) if isinstance(wanted, float) and found else wanted == found
-        if not same:
-            raise ExportError(
-                f"{source.name}: a GGUF file of the architecture {config.kind.gguf} cannot say that {name} is "
-                f"{short(wanted)}; use another target."
-            )
+    names = (
+        "scale", "embedding_scale", "residual_scale", "logit_divisor", "attention_softcap", "logit_softcap", "windows",
+        "unrotated", "num_kv_heads", "head_dim", "qk_norm",
+    )  # fmt: skip
+    found = unsaid(_seen(config, config.max_position), _seen(said, config.max_position), names, 1e-6)
+    if found is not None:
+        raise ExportError(
+            f"{source.name}: a GGUF file of the architecture {config.kind.gguf} cannot say that {found}; use another "
+            f"target."
+        )
+
+
+def _seen(config: ModelConfig, context: int) -> ModelConfig:
+    """The same with the windows that hide something: one as wide as the context is none."""
+    windows = tuple(w if w is not None and w < context else None for w in config.windows)
+    return replace(config, windows=windows)
 
 
 def _is_long(config: ModelConfig) -> bool:

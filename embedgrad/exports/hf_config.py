@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from embedgrad.exports.said import unsaid
 from embedgrad.exports.source import Source
 from embedgrad.exports.vocabulary import Vocabulary
 from embedgrad.model.config import ModelConfig
@@ -16,7 +17,6 @@ from embedgrad.model.fields import read_object
 from embedgrad.model.layer_kinds import FULL, SLIDING
 from embedgrad.model.rope import RopeConfig, inverse_frequencies
 from embedgrad.util.errors import ExportError
-from embedgrad.util.shown import short
 
 # Rotary scalings of published Llama 3 models, in which GGUF files hold the divisors instead:
 # (factor, low_freq_factor, high_freq_factor, original_max_position_embeddings).
@@ -106,14 +106,13 @@ def _kind_fields(c: ModelConfig) -> dict[str, Any]:
 def _check_said(source: Source, fields: dict[str, Any]) -> None:
     """Raises ExportError unless config.json, read again, describes the model that is exported."""
     said = ModelConfig.from_hf(fields, "config.json")
-    for name in (
+    names = (
         "scale", "embedding_scale", "residual_scale", "logit_divisor", "attention_softcap", "logit_softcap", "windows",
         "unrotated", "max_position",
-    ):  # fmt: skip
-        wanted, found = getattr(source.config, name), getattr(said, name)
-        same = math.isclose(wanted, found, rel_tol=1e-9) if isinstance(wanted, float) and found else wanted == found
-        if not same:
-            raise ExportError(f"{source.path}: config.json cannot say that {name} is {short(wanted)}.")
+    )  # fmt: skip
+    found = unsaid(source.config, said, names, 1e-9)
+    if found is not None:
+        raise ExportError(f"{source.path}: config.json cannot say that {found}.")
 
 
 def _scaling(source: Source, rope: RopeConfig) -> dict[str, Any] | None:
