@@ -10,12 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as parse_safetensors
 
 from embedgrad.util.errors import PromptError
 from embedgrad.util.files import write_atomic
 from embedgrad.util.shown import first_line, short
+from embedgrad.util.tensor_bytes import unpack
 
 FORMAT = "embedgrad-prompt"
 VERSION = "1"
@@ -38,11 +37,9 @@ def read_prompt_file(path: str | os.PathLike[str]) -> tuple[dict[str, torch.Tens
     """(tensors, texts) by name, as they were written. Raises PromptError for a damaged file or another kind of file."""
     data = _read(Path(path))
     try:
-        tensors = parse_safetensors(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    except (SafetensorError, ValueError, KeyError, TypeError, RecursionError, RuntimeError, AttributeError) as error:
+        tensors, metadata = unpack(data)
+    except ValueError as error:
         raise PromptError(f"{path} is not a readable safetensors file ({first_line(error)}).") from error
-    metadata = header.get("__metadata__")
     if not isinstance(metadata, dict) or metadata.get("format") != FORMAT:
         raise PromptError(f"{path} is a safetensors file, but not a prompt file of embedgrad.")
     if metadata.get("version") != VERSION:

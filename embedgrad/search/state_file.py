@@ -8,14 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as parse
 from safetensors.torch import save as pack
 
 from embedgrad.search.search import SearchState
 from embedgrad.util.errors import ConfigError
 from embedgrad.util.files import write_atomic
 from embedgrad.util.shown import first_line
+from embedgrad.util.tensor_bytes import unpack
 
 _BETWEEN = "|"  # between a search's name and that of its tensor
 
@@ -34,14 +33,13 @@ def write_states(path: Path, states: Mapping[str, SearchState], values: Mapping[
 def read_states(path: Path) -> tuple[dict[str, SearchState], dict[str, Any]]:
     """(states by name, further values) as `write_states` wrote them. Raises ConfigError for a damaged file."""
     try:
-        data = path.read_bytes()
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        content = json.loads(header["__metadata__"]["content"])
-        tensors = {tuple(name.split(_BETWEEN)): tensor for name, tensor in parse(data).items()}
+        loaded, metadata = unpack(path.read_bytes())
+        content = json.loads(metadata["content"])
+        tensors = {tuple(name.split(_BETWEEN)): tensor for name, tensor in loaded.items()}
         states = {
             name: SearchState.of(state, {key[-1]: x for key, x in tensors.items() if key[0] == name})
             for name, state in content["searches"].items()
         }
         return states, dict(content["values"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read ({first_line(error)}); remove it, or give another folder.") from error

@@ -18,8 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
 from safetensors.torch import save as save_safetensors
 from torch import Tensor
 
@@ -27,6 +25,7 @@ from embedgrad.data.example import Example
 from embedgrad.util.errors import ConfigError
 from embedgrad.util.files import write_atomic
 from embedgrad.util.shown import short
+from embedgrad.util.tensor_bytes import unpack
 
 KEPT = 2  # the newest checkpoint, and the one before in case the newest is damaged
 FORMAT = 1
@@ -184,9 +183,7 @@ def load_state(path: Path) -> RunState:
 def decode(data: bytes) -> RunState:
     """The state of which `encode` made `data`. Raises ValueError where it is damaged."""
     try:
-        tensors = load_safetensors(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        metadata = header["__metadata__"]
+        tensors, metadata = unpack(data)
         text = metadata["state"]
         if metadata["sha256"] != _checksum(text, tensors):
             raise ValueError("its checksum does not match")
@@ -197,7 +194,7 @@ def decode(data: bytes) -> RunState:
         state = RunState(**values)
         _check_types(state)
         return state
-    except (SafetensorError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(error) from error
 
 
