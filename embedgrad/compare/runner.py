@@ -37,7 +37,7 @@ from embedgrad.train.run_folder import read_metrics
 from embedgrad.train.settings import OptimizeConfig
 from embedgrad.util.errors import ConfigError, EmbedGradError
 from embedgrad.util.files import write_atomic
-from embedgrad.util.interrupts import REASONS, stop_on_signals
+from embedgrad.util.interrupts import REASONS, Stopped, stop_on_signals
 
 IDENTITY = "identity.json"
 Layout = tuple[Template, str, tuple[int, ...]]
@@ -46,14 +46,6 @@ SEARCH = "search.safetensors"
 _FINALISTS = 3  # texts of a search that are tried on the validation data, besides the start
 _SEARCH_BATCH = 8  # examples in a step of a search, which scores many prompts on them
 _LONGEST = 4  # examples that are rendered with each further candidate of an arm
-
-
-class Stopped(Exception):
-    """A signal stopped an arm's optimisation. The same command continues it. reason: one of REASONS."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
 
 
 class _Notes(Quiet):

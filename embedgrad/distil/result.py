@@ -10,7 +10,7 @@ from typing import Any
 from embedgrad.distil.distil import ORIGINAL, SOFT, Distillation
 from embedgrad.evaluation.evaluate import MEASURES
 from embedgrad.evaluation.paired import gain, surviving_share
-from embedgrad.evaluation.statistics import Accuracy
+from embedgrad.evaluation.statistics import Accuracy, in_percent, in_points
 
 FILE = "distil.json"
 SHOWN = 12  # texts in a table
@@ -84,7 +84,7 @@ def _shares(correct: Verdicts) -> Values:
 def _warnings(gains: Mapping[str, Mapping[str, Values]]) -> list[str]:
     """A sentence where the soft prompt's own gain is not known to be positive."""
     return [
-        f"By {MEASURES[measure]}, the soft prompt's own gain on the {part} items is {_signed(one)}: its interval is "
+        f"By {MEASURES[measure]}, the soft prompt's own gain on the {part} items is {in_points(one)}: its interval is "
         "not above 0, so there may be nothing to distil, and no share of it is given."
         for part, by_measure in gains.items()
         for measure, one in by_measure.items()
@@ -116,7 +116,7 @@ def rows(found: Values) -> list[list[str]]:
     for number, one in enumerate(listed(found), 1):
         judged = [_judged(one.get("judge"))] if found["judge"] else []
         share = one["share"].get("generated_accuracy")
-        told = "–" if share is None else _percent(share)
+        told = "–" if share is None else in_percent(share)
         perplexity = "–" if one["perplexity"] is None else f"{one['perplexity']:,.0f}"
         table.append([f"{number}. {one['source']}", *_cells(found, one), *judged, told, str(one["tokens"]), perplexity])
     return table
@@ -134,22 +134,14 @@ def _measures(found: Values) -> list[str]:
 
 def _cells(found: Values, one: Values) -> list[str]:
     return [
-        _percent(one[part][m]) if m in one[part] else "–" for part in ("validation", "test") for m in _measures(found)
+        in_percent(one[part][m]) if m in one[part] else "–" for part in ("validation", "test") for m in _measures(found)
     ]
 
 
 def _judged(judge: Values | None) -> str:
     if judge is None or judge["accuracy"] is None:
         return "–"
-    return _percent(judge["accuracy"]) + (f", {judge['unanswered']} unanswered" if judge["unanswered"] else "")
-
-
-def _percent(one: Mapping[str, float]) -> str:
-    return f"{100 * one['value']:.1f} % [{100 * one['low']:.1f}, {100 * one['high']:.1f}]"
-
-
-def _signed(one: Mapping[str, float]) -> str:
-    return f"{100 * one['value']:+.1f} points [{100 * one['low']:+.1f}, {100 * one['high']:+.1f}]"
+    return in_percent(judge["accuracy"]) + (f", {judge['unanswered']} unanswered" if judge["unanswered"] else "")
 
 
 def paragraph(found: Values) -> str:
@@ -162,16 +154,16 @@ def paragraph(found: Values) -> str:
     if gains is None or not candidates:
         return told + "No candidate was measured."
     items = f"{found[part + '_items']} {part} items"
-    told += f"By the answer as generated, the soft prompt gains {_signed(gains)} on the {items}. "
+    told += f"By the answer as generated, the soft prompt gains {in_points(gains)} on the {items}. "
     best = candidates[0]
     share = best["share"].get("generated_accuracy")
-    accuracy = _percent(best[part]["generated_accuracy"])
+    accuracy = in_percent(best[part]["generated_accuracy"])
     if share is None:
         told += f"The best text has {accuracy}; what it keeps of a gain that is not known cannot be said."
     elif share["low"] > 0:
-        told += f"The best text has {accuracy} and keeps {_percent(share)} of the gain."
+        told += f"The best text has {accuracy} and keeps {in_percent(share)} of the gain."
     else:
-        told += f"The best text has {accuracy}; that it keeps anything of the gain is not shown ({_percent(share)})."
+        told += f"The best text has {accuracy}; that it keeps anything of the gain is not shown ({in_percent(share)})."
     if part == "validation":
         told += " The text was chosen on the same items, so that this is too favourable."
     return told

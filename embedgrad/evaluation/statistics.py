@@ -10,13 +10,31 @@ correlated proportions or percentages", Psychometrika 12 (1947), in its exact (b
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import Any
 
 from embedgrad.util.errors import DataError
 
 Z_95 = 1.959963984540054  # two-sided 95 % quantile of the normal distribution
+
+
+def in_percent(one: Any) -> str:
+    """A share with its interval, such as "88.8 % [85.7, 91.3]". one has value, low and high as attributes or items."""
+    value, low, high = _figures(one)
+    return f"{value:.1f} % [{low:.1f}, {high:.1f}]"
+
+
+def in_points(one: Any) -> str:
+    """A difference of shares with its interval, such as "+5.5 points [+2.1, +9.0]". one: as for `in_percent`."""
+    value, low, high = _figures(one)
+    return f"{value:+.1f} points [{low:+.1f}, {high:+.1f}]"
+
+
+def _figures(one: Any) -> list[float]:
+    values = one if isinstance(one, Mapping) else vars(one)
+    return [100 * values[name] for name in ("value", "low", "high")]
 
 
 def wilson(share: float, n: float) -> tuple[float, float]:

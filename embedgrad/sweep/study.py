@@ -74,11 +74,6 @@ def trial_state(name: str) -> Any:
     return _optuna().trial.TrialState[name]
 
 
-def optuna_samplers() -> Any:
-    """Optuna's samplers."""
-    return _optuna().samplers
-
-
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Inside the block Optuna does not say that its signs of life are experimental."""

@@ -18,7 +18,6 @@ from embedgrad.sweep.study import (
     beating,
     fail_stale,
     open_study,
-    optuna_samplers,
     quiet,
     take_over,
     trial_state,
@@ -30,19 +29,11 @@ from embedgrad.train.run_folder import FolderInUse, read_metrics
 from embedgrad.train.settings import RunConfig, SweepSection
 from embedgrad.train.together import optimize_together
 from embedgrad.util.errors import EmbedGradError
-from embedgrad.util.interrupts import REASONS
+from embedgrad.util.interrupts import REASONS, Stopped
 from embedgrad.util.shown import short
 
 _PAUSE = 2.0  # seconds between two looks at what the other workers do
 _SURPLUS = "not needed: the others were enough"
-
-
-class Stopped(Exception):
-    """A signal stopped the worker; its trial is left to the others. reason: one of REASONS."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
 
 
 @dataclass(frozen=True)
@@ -92,7 +83,7 @@ class Sweep:
             states = [trial.state for trial in self.trials() if trial.problem != _SURPLUS]
             ended = sum(state in ("complete", "pruned", "failed") for state in states)
             wanted = self.section.trials
-            if isinstance(self.study.sampler, optuna_samplers().GridSampler):
+            if self.section.sampler == "grid":
                 wanted = min(wanted, math.prod(map(len, grid(self.section).values())))
             if ended >= wanted:
                 return

@@ -11,7 +11,7 @@ from typing import Any
 from embedgrad.compare.outcome import Outcome
 from embedgrad.evaluation.evaluate import MEASURES
 from embedgrad.evaluation.paired import gain
-from embedgrad.evaluation.statistics import Accuracy, McNemar
+from embedgrad.evaluation.statistics import Accuracy, McNemar, in_percent
 from embedgrad.transfer.arms import TEXT, TRAINED
 from embedgrad.transfer.carry import SHUFFLED
 
@@ -114,7 +114,7 @@ def _measures(found: Values) -> list[str]:
 def _accuracy(arms: Sequence[Values], measure: str) -> str:
     shares = [one["accuracy"][measure] for one in arms]
     if len(shares) == 1:
-        return f"{100 * shares[0]['value']:.1f} % [{100 * shares[0]['low']:.1f}, {100 * shares[0]['high']:.1f}]"
+        return in_percent(shares[0])
     values = [100 * share["value"] for share in shares]
     return f"{statistics.fmean(values):.1f} % ± {statistics.stdev(values):.1f}"
 

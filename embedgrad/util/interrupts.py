@@ -27,6 +27,14 @@ class StopRequest:
         return self.reason is not None
 
 
+class Stopped(Exception):
+    """A signal stopped work that the same command continues. reason: one of REASONS."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
 @contextlib.contextmanager
 def stop_on_signals(terminate: bool, once: bool = True) -> Iterator[StopRequest]:
     """Inside the block the first SIGINT (with `terminate` also SIGTERM and SIGHUP) only sets the request.

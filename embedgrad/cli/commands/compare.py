@@ -6,12 +6,12 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from embedgrad.cli.commands.shared import STOPPED, open_configured, with_folder, with_interval, write_text
+from embedgrad.cli.commands.shared import open_configured, stopped_by, with_folder, with_interval, write_text
 from embedgrad.cli.tables import tables
 from embedgrad.cli.terminal import tell
 from embedgrad.compare.arms import arms
 from embedgrad.compare.outcome import Outcome
-from embedgrad.compare.runner import Runner, Stopped
+from embedgrad.compare.runner import Runner
 from embedgrad.compare.table import columns, explanation, lines, markdown, to_json
 from embedgrad.distributed.join import joined
 from embedgrad.distributed.ranks import Ranks
@@ -19,6 +19,7 @@ from embedgrad.evaluation.statistics import Accuracy
 from embedgrad.train.paths import expand_path
 from embedgrad.train.plan import plan
 from embedgrad.train.settings import load_run_config
+from embedgrad.util.interrupts import Stopped
 from embedgrad.util.shown import visible
 
 SHOWN = ("generated_accuracy", "choice_accuracy")  # measures on the terminal; the files have all measures
@@ -59,10 +60,7 @@ def _run(ranks: Ranks, config_path: Path, overrides: Sequence[str], quiet: bool,
             if ranks.leads:
                 _write(folder, outcomes, notes)
     except (KeyboardInterrupt, Stopped) as stopped:
-        reason = stopped.reason if isinstance(stopped, Stopped) else "interrupted"
-        if ranks.leads:
-            tell("Stopped; the same command goes on from here.")
-        return STOPPED[reason]
+        return stopped_by(stopped, silent=not ranks.leads)
     if not (quiet or as_json):
         _show(outcomes)
         print(f"Written to {folder}/: compare.json, compare.md, and a folder for each arm")

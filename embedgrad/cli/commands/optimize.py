@@ -12,7 +12,6 @@ from embedgrad.cli.commands.shared import (
     STOPPED,
     answers_told,
     figures,
-    in_percent,
     open_configured,
     with_folder,
     write_text,
@@ -26,6 +25,7 @@ from embedgrad.distributed.ranks import ALONE, Ranks
 from embedgrad.engine.model import Model
 from embedgrad.evaluation.evaluate import MEASURES, Evaluation, evaluate, paired_tests
 from embedgrad.evaluation.evaluate import shares as evaluation_shares
+from embedgrad.evaluation.statistics import in_percent
 from embedgrad.prompt.prompt import SoftPrompt
 from embedgrad.tasks.parts import Parts
 from embedgrad.train.checks import check_parts

@@ -8,15 +8,27 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from embedgrad.cli.terminal import tell
 from embedgrad.engine.model import Model, load_model
 from embedgrad.evaluation.evaluate import Evaluation, paired_tests
 from embedgrad.evaluation.evaluate import shares as evaluation_shares
 from embedgrad.evaluation.statistics import Accuracy
 from embedgrad.train.paths import expand_path
 from embedgrad.train.settings import RunConfig
+from embedgrad.util.interrupts import Stopped
 
 STOPPED = {"interrupted": 130, "terminated": 143, "hung up": 129}
 """Exit codes of commands that a signal stopped: 128 + the signal's number, as in shells."""
+
+
+def stopped_by(stopped: BaseException, silent: bool = False) -> int:
+    """Says that the command goes on when it is given again, unless `silent`. Returns the exit code.
+
+    stopped: a `Stopped`, or a KeyboardInterrupt.
+    """
+    if not silent:
+        tell("Stopped; the same command goes on from here.")
+    return STOPPED[stopped.reason if isinstance(stopped, Stopped) else "interrupted"]
 
 
 def with_folder(overrides: Sequence[str], data: Path | None) -> list[str]:
@@ -54,11 +66,6 @@ def write_text(path: Path, text: str) -> None:
 def with_interval(accuracy: Accuracy | None) -> str:
     """An accuracy with its 95 % interval, such as "0.895 (0.860 to 0.922)"; "-" for None."""
     return "-" if accuracy is None else f"{accuracy.value:.3f} ({accuracy.low:.3f} to {accuracy.high:.3f})"
-
-
-def in_percent(accuracy: Accuracy) -> str:
-    """An accuracy with its 95 % interval for a narrow table, such as "89.5 % [86.0, 92.2]"."""
-    return f"{100 * accuracy.value:.1f} % [{100 * accuracy.low:.1f}, {100 * accuracy.high:.1f}]"
 
 
 def figures(tested: Mapping[str, Evaluation]) -> dict[str, Any]:

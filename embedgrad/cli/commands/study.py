@@ -6,9 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from embedgrad.cli.commands.shared import STOPPED, open_configured, with_folder, write_text
-from embedgrad.cli.terminal import tell
-from embedgrad.compare.runner import Runner, Stopped
+from embedgrad.cli.commands.shared import open_configured, stopped_by, with_folder, write_text
+from embedgrad.compare.runner import Runner
 from embedgrad.compare.studies import NAMES, find_study
 from embedgrad.compare.studies.pictures import save, style
 from embedgrad.distributed.join import joined
@@ -17,6 +16,7 @@ from embedgrad.engine.model import Model
 from embedgrad.train.paths import expand_path
 from embedgrad.train.plan import Plan, plan
 from embedgrad.train.settings import load_run_config
+from embedgrad.util.interrupts import Stopped
 from embedgrad.util.shown import visible
 
 
@@ -49,10 +49,7 @@ def _run(ranks: Ranks, name: str, config_path: Path, overrides: Sequence[str], o
                 write_text(folder / f"{one}.md", pages[-1])
                 print(visible(f"{one}: {found.paragraph}\n"), flush=True)
         except (KeyboardInterrupt, Stopped) as stopped:
-            reason = stopped.reason if isinstance(stopped, Stopped) else "interrupted"
-            if ranks.leads:
-                tell("Stopped; the same command goes on from here.")
-            return STOPPED[reason]
+            return stopped_by(stopped, silent=not ranks.leads)
     if not ranks.leads:
         return 0
     if name == "all":

@@ -11,7 +11,7 @@ import torch
 
 from embedgrad.cli.commands.optimize import finish
 from embedgrad.cli.commands.report import write_page
-from embedgrad.cli.commands.shared import STOPPED, open_configured, with_folder, write_text
+from embedgrad.cli.commands.shared import open_configured, stopped_by, with_folder, write_text
 from embedgrad.cli.terminal import tell
 from embedgrad.distributed.join import gpu_of
 from embedgrad.distributed.place import find_place
@@ -21,13 +21,14 @@ from embedgrad.report.read import read_run
 from embedgrad.report.sweep import build_sweep
 from embedgrad.sweep.space import check_space, given
 from embedgrad.sweep.study import alone
-from embedgrad.sweep.worker import Stopped, Sweep
+from embedgrad.sweep.worker import Sweep
 from embedgrad.train.checks import check_parts
 from embedgrad.train.paths import expand_path
 from embedgrad.train.plan import plan
 from embedgrad.train.run_folder import holds_run, read_summary
 from embedgrad.train.settings import load_run_config
 from embedgrad.util.errors import ConfigError
+from embedgrad.util.interrupts import Stopped
 from embedgrad.util.shown import visible
 
 _EXAMPLES = 5  # test examples of each kind on the page
@@ -59,8 +60,7 @@ def run(config_path: Path, overrides: Sequence[str], data: Path | None, quiet: b
         with alone(folder):  # the workers end at the same time; one of them tests and writes
             return _end(sweep, model, quiet)
     except (KeyboardInterrupt, Stopped) as stopped:
-        tell("Stopped; the same command goes on from here.")
-        return STOPPED[stopped.reason if isinstance(stopped, Stopped) else "interrupted"]
+        return stopped_by(stopped)
 
 
 def _end(sweep: Sweep, model: Model, quiet: bool) -> int:

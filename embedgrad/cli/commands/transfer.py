@@ -11,16 +11,16 @@ from pathlib import Path
 from typing import Any
 
 from embedgrad.cli.commands.distil import beside, plan_beside
-from embedgrad.cli.commands.shared import STOPPED, open_configured, open_model, with_interval, write_text
+from embedgrad.cli.commands.shared import open_configured, open_model, stopped_by, with_interval, write_text
 from embedgrad.cli.tables import tables
 from embedgrad.cli.terminal import tell
 from embedgrad.compare.outcome import Outcome
-from embedgrad.compare.runner import Runner, Stopped
+from embedgrad.compare.runner import Runner
 from embedgrad.compare.studies.pictures import BLUE, GREEN, GREY, ORANGE, VERMILION, save, style
 from embedgrad.engine.model import Model
 from embedgrad.evaluation.evaluate import evaluate
 from embedgrad.evaluation.paired import gain
-from embedgrad.evaluation.statistics import Accuracy
+from embedgrad.evaluation.statistics import Accuracy, in_points
 from embedgrad.prompt.prompt import SoftPrompt
 from embedgrad.tasks.parts import Parts
 from embedgrad.train.checkpoints import tensor_hash
@@ -31,6 +31,7 @@ from embedgrad.transfer.carry import SHUFFLED, Bridge
 from embedgrad.transfer.result import FILE, Values, header, markdown, paragraph, result, rows
 from embedgrad.transfer.translators import NAMES
 from embedgrad.util.errors import ConfigError
+from embedgrad.util.interrupts import Stopped
 from embedgrad.util.shown import visible
 
 POINTS = 15  # validations of a training on the target, besides the one before the first step
@@ -92,8 +93,7 @@ def run(prompt_path: Path, to: str, options: Options) -> int:
                     outcomes.append(runner.run(arm, seed, 0))
                     say(_told(outcomes[-1]))
         except (KeyboardInterrupt, Stopped) as stopped:
-            tell("Stopped; the same command goes on from here.")
-            return STOPPED[stopped.reason if isinstance(stopped, Stopped) else "interrupted"]
+            return stopped_by(stopped)
         seeds = ours.config.compare.seeds
         curves = {name: [_curve(runner, name + TRAINED, seed) for seed in seeds] for name in starts.prompts}
         found = result(outcomes, curves, options.accuracy, about)
@@ -118,10 +118,9 @@ def _gain_at_home(planned: Plan, model: Model, prompt: SoftPrompt, parts: Parts)
     known = gain(*found)
     if known.low > 0:
         return []
-    told = f"{100 * known.value:+.1f} points [{100 * known.low:+.1f}, {100 * known.high:+.1f}]"
     return [
-        f"On its own model the prompt gains {told} over its text on {len(parts.validation)} validation items: the "
-        "interval is not above 0, so there may be nothing to transfer."
+        f"On its own model the prompt gains {in_points(known)} over its text on {len(parts.validation)} validation "
+        "items: the interval is not above 0, so there may be nothing to transfer."
     ]
 
 

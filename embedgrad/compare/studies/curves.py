@@ -6,9 +6,9 @@ from typing import Any
 
 from embedgrad.compare.runner import Runner
 from embedgrad.compare.studies.pictures import BLUE, GREY, VERMILION, whole_numbers
-from embedgrad.compare.studies.study import Finding, Study, main_measure, optimised, original, percent, share, steps_of
+from embedgrad.compare.studies.study import Finding, Study, main_measure, optimised, original, share, steps_of
 from embedgrad.compare.studies.study import validations_of as validations
-from embedgrad.evaluation.statistics import Accuracy
+from embedgrad.evaluation.statistics import Accuracy, in_percent
 
 
 def run(runner: Runner) -> Finding:
@@ -62,7 +62,7 @@ def _paragraph(data: dict[str, Any]) -> str:
     told += "The gap alarm went off. " if "gap" in fired else "The gap alarm (more than 15 points) stayed silent. "
     before, after = (Accuracy(**data[name]) for name in ("test_before", "test_after"))
     what = "the likeliest label" if data["measure"] == "choice_accuracy" else "the answer as generated"
-    return told + f"On the test items {what} is right in {percent(before)} before and {percent(after)} after."
+    return told + f"On the test items {what} is right in {in_percent(before)} before and {in_percent(after)} after."
 
 
 STUDY = Study("training against validation accuracy over the steps", run)

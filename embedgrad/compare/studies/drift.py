@@ -7,8 +7,8 @@ from typing import Any
 from embedgrad.compare.arm import Training
 from embedgrad.compare.runner import Runner
 from embedgrad.compare.studies.pictures import BLUE, GREY, VERMILION, whole_numbers
-from embedgrad.compare.studies.study import Finding, Study, main_measure, original, percent, share, steps_of, trained
-from embedgrad.evaluation.statistics import Accuracy
+from embedgrad.compare.studies.study import Finding, Study, main_measure, original, share, steps_of, trained
+from embedgrad.evaluation.statistics import Accuracy, in_percent
 from embedgrad.maths.trust_region import CosineCone, NoRegion
 
 RATE, SIGN = 0.1, 0.90
@@ -55,8 +55,8 @@ def _paragraph(data: dict[str, Any]) -> str:
     before, after_held, after_free = (Accuracy(**x) for x in (data["before"], held["after"], free["after"]))
     what = "The likeliest label is" if data["measure"] == "choice_accuracy" else "The answer as generated is"
     told += (
-        f"{what} right in {percent(before)} of the test items before, {percent(after_held)} after with the cone and "
-        f"{percent(after_free)} without (each at its best validation). "
+        f"{what} right in {in_percent(before)} of the test items before, {in_percent(after_held)} after with the cone "
+        f"and {in_percent(after_free)} without (each at its best validation). "
     )
     if after_free.low > after_held.high:
         return told + "Here the drift did not cost accuracy: the prompt that drifted is the better one."

@@ -30,7 +30,7 @@ from embedgrad.compare.studies.study import (
 )
 from embedgrad.evaluation.evaluate import MEASURES
 from embedgrad.evaluation.paired import Estimate, gain
-from embedgrad.evaluation.statistics import McNemar, wilson
+from embedgrad.evaluation.statistics import McNemar, in_percent, wilson
 from embedgrad.maths.trust_region import CosineCone, NoRegion, TrustRegion
 from embedgrad.prompt.prompt import SoftPrompt
 
@@ -145,7 +145,7 @@ def _paragraph(data: dict[str, Any]) -> str:
     """Per start its figures; then what they mean for the question, each claim by an interval that leaves 0 out."""
     starts = data["starts"]
     told = [
-        f"{name}: " + ", ".join(f"{way} {_percent(one['accuracy'])}" for way, one in found.items())
+        f"{name}: " + ", ".join(f"{way} {in_percent(one['accuracy'])}" for way, one in found.items())
         for name, found in starts.items()
     ]
     flawed = [name for name in starts if name != GOOD]
@@ -178,10 +178,6 @@ def _claim(names: Sequence[str], some: str, none: str) -> str:
 
 def _named(names: Sequence[str]) -> str:
     return ", ".join(names) if names else "none"
-
-
-def _percent(one: dict[str, float]) -> str:
-    return f"{100 * one['value']:.1f} % [{100 * one['low']:.1f}, {100 * one['high']:.1f}]"
 
 
 def _picture(data: dict[str, Any]) -> Any:

@@ -108,8 +108,3 @@ def main_measure(outcome: Outcome) -> str:
     A starting prompt whose answers are sentences has no other accuracy than that of the likeliest label.
     """
     return "choice_accuracy" if "choice_accuracy" in outcome.correct else "generated_accuracy"
-
-
-def percent(accuracy: Accuracy) -> str:
-    """An accuracy as text, such as "88.8 % [85.7, 91.3]"."""
-    return f"{100 * accuracy.value:.1f} % [{100 * accuracy.low:.1f}, {100 * accuracy.high:.1f}]"

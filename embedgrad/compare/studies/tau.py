@@ -7,8 +7,8 @@ from typing import Any
 from embedgrad.compare.arm import Training
 from embedgrad.compare.runner import Runner
 from embedgrad.compare.studies.pictures import BLUE, GREY, SKY
-from embedgrad.compare.studies.study import Finding, Study, main_measure, optimised, original, percent, share, trained
-from embedgrad.evaluation.statistics import Accuracy
+from embedgrad.compare.studies.study import Finding, Study, main_measure, optimised, original, share, trained
+from embedgrad.evaluation.statistics import Accuracy, in_percent
 from embedgrad.maths.trust_region import CosineCone, NoRegion
 
 NONE = "none"
@@ -60,14 +60,14 @@ def _paragraph(data: dict[str, Any]) -> str:
     alike = [point["tau"] for point, accuracy in points if accuracy.high >= best[1].low]
     what = "the likeliest label" if data["measure"] == "choice_accuracy" else "the answer as generated"
     told = (
-        f"By {what} the original text is right in {percent(before)} of the test items; the best region here is τ = "
-        f"{best[0]['tau']} with {percent(best[1])} and a lowest similarity of {best[0]['similarity']:.4f}. "
+        f"By {what} the original text is right in {in_percent(before)} of the test items; the best region here is τ = "
+        f"{best[0]['tau']} with {in_percent(best[1])} and a lowest similarity of {best[0]['similarity']:.4f}. "
         f"The intervals of τ = {', '.join(alike)} overlap with its own, so that nothing is known between them. "
     )
     free = points[-1]
     told += f"Without a region the lowest similarity came to {free[0]['similarity']:.4f} "
     unused = [point["tau"] for point, _ in points[:-1] if point["similarity"] > float(point["tau"]) + 1e-3]
-    told += f"at {percent(free[1])}. "
+    told += f"at {in_percent(free[1])}. "
     if unused:
         told += f"At τ = {', '.join(unused)} the prompt stayed off the boundary: the region did not bind."
     return told.rstrip()
