@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import importlib.metadata
 import importlib.util
 import json
 import os
@@ -33,12 +32,10 @@ from bench.harness.files import ModelFile
 from bench.harness.markdown import table
 from bench.harness.rows import Row, row
 from bench.harness.worker import Worker, environment, serve, workers
+from bench.harness.writers import PROMPT_TOKENS, SEQUENCE_TOKENS, llama_server, long_prompt
 
-PROMPT_TOKENS = 190
-SYSTEM = "You are a helpful assistant that explains things to people in plain words and short sentences. "
 THINGS = ("river", "planet", "tool", "animal", "song", "city", "plant", "game", "metal", "colour", "letter", "bridge")
 SLOTS = 32  # most answers at a time
-CONTEXT = 512  # tokens of a request and its answer
 NAME = "prompt"
 SERVE, STREAM, GENERATE, LLAMA = "embedgrad serve", "embedgrad serve, streams", "embedgrad generate", "llama.cpp"
 CHECKS = ("tests/serve/test_server.py::test_answers_are_those_of_generate_for_many_clients_at_once",)
@@ -99,8 +96,7 @@ def _prepare(model: Path, prompt: Path, exported: Path) -> None:
     import embedgrad
 
     loaded = embedgrad.load_model(model, weights="stored")
-    text = loaded.tokenizer.decode(loaded.tokenizer.encode(SYSTEM * 40)[:PROMPT_TOKENS])
-    embedgrad.SoftPrompt.from_text(loaded, text).save(prompt)
+    long_prompt(loaded).save(prompt)
     if importlib.util.find_spec("xllamacpp") is None:
         print("llama.cpp is left out: `pip install xllamacpp` brings it.")
     elif model.suffix != ".gguf":
@@ -201,7 +197,7 @@ async def _client(http: Any, queries: Sequence[str], tokens: int, stream: bool, 
 @contextlib.contextmanager
 def _our_server(model: Path, prompt: Path, slots: int, threads: int) -> Iterator[str]:
     command = [sys.executable, "-m", "embedgrad", "serve", str(model), str(prompt), "--name", NAME, "--port", "0",
-               "--slots", str(slots), "--context", str(CONTEXT), "--weights", "stored"]  # fmt: skip
+               "--slots", str(slots), "--context", str(SEQUENCE_TOKENS), "--weights", "stored"]  # fmt: skip
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment(threads)) as process:
         try:
             assert process.stdout is not None
@@ -240,15 +236,7 @@ def _generate(path: Path, prompt: Path) -> None:
 
 def _llama(path: Path, slots: int, threads: int) -> None:
     """The worker with llama.cpp's server; it serves until standard input ends."""
-    import xllamacpp
-
-    params = xllamacpp.CommonParams()
-    params.model.path = str(path)
-    params.n_parallel, params.n_ctx, params.cache_prompt, params.verbosity = slots, slots * CONTEXT, True, -1
-    params.port, params.use_jinja = 0, True
-    params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-    server = xllamacpp.Server(params)
-    version = f"xllamacpp {importlib.metadata.version('xllamacpp')}"
+    server, version = llama_server(path, slots, threads, port=0)
     serve({"version": version, "address": server.listening_address}, lambda request: {})
 
 

@@ -53,7 +53,7 @@ def writer(name: str, path: Path, threads: int, device: str) -> Writer:
     return _embedgrad(path, "stored" if name.endswith("stored") else "compute", device)
 
 
-def _prompt(model: Any) -> Any:
+def long_prompt(model: Any) -> Any:
     """A prompt of PROMPT_TOKENS tokens."""
     import embedgrad
 
@@ -67,7 +67,7 @@ def renderer(path: Path) -> Callable[[str], Query]:
     from embedgrad.prompt.rendering import render_query
 
     model = embedgrad.load_model(path, weights="stored")
-    prompt = _prompt(model)
+    prompt = long_prompt(model)
     return lambda text: Query(text, render_query(model, prompt, text).ids)
 
 
@@ -79,7 +79,7 @@ def _embedgrad(path: Path, weights: str, device: str) -> Writer:
     from embedgrad.prompt.rendering import render_query
 
     model = embedgrad.load_model(path, weights=weights, device=device)
-    prompt = _prompt(model)
+    prompt = long_prompt(model)
 
     def write(queries: Sequence[Query], tokens: int) -> tuple[list[Written], int]:
         answers = embedgrad.generate(
@@ -110,14 +110,21 @@ def _ids(tokenizer: Any, answer: Written) -> list[int]:
     return ids if len(ids) in (count, int(count) - 1) else []  # an end token has no text
 
 
-def _llama(path: Path, slots: int, threads: int) -> Writer:
+def llama_server(path: Path, slots: int, threads: int, port: int | None = None) -> tuple[Any, str]:
+    """(llama.cpp's server with its prompt cache on, its version). port: it listens there too; 0: at any free one."""
     import xllamacpp
 
     params = xllamacpp.CommonParams()
     params.model.path = str(path)
     params.n_parallel, params.n_ctx, params.cache_prompt, params.verbosity = slots, slots * SEQUENCE_TOKENS, True, -1
     params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-    server = xllamacpp.Server(params)
+    if port is not None:
+        params.port, params.use_jinja = port, True
+    return xllamacpp.Server(params), f"xllamacpp {importlib.metadata.version('xllamacpp')}"
+
+
+def _llama(path: Path, slots: int, threads: int) -> Writer:
+    server, version = llama_server(path, slots, threads)
 
     def one(query: Query, tokens: int) -> tuple[str, int]:
         request = {"prompt": query.ids, "n_predict": tokens, "temperature": 0.0}
@@ -130,7 +137,7 @@ def _llama(path: Path, slots: int, threads: int) -> Writer:
             answers = list(pool.map(lambda query: one(query, tokens), queries))
         return [*answers], sum(count for _, count in answers)
 
-    return Writer(write, f"xllamacpp {importlib.metadata.version('xllamacpp')}")
+    return Writer(write, version)
 
 
 def _transformers(path: Path, device: str) -> Writer:
