@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,6 @@ from embedgrad.prompt.prompt import SoftPrompt
 from embedgrad.search.objective import text_nll
 from embedgrad.search.plan import NAMES as SEARCHES
 from embedgrad.search.plan import make_search
-from embedgrad.search.search import Search, SearchState
 from embedgrad.tasks.parts import Parts
 from embedgrad.train.checkpoints import tensor_hash
 from embedgrad.train.plan import Plan
@@ -70,11 +70,12 @@ class Distillation:
         judge: TextJudge | None = None,
     ) -> None:  # fmt: skip
         """Raises ConfigError (no training or validation data, a folder of another distillation)."""
-        for part, what in ((parts.train, "training"), (parts.validation, "validation")):
+        for part, what, field in (
+            (parts.train, "training", "data.train"), (parts.validation, "validation", "data.validation"),
+        ):  # fmt: skip
             if not part:
                 raise ConfigError(
-                    f"a distillation needs {what} data: give them in the configuration (data.{part_name(what)}, or a "
-                    "split)."
+                    f"a distillation needs {what} data: give them in the configuration ({field}, or a split)."
                 )
         self.plan, self.model, self.prompt, self.parts, self.settings = plan, model, prompt, parts, settings
         self.judge = judge
@@ -98,7 +99,7 @@ class Distillation:
             "settings": {key: value for key, value in asdict(settings).items() if key not in free},
         }
 
-    @property
+    @cached_property
     def scoring_cost(self) -> int:
         """Tokens of scoring the original text on the validation data, its longest answers included."""
         return self._cost(SoftPrompt.from_text(self.model, self.prompt.text, self.template), self.parts.validation)
@@ -109,7 +110,10 @@ class Distillation:
         return SCORINGS * self.scoring_cost if self.settings.budget is None else self.settings.budget
 
     def _cost(self, prompt: SoftPrompt, examples: Sequence[Example]) -> int:
-        return tokens(self.model, prompt, examples) + len(examples) * self.sampling.max_new_tokens
+        return tokens(self.model, prompt, examples) + self._longest_answers(examples)
+
+    def _longest_answers(self, examples: Sequence[Example]) -> int:
+        return len(examples) * self.sampling.max_new_tokens
 
     def pieces(self) -> Iterator[str]:
         """Does the work piece by piece; yields after each what was done, when it is saved."""
@@ -185,8 +189,8 @@ class Distillation:
             return
         prompt = self.prompt if soft else SoftPrompt.from_text(self.model, text, self.template)
         try:
-            cost = self._cost(prompt, self.parts.validation)
-            if limit is not None and cost > limit:
+            shown = tokens(self.model, prompt, self.parts.validation)
+            if limit is not None and shown + self._longest_answers(self.parts.validation) > limit:
                 return
             found = self._evaluate(prompt, self.parts.validation)
         except ContextError:  # a text so long that some query has no room behind it
@@ -195,7 +199,7 @@ class Distillation:
         nll = None if soft else text_nll(self.model, text)
         answers = sum(record.tokens for record in found.records)
         self.ledger.scores[text] = {
-            "source": source, "spent": tokens(self.model, prompt, self.parts.validation) + answers,
+            "source": source, "spent": shown + answers,
             "correct": verdicts(found), "tokens": len(prompt.token_ids), "nll": nll,
         }  # fmt: skip
         self.ledger.save()
@@ -241,15 +245,11 @@ class Distillation:
         if state is None:
             state = self.ledger.searches[name] = search.begin()
         reserved = FINALISTS * self._cost(start, self.parts.validation)
-        for _ in self._steps(search, state, share - reserved):
+        while search.advance(state, share - reserved):
             self.ledger.save()
             yield f"{name}: step {state.step}"
         for found in search.texts(state, FINALISTS):
             yield from self._score(found, name, share - state.spent - self._scored(name))
-
-    def _steps(self, search: Search, state: SearchState, budget: int) -> Iterator[None]:
-        while search.advance(state, budget):
-            yield
 
     def _judged(self) -> Iterator[str]:
         assert self.judge is not None
@@ -283,11 +283,6 @@ class Distillation:
                 continue
             self.ledger.save()
             yield f"tested {len(self.ledger.tests)} prompts on {len(self.parts.test)} items"
-
-
-def part_name(what: str) -> str:
-    """The name of a part of the data in a configuration."""
-    return {"training": "train"}.get(what, what)
 
 
 def _rank(score: dict[str, Any]) -> tuple[float, float, int]:

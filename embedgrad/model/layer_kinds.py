@@ -78,7 +78,8 @@ def where_unrotated(fields: Fields, defaults: Mapping[str, Any], layers: int) ->
     types = fields.take("layer_types")
     fields.take("max_window_layers")  # copied from Qwen's configurations, never read
     if types is None:
-        types = [SLIDING if layer in unrotated_layers(fields, 4, layers) else FULL for layer in range(layers)]
+        unrotated = unrotated_layers(fields, 4, layers)
+        types = [SLIDING if layer in unrotated else FULL for layer in range(layers)]
     return _chosen(fields, _checked(fields, types, layers), window)
 
 

@@ -6,11 +6,10 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from embedgrad.report.content import Content, Table, build
+from embedgrad.report.content import NOTHING, Content, build
 from embedgrad.report.curves import Line, Panel, overlays
 from embedgrad.report.read import Run
-
-NOTHING = "–"
+from embedgrad.report.table import Table
 
 
 def build_sweep(trials: Sequence[Mapping[str, Any]], runs: Mapping[str, Run], winner: str, examples: int) -> Content:
