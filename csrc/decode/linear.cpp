@@ -29,15 +29,22 @@ struct Output {
     const float* bias;  // of the part's first matrix row, or null
     bool add;
 
-    // The columns [n, n + count) of activation row b; value i is values[i · step].
-    void put(int64_t b, int64_t n, const float* values, int64_t step, int64_t count) const {
-        float* place = y + (target ? target[b] : b) * y_stride + n;
+    float* place(int64_t b, int64_t n) const { return y + (target ? target[b] : b) * y_stride + n; }
+
+    // Prefetches what put(b, n, …) is going to write, for every b.
+    void prefetch(int64_t batch, int64_t n) const {
+        for (int64_t b = 0; b < batch; ++b) __builtin_prefetch(place(b, n), 1);
+    }
+
+    // The columns [n, n + count) of activation row b.
+    void put(int64_t b, int64_t n, const float* values, int64_t count) const {
+        float* to = place(b, n);
         if (!add && !bias) {
-            for (int64_t i = 0; i < count; ++i) place[i] = values[i * step];
+            for (int64_t i = 0; i < count; ++i) to[i] = values[i];
             return;
         }
         for (int64_t i = 0; i < count; ++i)
-            place[i] = (add ? place[i] : 0.0f) + (values[i * step] + (bias ? bias[n + i] : 0.0f));
+            to[i] = (add ? to[i] : 0.0f) + (values[i] + (bias ? bias[n + i] : 0.0f));
     }
 };
 
@@ -54,9 +61,13 @@ Activations::Activations(int64_t batch, int64_t columns)
       groups_(batch * row_groups_) {}
 
 void Activations::quantise(int64_t b, int64_t begin, int64_t end) {
-    for (int64_t from = begin; from < end; from += kQuantGroup) {
-        QuantizedGroup& to = groups_[b * row_groups_ + from / kQuantGroup];
-        EMBEDGRAD_DISPATCH(quantise_group, row(b) + from, std::min(kQuantGroup, end - from), to)
+    QuantizedGroup* to = &groups_[b * row_groups_ + begin / kQuantGroup];
+    int64_t from = begin;
+    for (; from + kQuantGroup <= end; from += kQuantGroup, ++to) EMBEDGRAD_DISPATCH(quantise_group, row(b) + from, *to)
+    if (from < end) {
+        float padded[kQuantGroup] = {};
+        std::copy(row(b) + from, row(b) + end, padded);
+        EMBEDGRAD_DISPATCH(quantise_group, padded, *to)
     }
 }
 

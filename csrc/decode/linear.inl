@@ -32,7 +32,7 @@ static inline void float_tile(
             totals[i] = sum(sums[i][m]);
             for (int64_t j = k; j < columns; ++j) totals[i] += Format::one(weights[i][j]) * rows[m][j];
         }
-        out.put(b + m, n, totals, 1, N);
+        out.put(b + m, n, totals, N);
     }
 }
 
@@ -80,14 +80,9 @@ static void linear_part(
 
 // ---- quantise and read rows -----------------------------------------------------------------------------------------
 
-// Rounds n ≤ 32 numbers. Where a number is NaN or infinite the scale is NaN and the bytes are 0.
-static void quantise_group(const float* x, int64_t n, QuantizedGroup& to) {
+// Rounds kQuantGroup numbers. Where a number is NaN or infinite the scale is NaN and the bytes are 0.
+static void quantise_group(const float* x, QuantizedGroup& to) {
     typedef int8_t Narrow __attribute__((vector_size(VL)));
-    float some[kQuantGroup] = {};
-    if (n < kQuantGroup) {
-        for (int64_t i = 0; i < n; ++i) some[i] = x[i];
-        x = some;
-    }
     Vec most = {}, differences = {};
     for (int64_t i = 0; i < kQuantGroup; i += VL) {
         const Vec v = load(x + i);

@@ -226,9 +226,10 @@ static void tiles_part(
         const int64_t last = part.first + end, tile_bytes = format(S).tile_bytes(x.columns());
         for (int64_t row = part.first + begin; row < last;) {
             const int64_t t = row / kTileRows, next = std::min((t + 1) * kTileRows, last);
+            out.prefetch(batch, row - part.first);
             multiply_tile<S>(static_cast<const uint8_t*>(part.data) + t * tile_bytes, x, batch, sums);
             for (int64_t b = 0; b < batch; ++b)
-                out.put(b, row - part.first, sums[b].row + row % kTileRows, 1, next - row);
+                out.put(b, row - part.first, sums[b].row + row % kTileRows, next - row);
             row = next;
         }
     });
