@@ -211,8 +211,14 @@ static void multiply_tile(const uint8_t* tile, const Activations& x, int64_t bat
             continue;
         }
         unpack_chunk<S>(chunk.elements, chunk.groups, quads);
+        // While this chunk is multiplied, a share of the next one comes from main memory for every kMost rows.
+        const int64_t bytes = chunk.groups * f.group_bytes(), share = (bytes * kMost + batch - 1) / batch;
+        const uint8_t* next = chunk.elements + bytes;
+        const uint8_t* const end = next + bytes;
         chunk.elements = quads;
         for_each_row<kMost>(batch, [&](auto rows, int64_t b) {
+            if (next < end) prefetch(next, share);
+            next += share;
             add_unpacked<decltype(rows)::value, f.bits(), f.group, f.offsets>(chunk, f.zero, x, b, sums + b);
         });
     }
