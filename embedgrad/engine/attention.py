@@ -150,7 +150,7 @@ class Attention:
                     wanted, dq, dk, dv,
                 )  # fmt: skip
             for projection, grad in zip(saved.projections, grads, strict=True):
-                self._rotate_back(index, w, projection, grad, p, wanted)
+                self._rotate_back(index, w, projection, grad, p, wanted)  # (12)
             dh1 = arena.scratch(len(dx), dx.shape[1], dtype=self.dtype)
             first, *others = zip(saved.projections, grads, strict=True)
             first[0].matrix.backward(first[1], out=dh1)  # (12)
@@ -162,7 +162,7 @@ class Attention:
             if w.attention_norm is None:
                 ops.add_scaled(dx, dh1, 1.0, out=dx)
             else:
-                ops.rms_norm_backward(dh1, self.at(wanted, x), w.attention_norm, self.config.rms_eps, dx=dx)
+                ops.rms_norm_backward(dh1, self.at(wanted, x), w.attention_norm, self.config.rms_eps, dx=dx)  # (13)
         return dx
 
     def add_branch(self, y: Tensor, weight: Tensor | None, x: Tensor, *, out: Tensor) -> Tensor:
@@ -240,6 +240,7 @@ class Attention:
     def _rotate_back(
         self, index: int, w: LayerWeights, projection: Projection, grad: Tensor, p: Pass, wanted: Tensor | None
     ) -> None:
+        """rope⁻¹ of (12), then the qk-norm's (13), in place in `grad` [n, (H + 2G)·D]."""
         rows = wanted if projection.rows is None else projection.rows
         raw, (cos, sin), eps = projection.raw, p.rotation(index), self.config.rms_eps
         with self.arena.frame():
