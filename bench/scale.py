@@ -26,7 +26,7 @@ from bench.harness.worker import Worker, serve
 
 CHECKS = ("tests/engine/test_gradient.py::test_narrow_weights_kept_as_stored_give_the_bits_of_wide_ones",)
 BASE = Case(64, 64, 2)
-MODEL, LAYERS = "SmolLM2-135M", 30
+MODEL = "SmolLM2-135M"
 AXES: dict[str, tuple[int, ...]] = {
     "prompt": (16, 64, 256), "query": (16, 64, 256), "batch": (1, 2, 8), "layers": (7, 15, 30),
 }  # fmt: skip

@@ -124,7 +124,7 @@ class Attention:
         return SavedAttention(projections, o, lse, x1, x1_mark, y)
 
     def keys_only(self, index: int, w: LayerWeights, x: Tensor, p: Pass) -> None:
-        """Only what `p.cache_rows` asks for: for a last layer whose output nobody reads."""
+        """Only the keys and values that `p.cache_rows` wants, for a last layer whose output nobody reads."""
         _, g, size = self.heads
         self.project(index, w, x, p, [(w.kv, (0, g, size), None)], self.arena.scratch)
 

@@ -38,7 +38,7 @@ class Details:
 class _Omit:
     """What the engine leaves out; each can be switched off to show that it changes nothing but cost.
 
-    `whole_logits` has no counterpart in the kernels, which hold one tile of them in registers: reference backend only.
+    Without `whole_logits` the loss holds all logits at once.
     """
 
     prefix_copies: bool = True

@@ -1,4 +1,4 @@
-"""Forward only: what a prompt makes of examples, once or again and again."""
+"""The losses of examples under a prompt, forward only: once, or under one prompt after another."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ class Seat:
         """Nothing is launched ahead."""
 
     def state(self, before_last: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """e, m and v on the CPU; of a step that was launched and not taken they know nothing."""
+        """e, m and v on the CPU, without a step that was launched and not taken."""
         e, m, v = self.state_now.to("cpu", copy=True)
         return e, m, v
 

@@ -46,7 +46,7 @@ Prune = Callable[[Mapping[str, Any]], bool]
 
 
 class Session:
-    """One session of one run. `state` is whole between any two lines of `go`, so it can be saved there."""
+    """One session of one run. Between any two lines of `go`, `state` is consistent and can be saved."""
 
     def __init__(
         self,
@@ -225,7 +225,7 @@ class Session:
             self._save()
 
     def _pauses_after(self, step: int) -> bool:
-        """Whether the state after `step` steps is looked at before the next one may begin."""
+        """Whether the state after `step` steps is needed before the next one may begin."""
         checked = bool(self.validation) and step % self.interval == 0
         return checked or step >= self.total or step % self.config.checkpoint_every == 0 or self.stop.requested
 
