@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this question."""
     parser.add_argument(
         "--shapes", nargs="*", type=Case.told, default=None, help=f"prompt/query/batch (default: {' '.join(SHAPES)})"
-    )  # fmt: skip
+    )
     parser.add_argument("--repeats", type=positive, default=9, help="timings of each (default 9)")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")

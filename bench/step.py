@@ -55,10 +55,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     files.add_argument(parser)
     parser.add_argument(
         "--shapes", nargs="*", type=Case.told, default=None, help=f"prompt/query/batch (default: {' '.join(SHAPES)})"
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--grid", nargs="*", type=Case.told, default=None, help=f"with fewer contenders (default: {' '.join(GRID)})"
-    )  # fmt: skip
+    )
     parser.add_argument("--contenders", nargs="*", choices=CONTENDERS, default=None, help="default: all")
     parser.add_argument("--repeats", type=positive, default=5, help="steps per contender that count (default 5)")
     parser.add_argument("--seconds", type=float, default=120, help="start no third round after so long (default 120)")

@@ -51,9 +51,7 @@ def _activation_bytes(
     decoder = Decoder(config, _shapes(config), cast(Backend, _Nothing(ops)), dtype, arena)
     p = pass_of_size(config, size, dtype)
     hidden = decoder.forward(torch.empty(0, config.hidden_size, device=META), p, policy)
-    _, _, dh = target_loss(
-        decoder, decoder.weights.head, hidden, p.targets, differentiate=policy is not None
-    )  # fmt: skip
+    _, _, dh = target_loss(decoder, decoder.weights.head, hidden, p.targets, differentiate=policy is not None)
     if dh is not None:
         decoder.backward(dh, p, torch.empty(0, device=META))
     return arena.peak

@@ -72,7 +72,7 @@ class PromptTrainer:
         trees = [build_tree(*batch) for batch in batches] if static else []
         self._runner = PassRunner(
             model, self._launch, trees, policy=policy, memory_budget=memory_budget, capture=capture, static=static
-        )  # fmt: skip
+        )
         self.ahead = 1 if device.type == "cuda" else 0
 
     def state(self, before_last: bool = False) -> tuple[Tensor, Tensor, Tensor]:

@@ -38,9 +38,7 @@ def score(model: Model, prompt: SoftPrompt, batch: Sequence[Example]) -> Details
 class Scorer:
     """Scores the same chunks of sequences with one prompt after another."""
 
-    def __init__(
-        self, model: Model, chunks: Sequence[Sequence[PreparedSequence]], *, repeated: bool = False
-    ) -> None:  # fmt: skip
+    def __init__(self, model: Model, chunks: Sequence[Sequence[PreparedSequence]], *, repeated: bool = False) -> None:
         """chunks: sequences that are scored at one call, at least one each. repeated: worth a CUDA graph on a GPU."""
         self._model = model
         self._embeddings = torch.empty(0)

@@ -265,9 +265,7 @@ def longrope_attention(factor: float, original: int) -> float:
 
 
 def _long(theta: float, original: int, divisors: tuple[float, ...], attention: float) -> RopeConfig:
-    return RopeConfig(
-        theta, "longrope", original_max_position=original, divisors=divisors, attention_factor=attention
-    )  # fmt: skip
+    return RopeConfig(theta, "longrope", original_max_position=original, divisors=divisors, attention_factor=attention)
 
 
 def _positive(value: object) -> bool:

@@ -115,9 +115,7 @@ class _Runner:
         width = seats[0].anchor.shape[1]
         self._stacked = torch.empty(first, width, dtype=seats[0].anchor.dtype, device=model.device)
         self._grad = torch.empty(first, width, dtype=model.decoder.sum_dtype, device=model.device)
-        self._runner = PassRunner(
-            model, self._launch, [], policy=seats[0].policy, memory_budget=seats[0].memory_budget
-        )  # fmt: skip
+        self._runner = PassRunner(model, self._launch, [], policy=seats[0].policy, memory_budget=seats[0].memory_budget)
 
     def step(self) -> None:
         """One step of every prompt; each gets its `result`."""

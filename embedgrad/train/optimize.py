@@ -168,7 +168,7 @@ def begin_session(
         progress.note(note)
     session = Session(
         model, prompt, run.train, run.validation, run.config, folder, progress, stop, judge, ranks, run.prune
-    )  # fmt: skip
+    )
     if trainer_of is not None:
         session.trainer_of = trainer_of
     session.begin(found, run.description, allow_other_bits)

@@ -107,9 +107,7 @@ class Session:
             ),
         )  # fmt: skip
 
-    def begin(
-        self, found: Found, description: Mapping[str, Any] | None, allow_other_bits: bool = False
-    ) -> None:  # fmt: skip
+    def begin(self, found: Found, description: Mapping[str, Any] | None, allow_other_bits: bool = False) -> None:
         """Go back to the checkpoint that was found, if there is one, and bring the folder in line with it."""
         if self.ranks.size > 1:
             check_same_start(self.ranks, self.state.identity, self.config.model_dump(mode="json"))

@@ -73,9 +73,7 @@ def run(prompt_path: Path, model_path: str | None, computing: Sequence[Any], opt
         _run(ranks, prompt_path, model_path, computing, options)
 
 
-def _run(
-    ranks: Ranks, prompt_path: Path, model_path: str | None, computing: Sequence[Any], options: Options
-) -> None:  # fmt: skip
+def _run(ranks: Ranks, prompt_path: Path, model_path: str | None, computing: Sequence[Any], options: Options) -> None:
     if options.output is not None:
         check_target(options.output)
     if sum(given is not None for given in (options.config, options.task)) > 1 or not any(
