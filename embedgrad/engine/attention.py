@@ -175,9 +175,8 @@ class Attention:
         """dy [n, d] as scratch: the gradient of `add_branch` with respect to y."""
         arena, scale = self.arena, self.config.residual_scale
         dy = arena.scratch(*dout.shape, dtype=self.dtype)
-        if weight is None:
+        if weight is None or y is None:
             return self.ops.scale(dout, scale, out=dy)
-        assert y is not None
         with arena.frame():
             if scale != 1:
                 dout = self.ops.scale(dout, scale, out=arena.scratch(*dout.shape, dtype=self.dtype))
@@ -210,8 +209,7 @@ class Attention:
                 projection.raw.copy_(projection.out[:, : projection.raw.shape[1]])
             with arena.frame():
                 norms: dict[str, Any] = {"q_norm": w.q_norm, "k_norm": w.k_norm, "eps": eps}
-                if self.wide_qk_norm:
-                    assert projection.raw is not None
+                if self.wide_qk_norm and projection.raw is not None:
                     for part, weight in self._parts(projection, w):
                         ops.rms_norm(projection.raw[:, part], weight, eps, out=projection.out[:, part])
                     norms = {}
@@ -227,10 +225,8 @@ class Attention:
     def _parts(self, projection: Projection, w: LayerWeights) -> list[tuple[slice, Tensor]]:
         """The columns of q and of k in a projection, and the weights of their norms over all heads."""
         h, g, size = projection.heads
-        assert w.q_norm is not None
-        assert w.k_norm is not None
         found = [(slice(0, h * size), w.q_norm), (slice(h * size, (h + g) * size), w.k_norm)]
-        return [(part, weight) for part, weight in found if part.stop > part.start]
+        return [(part, weight) for part, weight in found if weight is not None and part.stop > part.start]
 
     def _like(self, projection: Projection, wanted: Tensor | None) -> Tensor:
         rows = wanted if projection.rows is None else projection.rows
@@ -247,11 +243,10 @@ class Attention:
             if raw is not None and projection.rows is None:
                 raw = self.at(wanted, raw)
             cos, sin = self.at(rows, cos), self.at(rows, sin)
-            if not self.wide_qk_norm:
+            if raw is None or not self.wide_qk_norm:
                 norms: dict[str, Any] = {"q_norm": w.q_norm, "k_norm": w.k_norm, "eps": eps}
                 self.ops.rope_backward(grad, raw, cos, sin, projection.heads, **norms)
                 return
-            assert raw is not None
             self.ops.rope_backward(grad, None, cos, sin, projection.heads)
             for part, weight in self._parts(projection, w):
                 with self.arena.frame():

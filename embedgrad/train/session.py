@@ -113,7 +113,7 @@ class Session:
             check_same_start(self.ranks, self.state.identity, self.config.model_dump(mode="json"))
         saved, notes = found.state, []
         if saved is not None:
-            notes = self.ranks.only_first(lambda: self._accepted(found, allow_other_bits)) or []
+            notes = self.ranks.only_first(lambda: self._accepted(saved, allow_other_bits)) or []
             if goes_on(saved, self.total):
                 saved.identity, saved.stop_reason = self.state.identity, None
             self.state = saved
@@ -138,11 +138,10 @@ class Session:
         self._save_best()
         self._save()
 
-    def _accepted(self, found: Found, allow_other_bits: bool) -> list[str]:
-        assert found.state is not None
+    def _accepted(self, saved: RunState, allow_other_bits: bool) -> list[str]:
         assert self.folder is not None
-        notes = accept(found.state, self.state, self.total, self.folder.path, allow_other_bits)
-        check_counts(found.state, self.state, self.total)
+        notes = accept(saved, self.state, self.total, self.folder.path, allow_other_bits)
+        check_counts(saved, self.state, self.total)
         return notes
 
     def go(self) -> None:

@@ -81,13 +81,12 @@ def _run(ranks: Ranks, prompt_path: Path, model_path: str | None, computing: Seq
     ):
         raise ConfigError("give the test data: --data FILE, --task NAME (with --data FOLDER), or --config FILE.")
     planned = _plan(options, model_path)
-    if model_path is None and options.config is None:
-        raise ConfigError("give the model with --model (or a configuration that has one with --config).")
-    if model_path is None:
-        assert planned is not None
+    if model_path is not None:
+        model = open_model(model_path, *computing)
+    elif planned is not None and options.config is not None:
         model = open_configured(planned.config)
     else:
-        model = open_model(model_path, *computing)
+        raise ConfigError("give the model with --model (or a configuration that has one with --config).")
     prompt = SoftPrompt.load(prompt_path, model)
     test = _test(options, planned, model)
     prompts = {"before": prompt.replace(embeddings=prompt.anchor)} if options.before else {}
