@@ -1,8 +1,8 @@
 """`python -m bench QUESTION [--quick] [--json FILE] [options of that question]`: ask one question and print the answer.
 
 A question is a module `bench/NAME.py` that has what `bench.harness.report.Question` names. Its rows are appended to
-bench/results/NAME.jsonl, and the tables and pictures made from them are made anew, in README.md and bench/README.md too
-(`python -m bench report` does that alone). Rows of a `--quick` run are marked, and its documents are left alone.
+bench/results/NAME.jsonl, and the tables and pictures of the documents are made anew from all rows
+(`python -m bench report` does that alone). Rows of a `--quick` run are marked, and the documents stay as they are.
 `python -m bench all` asks all questions. `python -m bench tune` is no question: it writes launch parameters.
 """
 

@@ -10,7 +10,6 @@ tenth. Memory is the peak of a first step, in a process for each omission. Polic
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import time
 from collections import defaultdict
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 
-from bench.harness.arguments import positive
+from bench.harness.arguments import add_machine, positive
 from bench.harness.clock import device
 from bench.harness.contenders import Case, load, our_version, task
 from bench.harness.markdown import table
@@ -42,9 +41,7 @@ FORMER = {"trunk_copies": "prefix_copies", "kept_tokens": "prefix_steps"}  # con
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this question."""
     parser.add_argument("--repeats", type=positive, default=2, help="steps that count (default 2)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--backend", default="auto", help="of embedgrad (default auto)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    add_machine(parser, backend=True)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
 
 

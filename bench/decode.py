@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import os
 import statistics
 import time
 from collections import defaultdict
@@ -29,7 +28,7 @@ from typing import Any
 import torch
 
 from bench.harness import files, resident
-from bench.harness.arguments import positive
+from bench.harness.arguments import add_machine, positive
 from bench.harness.clock import device, take_turns
 from bench.harness.files import ModelFile
 from bench.harness.markdown import table
@@ -59,8 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--repeats", type=positive, default=2, help="rounds that count (default 2; in float32 with 8 queries or more 1)"
     )
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of ours and of transformers")
+    add_machine(parser, of="of ours and of transformers")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--path", type=Path, help=argparse.SUPPRESS)
 

@@ -1,7 +1,7 @@
 """What does an NVIDIA GPU make of it: is everything right, and how fast are steps, answers and operations?
 
 For anyone with a GPU; no network and no model file is needed, since the models have random weights in the shapes of
-Qwen2.5-Math. The sections come in the order of what they tell: tests and every kernel in every type, ceilings, steps
+Qwen2.5-Math. The sections that tell most come first: tests and every kernel in every type, ceilings, steps
 beside PEFT, transformers and the floor, answers, profiles, loss, attention, products with quantised weights, row-wise
 operations, other policies, weights and models. Each is a process of its own with a time limit. What is not installed is
 left out with a line, what fails is named with its error, and the next goes on. After each section the rows so far are
@@ -142,7 +142,7 @@ def _ask(section: Section, until: float, rehearse: bool) -> Found:
     command = [sys.executable, "-m", "bench", "gpu", "--worker", section.name, "--until", str(until)]
     process = subprocess.Popen(
         [*command, *(["--rehearse"] if rehearse else [])], stdout=subprocess.PIPE, text=True, start_new_session=True
-    )  # fmt: skip
+    )
     try:
         text, _ = process.communicate(timeout=max(LEAST, until - time.time()))
         ended = "" if process.returncode == 0 else f"{section.name}: its process ended with {process.returncode}"

@@ -96,10 +96,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this question."""
     parser.add_argument(
         "--shapes", nargs="*", type=Case.told, default=None, help=f"prompt/query/batch (default: {' '.join(SHAPES)})"
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--policies", nargs="*", choices=memory.POLICIES, default=list(POLICIES), help="default: all layer"
-    )  # fmt: skip
+    )
     parser.add_argument("--repeats", type=positive, default=9, help="how often each is done (default 9)")
     parser.add_argument("--arch", choices=ARCHITECTURES, default=ARCH, help=f"whose launch parameters (default {ARCH})")
 

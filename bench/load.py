@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.harness import files
-from bench.harness.arguments import positive
+from bench.harness.arguments import add_machine, positive
 from bench.harness.files import ModelFile
 from bench.harness.markdown import table
 from bench.harness.rows import Row, row
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this question."""
     files.add_argument(parser)
     parser.add_argument("--repeats", type=positive, default=2, help="warm processes of each (default 2)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    add_machine(parser, device=False)
     parser.add_argument("--worker", choices=(*OURS, *OTHERS, LLAMA), help=argparse.SUPPRESS)
     parser.add_argument("--point", choices=POINTS, default="step", help=argparse.SUPPRESS)
     parser.add_argument("--path", type=Path, help=argparse.SUPPRESS)

@@ -15,7 +15,6 @@ loss's bound is the time of its two matrix products in BLAS. Tree attention is c
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -25,7 +24,7 @@ import torch
 from torch import Tensor
 
 import embedgrad
-from bench.harness.arguments import positive
+from bench.harness.arguments import add_machine, positive
 from bench.harness.clock import device, take_turns
 from bench.harness.contenders import Case, tree_of
 from bench.harness.markdown import seconds, table
@@ -49,10 +48,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this question."""
     parser.add_argument(
         "--shapes", nargs="*", type=Case.told, default=None, help=f"prompt/query/batch (default: {' '.join(SHAPES)})"
-    )  # fmt: skip
+    )
     parser.add_argument("--repeats", type=positive, default=9, help="timings of each (default 9)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    add_machine(parser)
 
 
 def main(args: argparse.Namespace) -> list[Row]:

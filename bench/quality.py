@@ -9,11 +9,11 @@ all must have given the same bits.
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections.abc import Sequence
 from typing import Any
 
+from bench.harness.arguments import add_machine
 from bench.harness.contenders import our_version
 from bench.harness.markdown import table
 from bench.harness.rows import Row, row
@@ -28,7 +28,7 @@ STEPS, BATCH, RATE, SEED = 10, 8, 4e-3, 0
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this question."""
     parser.add_argument("--steps", type=int, default=STEPS, help=f"of each optimisation (default {STEPS})")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    add_machine(parser, device=False)
 
 
 def main(args: argparse.Namespace) -> list[Row]:

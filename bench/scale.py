@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 import time
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
-from bench.harness.arguments import positive
+from bench.harness.arguments import add_machine, positive
 from bench.harness.clock import device
 from bench.harness.contenders import TITLES, Case, our_step, our_version, tree_of
 from bench.harness.markdown import seconds, table
@@ -26,7 +25,7 @@ from bench.harness.worker import Worker, serve
 
 CHECKS = ("tests/engine/test_gradient.py::test_narrow_weights_kept_as_stored_give_the_bits_of_wide_ones",)
 BASE = Case(64, 64, 2)
-MODEL, LAYERS = "SmolLM2-135M", 30
+MODEL = "SmolLM2-135M"
 AXES: dict[str, tuple[int, ...]] = {
     "prompt": (16, 64, 256), "query": (16, 64, 256), "batch": (1, 2, 8), "layers": (7, 15, 30),
 }  # fmt: skip
@@ -41,8 +40,7 @@ FITTING = ("peft", "embedgrad", "embedgrad-layer")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of this question."""
     parser.add_argument("--repeats", type=positive, default=2, help="steps that count (default 2)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    add_machine(parser)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
 
 

@@ -15,7 +15,6 @@ The grid has cases in which examples share little, and batches of one, with fewe
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,7 +24,7 @@ from typing import Any
 import torch
 
 from bench.harness import files, resident
-from bench.harness.arguments import positive
+from bench.harness.arguments import add_machine, positive
 from bench.harness.breakdown import breakdown
 from bench.harness.clock import device
 from bench.harness.contenders import OTHERS, OURS, TITLES, Case, Step, contender, load, our_step, our_version, tree_of
@@ -55,16 +54,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     files.add_argument(parser)
     parser.add_argument(
         "--shapes", nargs="*", type=Case.told, default=None, help=f"prompt/query/batch (default: {' '.join(SHAPES)})"
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--grid", nargs="*", type=Case.told, default=None, help=f"with fewer contenders (default: {' '.join(GRID)})"
-    )  # fmt: skip
+    )
     parser.add_argument("--contenders", nargs="*", choices=CONTENDERS, default=None, help="default: all")
     parser.add_argument("--repeats", type=positive, default=5, help="steps per contender that count (default 5)")
     parser.add_argument("--seconds", type=float, default=120, help="start no third round after so long (default 120)")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--backend", default="auto", help="of embedgrad (default auto)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    add_machine(parser, backend=True)
     parser.add_argument("--worker", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--path", type=Path, help=argparse.SUPPRESS)
 

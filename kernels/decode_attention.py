@@ -17,8 +17,8 @@ A new token meets every key once, so that the time is that of reading K and V, a
               M = max_p m_p,   o = Σ_p exp2(m_p − M) o_p / Σ_p exp2(m_p − M) l_p.
               A part without a visible key has l = 0 and m = −∞ and stores no o; a row without any gives 0.
 
-How many splits there are follows from the capacities S, B and C and never from own_lengths, nothing is read back, and
-given a workspace nothing is allocated: a step can be captured in a CUDA graph. The order of every sum is fixed.
+The number of splits follows from the capacities S, B and C, not from own_lengths. Nothing is read back, and with a
+workspace nothing is allocated. So a step can be captured in a CUDA graph. The order of every sum is fixed.
 """
 
 from collections.abc import Mapping
@@ -35,7 +35,7 @@ from .tree_attention import bf16_in_bits, block_width, check_heads, load_tile, o
 @triton.jit
 def _store_part(
     b_o, b_m, b_l, part_o, part_m, part_l, i_part, o_r, m_r, num_rows, D: tl.constexpr, BLOCK_D: tl.constexpr
-):  # fmt: skip
+):
     """One part's rows; i_part counts (part, group). Rows that saw nothing store only l and m."""
     o_d = tl.arange(0, BLOCK_D)
     o_at = i_part * num_rows + o_r
@@ -133,9 +133,7 @@ def _own_part(
         # [BLOCK_K, BLOCK_D]
         b_k = load_tile(k + p_s * stride_ks, o_j, o_d, stride_ks, stride_kd, m_k, D, BLOCK_D, True)
         b_v = load_tile(v + p_s * stride_vs, o_j, o_d, stride_vs, stride_vd, m_k, D, BLOCK_D, True)
-        b_o, b_m, b_l = online_softmax(
-            b_q, b_k, b_v, b_o, b_m, b_l, m_k[None, :], scale, softcap, BF16_IN_BITS, True
-        )  # fmt: skip
+        b_o, b_m, b_l = online_softmax(b_q, b_k, b_v, b_o, b_m, b_l, m_k[None, :], scale, softcap, BF16_IN_BITS, True)
     i_part = (first_part + i_p) * GROUPS + i_g
     num_rows = num_sequences * GROUP
     _store_part(b_o, b_m, b_l, part_o, part_m, part_l, i_part, i_b * GROUP + o_h, m_h, num_rows, D, BLOCK_D)

@@ -101,7 +101,6 @@ def embed_backward(dx: torch.Tensor, prompt_rows: torch.Tensor, *, grad: torch.T
     options = launch.options("embed_backward", launch.architecture(dx.device), dtype=dx.dtype, width=d)
     blocks = triton.cdiv(d, options["BLOCK"])
     launch.run(
-        embed_backward_kernel, (k * blocks,),
-        dx, order, begin, grad, d, blocks, *dx.stride(), *grad.stride(), **options
-    )  # fmt: skip
+        embed_backward_kernel, (k * blocks,), dx, order, begin, grad, d, blocks, *dx.stride(), *grad.stride(), **options
+    )
     return grad

@@ -127,7 +127,7 @@ _recorders: list[Callable[[Launch], bool]] = []
 
 @contextmanager
 def recorded(recorder: Callable[[Launch], bool]) -> Iterator[None]:
-    """Inside, `recorder` is told of every launch, which happens only where it returns True."""
+    """Inside, `recorder` gets every launch before it happens; it happens only where `recorder` returns True."""
     _recorders.append(recorder)
     try:
         yield

@@ -14,7 +14,8 @@ scales, minima and quants. In fp32, scale · (q − zero) is exact (at most 11 +
 the dequantised values are those of the file, bit for bit.
 """
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -41,13 +42,14 @@ class PackedWeight:
     group: int
     shape: tuple[int, int]
 
+    def moved(self, move: Callable[[torch.Tensor], torch.Tensor]) -> "PackedWeight":
+        """The same weight with `move` of every tensor, in the order of `tensors`."""
+        packed, scales = move(self.packed), move(self.scales)
+        return replace(self, packed=packed, scales=scales, offsets=None if self.offsets is None else move(self.offsets))
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "PackedWeight":
         """The same weight with its tensors on `device`."""
-        moved = (None if x is None else x.to(device, non_blocking=non_blocking) for x in self.tensors())
-        packed, scales, offsets = moved
-        assert packed is not None
-        assert scales is not None
-        return PackedWeight(self.kind, packed, scales, offsets, self.group, self.shape)
+        return self.moved(lambda x: x.to(device, non_blocking=non_blocking))
 
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """What is stored: packed, scales, offsets."""

@@ -6,7 +6,7 @@
 
 For many rows dequantising the matrix once and cuBLAS are faster (dequantize.py, FUSED_ROWS). For few rows the time is
 that of reading W, if little is done to each element. So the matrix cores multiply whole numbers, q − zero, which every
-16-bit type holds exactly, and the scale of a group enters where there are fewer numbers than elements of W:
+16-bit type holds exactly, and a group's scale multiplies something that has fewer numbers than W has elements:
 
     forward     y += scale ⊙ ((q − zero) xᵀ) + offset ⊗ Σ x     over the groups of a row, with fp32 sums
     backward    dx += (dy ⊙ scale) (q − zero) + Σ dy ⊙ offset   over the rows of W; dy ⊙ scale is rounded to dy's type
@@ -59,8 +59,8 @@ def _forward_step(b_y, b_w, b_scale, b_offset, p_x, o_k, m_m, K, x_col, OFFSETS:
 
 @triton.jit
 def _scales(p_scale, p_offset, at, OFFSETS: tl.constexpr):
-    """Scales and offsets of a tile of rows. Two bytes are too few for an asynchronous copy, which the other operands
-    have; so they are asked for a step before they are needed."""
+    """Scales and offsets of a tile of rows. Two bytes are too few for an asynchronous copy, by which the other
+    operands come. So they are loaded a step before they are needed."""
     b_scale = tl.load(p_scale + at)
     b_offset = b_scale
     if OFFSETS:

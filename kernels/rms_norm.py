@@ -23,9 +23,7 @@ WIDEST = 16384
 
 
 @triton.jit
-def rms_norm_kernel(
-    x_ptr, w_ptr, out_ptr, d, eps, x_row, x_col, w_col, out_row, out_col, BLOCK: tl.constexpr
-):  # fmt: skip
+def rms_norm_kernel(x_ptr, w_ptr, out_ptr, d, eps, x_row, x_col, w_col, out_row, out_col, BLOCK: tl.constexpr):
     """One row: out = x̂ ⊙ w."""
     i_t = tl.program_id(0).to(tl.int64)
     o_d = tl.arange(0, BLOCK).to(tl.int64)
@@ -69,9 +67,8 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float, *, out: torch.Te
     checks.writable(out=out)
     options = launch.options("rms_norm", launch.architecture(x.device), dtype=x.dtype, width=d)
     launch.run(
-        rms_norm_kernel, (rows,),
-        x, weight, out, d, eps, *x.stride(), *weight.stride(), *out.stride(), **options
-    )  # fmt: skip
+        rms_norm_kernel, (rows,), x, weight, out, d, eps, *x.stride(), *weight.stride(), *out.stride(), **options
+    )
     return out
 
 

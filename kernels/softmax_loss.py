@@ -92,7 +92,7 @@ def _softplus(x):
 @triton.jit
 def _store_gradient(
     z_ptr, dz_ptr, target, maximum, of_others, of_target, V, softcap, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr
-):  # fmt: skip
+):
     """dz = of_others · exp(z − M) z′, and of_target · z′ at the target; 0 everywhere where of_target is 0."""
     o_b = tl.arange(0, BLOCK)
     for first in range(0, V, BLOCK):

@@ -9,8 +9,8 @@ SwiGLU has SiLU as the gate, z = g. GeGLU has GELU in its tanh form (Hendrycks a
 
 g and u are the halves of one row of gate_up [T, 2F]. Arithmetic is fp32; g σ(z) is rounded to the buffer's type before
 the product with u, where transformers rounds it. Every program reads and writes the same elements, so the outputs
-may alias the inputs element for element. The down projection is frozen and needs no gradient, so nobody
-needs the activation in the backward.
+may alias the inputs element for element. The down projection is frozen and has no gradient, so the backward does not
+need the activation.
 """
 
 import torch

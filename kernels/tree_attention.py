@@ -282,7 +282,7 @@ def plan(schedule: TreeSchedule, group: int, dim: int, dtype: torch.dtype, devic
 
 
 def count_extras(schedule: TreeSchedule, softcap: float | None) -> int:
-    """How many of window and softcap there are: each needs registers, which the launch table minds."""
+    """How many of window and softcap there are. Each needs registers, so the launch table looks at their number."""
     return (schedule.window is not None) + (softcap is not None)
 
 

@@ -21,9 +21,9 @@ Kernels.
     reduce    adds the slots of a block in the order of their rows.
 No sum is atomic and every order is fixed by the mask and the launch parameters, so two runs give equal bits.
 
-P and dS are rounded to the input's type before the products they enter, sums are fp32. Kept keys are frozen: dk and dv
-are for the tree's own keys. For the gradient of fewer queries or keys, give q, do, o, lse or k, v and the mask of those
-(prefix = 0): the first layer needs them only where a prompt row is shown.
+P and dS are rounded to the input's type before the products they enter, sums are fp32. The prefix's keys are frozen: dk
+and dv are for the tree's own keys. For the gradient of fewer queries or keys, give q, do, o, lse or k, v and the mask
+of those (prefix = 0): the first layer needs them only where a prompt row is shown.
 """
 
 from collections.abc import Mapping

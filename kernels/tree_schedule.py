@@ -166,13 +166,9 @@ class TreeSchedule:
         kind = 2 - seen.to(torch.int8) - whole.to(torch.int8)
         order = torch.argsort(kind, dim=1, stable=True).to(torch.int32)
         counts = torch.stack((whole.sum(1), (seen & ~whole).sum(1)), dim=1).to(torch.int32)
-        filled = [
-            _in_blocks(x, block_k, 0).view(-1) if x is not None else None
-            for x in (self.key_begin, self.key_length, self.key_position)
-        ]
-        assert filled[0] is not None
-        assert filled[1] is not None
-        return KeyLists(order.contiguous(), counts.contiguous(), filled[0], filled[1], filled[2])
+        begin, length = (_in_blocks(x, block_k, 0).view(-1) for x in (self.key_begin, self.key_length))
+        position = None if self.key_position is None else _in_blocks(self.key_position, block_k, 0).view(-1)
+        return KeyLists(order.contiguous(), counts.contiguous(), begin, length, position)
 
     def _query_pieces(self, group: int, block_q: int, block_k: int, programs: int) -> QueryPieces:
         begin, end = self.key_begin[self.prefix :], self.key_end[self.prefix :]
@@ -221,12 +217,12 @@ class TreeSchedule:
         )
         slots = min(2 * programs, blocks * at_most) if blocks else 0
         of_blocks = torch.stack((first_slot, split), dim=1).to(torch.int32)
-        row_index, row_position = (
-            torch.cat((x.repeat_interleave(group), x.new_full((block_q,), -1))) if x is not None else None
-            for x in (self.query_index, self.query_position)
-        )
-        assert row_index is not None
-        return QueryPieces(table.to(torch.int32), of_blocks, slots, row_index, row_position)
+
+        def of_rows(x: Tensor) -> Tensor:
+            return torch.cat((x.repeat_interleave(group), x.new_full((block_q,), -1)))
+
+        position = None if self.query_position is None else of_rows(self.query_position)
+        return QueryPieces(table.to(torch.int32), of_blocks, slots, of_rows(self.query_index), position)
 
 
 def _with_moved(record: Moved, move: Callable[[Tensor], Tensor]) -> Moved:

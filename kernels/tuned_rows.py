@@ -75,9 +75,7 @@ def text_of(rows: Iterable[Row]) -> str:
 
 def key(row: Row) -> tuple[Any, ...]:
     """What a row is for: two rows with one key would compete."""
-    return (
-        row.kernel, row.arch, row.bytes, tuple(sorted(row.at_least.items())), tuple(sorted(row.at_most.items()))
-    )  # fmt: skip
+    return (row.kernel, row.arch, row.bytes, tuple(sorted(row.at_least.items())), tuple(sorted(row.at_most.items())))
 
 
 def merged(old: Iterable[Row], new: Iterable[Row]) -> tuple[Row, ...]:

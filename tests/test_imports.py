@@ -3,28 +3,17 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.model.tiny import write_folder
+from tests.rooms import FLOORS, PICTURE, ROOT, Modules, drawing, modules, room, rooms
 
-ROOT = Path(__file__).parents[1]
-# The rooms of docs/design.md from the lowest floor up; a room's files may import from rooms before it.
-FLOORS = (
-    "embedgrad.kernels", "embedgrad.util", "embedgrad.distributed", "embedgrad.maths", "embedgrad.backends",
-    "embedgrad.data", "embedgrad.model", "embedgrad.prompt", "embedgrad.engine", "embedgrad.generation",
-    "embedgrad.evaluation", "embedgrad.tasks", "embedgrad.exports", "embedgrad.serve", "embedgrad.harness",
-    "embedgrad.train", "embedgrad.search", "embedgrad.compare", "embedgrad.sweep", "embedgrad.distil",
-    "embedgrad.transfer", "embedgrad.report", "embedgrad.cli", "embedgrad",
-    "bench",
-)  # fmt: skip
 DIRECTLY_IN_EMBEDGRAD = {"__init__", "__main__"}
-
-Modules = dict[str, tuple[Path, set[str]]]
 
 PROGRAM = """
 import sys
@@ -36,35 +25,6 @@ for policy in ("all", "mlp", "layer"):
 generate(model, prompt, [[10], [11]], Sampling(max_new_tokens=2))
 print(sorted(name for name in sys.modules if name.startswith(("torch._dynamo", "torch._inductor", "sympy")))[:3])
 """
-
-
-def modules(root: Path, folders: dict[str, str]) -> Modules:
-    """Every module below `folders` (package -> folder below root): its file, and the modules of them that it imports,
-    at its top or in a function."""
-    files: dict[str, Path] = {}
-    for package, folder in folders.items():
-        for path in (root / folder).rglob("*.py"):
-            parts = [package, *path.relative_to(root / folder).with_suffix("").parts]
-            files[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
-    return {name: (path, set(_imported(path, name, files)) - {name}) for name, path in files.items()}
-
-
-def _imported(path: Path, name: str, known: dict[str, Path]) -> Iterator[str]:
-    package = name if path.stem == "__init__" else name.rpartition(".")[0]
-    for node in ast.walk(ast.parse(path.read_text(), str(path))):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names if alias.name in known)
-        elif isinstance(node, ast.ImportFrom):
-            above = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
-            source = ".".join([*above, *([node.module] if node.module else [])])
-            for alias in node.names:
-                whole = f"{source}.{alias.name}"
-                yield from (found for found in (whole if whole in known else source,) if found in known)
-
-
-def room(name: str) -> str:
-    """The longest of FLOORS that the module lies in."""
-    return max((floor for floor in FLOORS if name == floor or name.startswith(floor + ".")), key=len)
 
 
 def upward(found: Modules) -> list[str]:
@@ -95,7 +55,7 @@ def circles(found: Modules) -> list[str]:
 
 @pytest.fixture(scope="module")
 def found() -> Modules:
-    return modules(ROOT, {"embedgrad": "embedgrad", "embedgrad.kernels": "kernels", "bench": "bench"})
+    return modules()
 
 
 def test_no_room_imports_from_one_above(found: Modules) -> None:
@@ -110,6 +70,22 @@ def test_every_module_lies_in_a_room(found: Modules) -> None:
     outside = {name.rpartition(".")[2] for name in found if room(name) == "embedgrad" and name != "embedgrad"}
     assert outside <= DIRECTLY_IN_EMBEDGRAD
     assert set(FLOORS) <= {room(name) for name in found}
+
+
+def test_the_picture_shows_the_imports(found: Modules) -> None:
+    assert PICTURE.read_text(encoding="utf-8") == drawing(rooms(found)), "python -m tests.rooms draws it anew"
+
+
+def test_the_table_of_rooms_lists_the_imports(found: Modules) -> None:
+    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
+    shown = dict(re.findall(r"^\| \[(\w+/?)\]\([^)]*\) \|.*\| ([^|]*) \|$", text, re.MULTILINE))
+    words = {"cli": "every room", "util": "nothing", "kernels/": "torch and triton only"}
+    imports = rooms(found)
+    for name, below in imports.items():
+        listed = ", ".join(other.rstrip("/") for other in reversed(imports) if other in below)
+        listed += "; loads csrc/" if name == "backends" else ""
+        assert shown.pop(name) == words.get(name, listed), name
+    assert shown == {"csrc/": "–"}
 
 
 def test_kernels_know_only_torch_and_triton(found: Modules) -> None:

@@ -1,10 +1,10 @@
-"""Values of command-line options; where one is wrong, argparse ends with the sentence."""
+"""Command-line options that questions share, and their values; where one is wrong, argparse ends with the sentence."""
 
 from __future__ import annotations
 
 import math
 import os
-from argparse import ArgumentTypeError
+from argparse import ArgumentParser, ArgumentTypeError
 from pathlib import Path
 
 
@@ -13,6 +13,15 @@ def positive(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise ArgumentTypeError(f"{text!r} is no whole number above 0.")
     return int(text)
+
+
+def add_machine(parser: ArgumentParser, *, backend: bool = False, device: bool = True, of: str | None = None) -> None:
+    """The options --threads, and as asked --backend and --device. of: whose device."""
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    if backend:
+        parser.add_argument("--backend", default="auto", help="of embedgrad (default auto)")
+    if device:
+        parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help=of)
 
 
 def minutes(text: str) -> float:

@@ -1,7 +1,7 @@
 """Who takes an optimisation step: embedgrad in several settings, PEFT, and transformers by itself.
 
-All compute the same loss on one model, of the same ids and targets, and its gradient at the prompt's
-embeddings. Embedgrad and the others are imported where they are needed, since a process holds one of them only.
+All compute the same loss on one model, of the same ids and targets, and its gradient at the prompt's embeddings.
+Embedgrad and the others are imported where they are needed, since a process holds one of them only.
 """
 
 from __future__ import annotations

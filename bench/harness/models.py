@@ -96,9 +96,7 @@ def byte_tokenizer() -> Tokenizer:
     backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
     backend.add_special_tokens([END])
     special = {"eos_token": END}
-    return Tokenizer(
-        backend, bos_id=None, eos_ids=[len(alphabet)], adds_bos=False, chat_template=None, special=special
-    )  # fmt: skip
+    return Tokenizer(backend, bos_id=None, eos_ids=[len(alphabet)], adds_bos=False, chat_template=None, special=special)
 
 
 def random_model(
@@ -115,7 +113,5 @@ def random_model(
     """
     source = _RandomTensors(config, where)
     chosen = backends.choose("auto", where, dtype) if ops is None else ops
-    weights = read_weights(
-        config, source, dtype, where, form=form, products=chosen if chosen.quantized_rows else None
-    )  # fmt: skip
+    weights = read_weights(config, source, dtype, where, form=form, products=chosen if chosen.quantized_rows else None)
     return Model(Checkpoint(config, byte_tokenizer(), name, source), weights, chosen, dtype, where)

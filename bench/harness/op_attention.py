@@ -26,9 +26,7 @@ class Attention:
         h, g, d = config.num_heads, config.num_kv_heads, config.head_dim
         tokens = tree.num_tokens
         self.scale = d**-0.5
-        self._q, self._k, self._v, self._do = (
-            torch.randn(tokens, n, d, device=where).to(dtype) for n in (h, g, g, h)
-        )  # fmt: skip
+        self._q, self._k, self._v, self._do = (torch.randn(tokens, n, d, device=where).to(dtype) for n in (h, g, g, h))
         self._mask = tree.mask().moved(lambda x: x.to(where))
         self._visible = self._mask.visible()
         self.pairs = int(self._visible.sum()) * h
@@ -54,9 +52,7 @@ class Attention:
             return [out]
 
         def backward() -> list[Tensor]:
-            backend.tree_attention_backward(
-                do, q, k, v, out, lse, self._mask, scale=self.scale, dq=dq, dk=dk, dv=dv
-            )  # fmt: skip
+            backend.tree_attention_backward(do, q, k, v, out, lse, self._mask, scale=self.scale, dq=dq, dk=dk, dv=dv)
             return [dq, dk, dv]
 
         forward()

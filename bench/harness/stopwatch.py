@@ -16,7 +16,7 @@ class Stopwatch:
 
     def __init__(
         self, finish: Callable[[], Any] = lambda: None, clock: Callable[[], float] = time.perf_counter
-    ) -> None:  # fmt: skip
+    ) -> None:
         """finish: what waits for the work that a call has started. clock: gives seconds."""
         self.seconds: dict[tuple[str, str], float] = defaultdict(float)
         self._finish, self._clock = finish, clock
@@ -33,7 +33,7 @@ class Stopwatch:
 
     def _watched(
         self, function: Callable[..., Any], key: Callable[[], tuple[str, str]], *, opens: bool
-    ) -> Callable[..., Any]:  # fmt: skip
+    ) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             self._finish()
             named = key()

@@ -1,8 +1,8 @@
 """A model without memory whose kernels are never launched: what is left of a step is what the host does for it.
 
-The weights lie on `meta`. A launch of ours is told to a recorder, which keeps it from happening. torch's matrix
-products and row picks do not happen either while time is measured, because on `meta` torch does them in Python, which a
-GPU's dispatch does not. What is thus not in the time: Triton's own launcher, cuBLAS and the driver.
+The weights lie on `meta`. A recorder takes every launch of ours and keeps it from happening. torch's matrix products
+and row picks do not happen either while time is measured, because on `meta` torch does them in Python, which a GPU's
+dispatch does not. So Triton's own launcher, cuBLAS and the driver are not in the time.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def model_without_memory(config: ModelConfig, name: str) -> Model:
 
 @contextmanager
 def launches(arch: str) -> Iterator[Counter[str]]:
-    """Inside, no kernel of ours is launched on what is taken for this architecture; how often each would have been."""
+    """Inside, every device counts as `arch` and no kernel of ours is launched; how often each would have been."""
     found: Counter[str] = Counter()
 
     def note(one: launch.Launch) -> bool:

@@ -20,26 +20,26 @@ class Worker:
             [sys.executable, "-m", "bench", question, *arguments],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment(threads), cwd=Path.cwd(),
         )  # fmt: skip
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._stdin, self._stdout = self._process.stdin, self._process.stdout
         self.ready = self._answer()
 
     def __enter__(self) -> Worker:
         return self
 
     def __exit__(self, *_: object) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
+        self._stdin.close()
         self._process.wait()
 
     def ask(self, **request: Any) -> dict[str, Any]:
         """Send one request and wait for the answer."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
+        self._stdin.write(json.dumps(request) + "\n")
+        self._stdin.flush()
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
+        for line in self._stdout:
             if line.startswith("{"):
                 return json.loads(line)
         raise SystemExit("a contender's process ended before it answered; its message stands above.")

@@ -56,9 +56,7 @@ class _Operands:
         self.scale = d**-0.5
 
     def forward(self) -> object:
-        return ours.tree_attention(
-            self.q, self.k, self.v, self.on_device, scale=self.scale, out=self.out, lse=self.lse
-        )  # fmt: skip
+        return ours.tree_attention(self.q, self.k, self.v, self.on_device, scale=self.scale, out=self.out, lse=self.lse)
 
     def backward(self) -> None:
         ours.tree_attention_backward(
@@ -73,14 +71,12 @@ class _Operands:
         out = _attended(*(x[None] for x in leaves), mask=seen, scale=self.scale)[0]
         grads = torch.autograd.grad(out, leaves, self.do.transpose(0, 1).float())
         found = (self.out, self.dq, self.dk, self.dv)
-        return [
-            relative_error(x.transpose(0, 1), y) for x, y in zip(found, (out.detach(), *grads), strict=True)
-        ]  # fmt: skip
+        return [relative_error(x.transpose(0, 1), y) for x, y in zip(found, (out.detach(), *grads), strict=True)]
 
 
 def _attended(
     q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None, causal: bool = False, scale: float
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=True)
 
 
@@ -156,7 +152,7 @@ def _dense(bench: Bench, heads: Heads, shape: Shape, backend: str) -> list[Row]:
 
 def _both(
     bench: Bench, forward: Callable[[], Any], leaves: list[Tensor], do: Tensor
-) -> dict[tuple[str, str], list[float]]:  # fmt: skip
+) -> dict[tuple[str, str], list[float]]:
     out = forward()
     back = bench.device.seconds(lambda: torch.autograd.grad(out, leaves, do, retain_graph=True))
     return {("forward", "cold"): bench.device.seconds(forward), ("backward", "cold"): back}
@@ -185,9 +181,9 @@ def _table(rows: Sequence[Row]) -> str:
             best = next(filter(None, timed), None)
             rate = best.more["operations"] / best.median / 1e12 if best else None
             beside = (us(pick(found, name, **{"pass": way})) for name in names)
-            cells.append((
-                shape, f"{heads} of {dim}", way, at, *map(us, timed), f"{rate:.0f}" if rate else None, *beside
-            ))  # fmt: skip
+            cells.append(
+                (shape, f"{heads} of {dim}", way, at, *map(us, timed), f"{rate:.0f}" if rate else None, *beside)
+            )
     heads_ = ("shared/own/branches, µs", "heads", "", "commit", *TIMED.values(), "TFLOP/s", *names)
     return table(heads_, cells)
 

@@ -35,9 +35,9 @@ def _table(rows: Sequence[Row]) -> str:
     cells = []
     for (_, at), found in grouped(rows, lambda one: 0).items():
         copy, product = pick(found, "torch", what="copy"), pick(found, "torch", what="product")
-        cells.append((
-            at, f"{copy.median / 1e12:.2f}" if copy else None, f"{product.median / 1e12:.0f}" if product else None
-        ))  # fmt: skip
+        cells.append(
+            (at, f"{copy.median / 1e12:.2f}" if copy else None, f"{product.median / 1e12:.0f}" if product else None)
+        )
     return table(("commit", "copy, TB/s (read and written)", "bf16 product, TFLOP/s"), cells)
 
 

@@ -54,7 +54,7 @@ def run_tests(folder: str, limit: float, interpreted: bool, threads: int) -> Row
     try:
         done = subprocess.run(
             command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=limit
-        )  # fmt: skip
+        )
         text = done.stdout + done.stderr
     except subprocess.TimeoutExpired as error:
         text = (error.stdout or b"").decode(errors="replace")

@@ -16,7 +16,7 @@ from bench.harness.clock import captured, event_seconds, twice_l2
 
 Run = Callable[[], Any]
 FEWEST, MOST = 5, 60  # timings of one operation
-WAIT, WAIT_CYCLES = 1e-3, 2_000_000  # seconds, and cycles of the device for some so many: enough for 20 launches
+WAIT, WAIT_CYCLES = 1e-3, 2_000_000  # seconds, and about as many cycles of the device: enough to queue 20 launches
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ EPS = 1e-6
 COPY = "a copy of as many bytes"
 LIGER = ("liger_kernel",)
 OTHERS_TOKENS = 4096  # tokens at which Liger and torch.compile are asked
-TRUNK, OWN = 512, 256  # keys of decode attention: shared, and of each sequence
+PREFIX, OWN = 512, 256  # keys of decode attention: shared, and of each sequence
 Run = Callable[[], Any]
 Width = tuple[int, int, tuple[int, int, int]]  # width, feed-forward width, heads
 
@@ -146,9 +146,9 @@ def _prompt_step(bench: Bench, k: int, d: int) -> list[Row]:
 
 def _decode_attention(bench: Bench, count: int) -> list[Row]:
     (h, g, d), device = bench.sizes.heads[0], bench.device
-    trunk, own = (6, 5) if device.interpreted else (TRUNK, OWN)
+    prefix, own = (6, 5) if device.interpreted else (PREFIX, OWN)
     q, out = device.random(count, h, d), device.empty(count, h, d)
-    shared_k, shared_v = device.random(trunk, g, d), device.random(trunk, g, d)
+    shared_k, shared_v = device.random(prefix, g, d), device.random(prefix, g, d)
     own_k, own_v = device.random(count, own, g, d), device.random(count, own, g, d)
     lengths = torch.full((count,), own, dtype=torch.int64, device=device.where)
 
@@ -167,7 +167,7 @@ def _decode_attention(bench: Bench, count: int) -> list[Row]:
     error = relative_error(out, plain()[:, :, 0])
     if not error < 0.02:
         raise ValueError(f"our decode attention is wrong by {error:.1e}")
-    case = {"op": "decode_attention", "size": f"{count} × ({trunk} + {own}) keys"}
+    case = {"op": "decode_attention", "size": f"{count} × ({prefix} + {own}) keys"}
     return [
         *_timed(bench, "embedgrad", OURS, case, run, error=error),
         *_timed(bench, "torch's attention on copies", torch_version(), case, plain),

@@ -139,7 +139,7 @@ def figure(
 
 
 def failure(section: str, contender: str, case: Mapping[str, Any], version: str, why: str) -> Row:
-    """That a contender cannot do it, which is a result, too."""
+    """A row that says that a contender cannot do it, and why."""
     return figure(section, contender, [0.0], case, version=version, unit="none", counted=True, error=why)
 
 

@@ -123,7 +123,7 @@ def _case(name: str, form: str, shape: str, **more: int | str) -> dict[str, int 
 
 def _row(
     told: dict[str, int | float | str], way: str, seconds: Sequence[float], peak: int | None = None, **more: Any
-) -> Row:  # fmt: skip
+) -> Row:
     return figure("step", "embedgrad", seconds, {**told, "way": way}, peak_bytes=peak, **more)
 
 

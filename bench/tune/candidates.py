@@ -123,9 +123,7 @@ def _quantized() -> Iterable[Question]:
                 products.quantized_linear(count, *matrix, BF16, "int4", backward)
                 for matrix in _MATRICES for count in counts
             )  # fmt: skip
-            yield Question(
-                kernel, cases, _options(keys, rows), at_least={"rows": fewest}, at_most={"rows": most}
-            )  # fmt: skip
+            yield Question(kernel, cases, _options(keys, rows), at_least={"rows": fewest}, at_most={"rows": most})
     cases = tuple(products.quantized_linear(count, *_MATRICES[1], BF16, reduce=True) for count in (1, 16))
     adding = [(block, warps, 1) for block, warps in product((128, 256, 512, 1024), (1, 2, 4))]
     yield Question("quantized_linear_reduce", cases, _options(_tiles("BLOCK"), adding), bytes=(4,))
@@ -153,7 +151,7 @@ def _loss() -> Iterable[Question]:
     keys = ("BLOCK", "PROGRAMS", "num_warps", "num_stages")
     yield Question(
         "softmax_loss", cases, _options(keys, ((*row, 1) for row in rows)), bytes=(4,), at_least={"width": 65_536}
-    )  # fmt: skip
+    )
 
 
 def _rows() -> Iterable[Question]:

@@ -1,6 +1,6 @@
 """The native backend: the project's own C++ (csrc/), for models on CPUs.
 
-Numbers are stored in float32 or bfloat16 and summed in float32. What csrc/ does not do is the reference backend's:
+Numbers are stored in float32 or bfloat16 and summed in float32. The reference backend does what csrc/ does not:
 float64 and float16 tensors, a softcap, float32 norms of bfloat16 rows, rows that are not contiguous, and the ops that
 are mostly a call into BLAS.
 Importing this raises ImportError where csrc/ was not built or does not fit the installed torch.

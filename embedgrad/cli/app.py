@@ -418,7 +418,7 @@ def _one_line(message: Warning | str, *_: object, **__: object) -> None:
 def main() -> None:
     """Entry point of the `embedgrad` command."""
     warnings.showwarning = _one_line
-    if isinstance(sys.stdout, io.TextIOWrapper):  # else answers that the terminal's encoding lacks would be errors
+    if isinstance(sys.stdout, io.TextIOWrapper):  # else characters that its encoding lacks would raise errors
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:

@@ -1,4 +1,4 @@
-"""Text for the terminal: nothing of a file is obeyed, and a terminal that was closed stops nothing."""
+"""Text for the terminal. It obeys nothing that a file holds, and closing it stops nothing."""
 
 from __future__ import annotations
 

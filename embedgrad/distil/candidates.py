@@ -119,9 +119,7 @@ def around(template: Template, content: str) -> Template:
     return Template.text(f"{content}\n\n")
 
 
-def _sampled(
-    model: Model, prompt: SoftPrompt, queries: Sequence[str], seed: int, longest: int
-) -> list[Generation]:  # fmt: skip
+def _sampled(model: Model, prompt: SoftPrompt, queries: Sequence[str], seed: int, longest: int) -> list[Generation]:
     if not queries:
         return []
     first = generate(model, prompt, queries[:1], Sampling(max_new_tokens=longest))

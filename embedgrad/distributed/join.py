@@ -56,7 +56,7 @@ def join() -> Ranks:
 
 @contextlib.contextmanager
 def joined() -> Iterator[Ranks]:
-    """The ranks, for one task. An error that leaves the block ends all of them, and one of them says it."""
+    """The ranks, for one task. An error that leaves the block ends all of them, and one of them reports it."""
     ranks = join()
     with ranks.speaking():
         yield ranks
@@ -85,7 +85,7 @@ def _meet_on_the_network(place: Place) -> None:
 
 
 def _store(place: Place) -> Any:
-    """The place at which all processes leave what others look up: torchrun's, or rank 0's."""
+    """The key-value store that all processes share: torchrun's, or one that rank 0 holds."""
     os.environ.update(
         RANK=str(place.rank), WORLD_SIZE=str(place.size), MASTER_ADDR=place.address, MASTER_PORT=str(place.port)
     )
@@ -107,7 +107,7 @@ def _lifeline(place: Place, store: Any) -> lifeline.Lifeline:
         store.set("lifeline", f"{server.getsockname()[1]} {token}")
         return lifeline.accept(server, place.size - 1, token, _MEETING)
     until = time.monotonic() + _MEETING
-    while True:  # what the store says may be of an attempt whose rank 0 has died
+    while True:  # the store may still hold the address of an attempt whose rank 0 has died
         port, token = store.get("lifeline").decode().split()
         try:
             return lifeline.connect(place.address, int(port), token)

@@ -1,7 +1,7 @@
-"""A connection from every rank to rank 0 that carries nothing: where it breaks, a process has died.
+"""A connection from every rank to rank 0 that carries nothing: when it breaks, a process has died.
 
 Gloo notices a dead neighbour by itself. NCCL does not: its kernels wait on the GPU, and the host waits for them. And a
-machine that loses its power or its network closes no connection, which TCP's own probes find out after half a minute.
+machine that loses its power or its network closes no connection; TCP's own probes find that out after half a minute.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def _close(connection: socket.socket) -> None:
 
 
 def listen(address: str) -> socket.socket:
-    """A socket at which rank 0 waits for the others: at `address` where that is this machine's, else at all."""
+    """A socket at which rank 0 waits for the others: at `address` if it is this machine's, else at all addresses."""
     for host in (address, ""):
         with contextlib.suppress(OSError):
             family = socket.getaddrinfo(host or None, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
@@ -96,7 +96,7 @@ def listen(address: str) -> socket.socket:
 
 
 def accept(server: socket.socket, others: int, token: str, seconds: float) -> Lifeline:
-    """Rank 0's lifeline, once the `others` have come; who does not know `token` is sent away."""
+    """Rank 0's lifeline, once the `others` have come. A connection that does not send `token` is closed."""
     until = time.monotonic() + seconds
     found: list[socket.socket] = []
     with server:

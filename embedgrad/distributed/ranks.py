@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any, TypeVar
 
@@ -23,7 +23,7 @@ from embedgrad.util.errors import EmbedGradError, RankLost, ToldElsewhere
 # Torch 2.13 has another name for it.
 _all_gather = getattr(torch.distributed, "all_gather_single", None) or torch.distributed.all_gather_into_tensor
 T = TypeVar("T")
-_GRACE = 3.0  # seconds in which the others may say why they ended
+_GRACE = 3.0  # seconds in which the others may report why they ended
 _ERRORS = 1.0  # seconds in which the others may meet the same error as rank 0
 
 
@@ -59,21 +59,9 @@ class Ranks:
         """What `work` returns on rank 0; None on the others, which do not call it. Its errors end all ranks."""
         return work()
 
-    def next_of(self, queue: str) -> int:
-        """0, 1, 2, ...: each number is given once to one rank, whoever asks first."""
-        raise NotImplementedError
-
-    def announce(self, key: str, value: Any) -> None:
-        """Let the others read `value` under `key`, whenever they come to it."""
-        raise NotImplementedError
-
-    def announced(self, key: str) -> Any:
-        """The value under `key`; waits for it as long as all ranks are alive."""
-        raise NotImplementedError
-
     @contextlib.contextmanager
     def speaking(self) -> Iterator[None]:
-        """Errors that leave the block are said by one rank only."""
+        """Errors that leave the block are reported by one rank only."""
         yield
 
     def leave(self) -> None:
@@ -90,7 +78,6 @@ class Group(Ranks):
     def __init__(self, place: Place, store: Any, lifeline: Lifeline) -> None:
         self.rank, self.size, self.restarted = place.rank, place.size, place.attempt > 0
         self._store, self._lifeline = store, lifeline
-        self._queues: dict[str, int] = {}
 
     def gather(self, value: Any) -> list[Any]:
         """See `Ranks`."""
@@ -136,27 +123,9 @@ class Group(Ranks):
         self.share(b"")
         return result
 
-    def next_of(self, queue: str) -> int:
-        """See `Ranks`."""
-        with self._exchange():
-            return int(self._store.add(f"queue/{queue}", 1)) - 1
-
-    def announce(self, key: str, value: Any) -> None:
-        """See `Ranks`."""
-        with self._exchange():
-            self._store.set(f"said/{key}", json.dumps(value))
-
-    def announced(self, key: str) -> Any:
-        """See `Ranks`."""
-        with self._exchange():
-            while not self._store.check([f"said/{key}"]):
-                self._lifeline.check()
-                time.sleep(0.05)
-            return json.loads(self._store.get(f"said/{key}"))
-
     @contextlib.contextmanager
     def speaking(self) -> Iterator[None]:
-        """See `Ranks`. The rank that says an error first is the only one to say it."""
+        """See `Ranks`. The rank that reports an error first is the only one that reports it."""
         try:
             yield
         except ToldElsewhere:
@@ -191,7 +160,8 @@ class Group(Ranks):
             return True
 
     def _wait_for_others(self) -> None:
-        """The store ends with rank 0. Ranks with the same error look there first, whether it was said."""
+        """Rank 0 holds the store. It waits before it ends, so that ranks with the same error can look there whether one
+        of them has reported it."""
         until = time.monotonic() + _ERRORS
         with contextlib.suppress(RuntimeError, ValueError):
             while time.monotonic() < until and int(self._store.add("errors", 0)) < self.size:
@@ -210,7 +180,7 @@ class Group(Ranks):
 
     @contextlib.contextmanager
     def _exchange(self) -> Iterator[None]:
-        """A connection that breaks becomes one sentence."""
+        """Inside, a connection that breaks raises RankLost."""
         try:
             yield
         except RuntimeError as error:  # torch.distributed's errors are RuntimeErrors
@@ -224,10 +194,3 @@ def parts_of(count: int, ranks: Ranks) -> list[range]:
     """`count` items in one run of neighbours for each rank, whose sizes differ by one at most."""
     cuts = [count * rank // ranks.size for rank in range(ranks.size + 1)]
     return [range(first, last) for first, last in pairwise(cuts)]
-
-
-def split_work(items: Sequence[T], ranks: Ranks, work: Callable[[Sequence[T]], Sequence[Any]]) -> list[Any]:
-    """`work` of all items, which each rank does for its own; the results (what JSON can say) in the items' order."""
-    own = parts_of(len(items), ranks)[ranks.rank]
-    done = list(work(items[own.start : own.stop])) if own else []
-    return [result for part in ranks.gather(done) for result in part]

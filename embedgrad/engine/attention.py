@@ -124,7 +124,7 @@ class Attention:
         return SavedAttention(projections, o, lse, x1, x1_mark, y)
 
     def keys_only(self, index: int, w: LayerWeights, x: Tensor, p: Pass) -> None:
-        """Only what `p.cache_rows` asks for: for a last layer whose output nobody reads."""
+        """Only the keys and values that `p.cache_rows` wants, for a last layer whose output nobody reads."""
         _, g, size = self.heads
         self.project(index, w, x, p, [(w.kv, (0, g, size), None)], self.arena.scratch)
 
@@ -150,7 +150,7 @@ class Attention:
                     wanted, dq, dk, dv,
                 )  # fmt: skip
             for projection, grad in zip(saved.projections, grads, strict=True):
-                self._rotate_back(index, w, projection, grad, p, wanted)
+                self._rotate_back(index, w, projection, grad, p, wanted)  # (12)
             dh1 = arena.scratch(len(dx), dx.shape[1], dtype=self.dtype)
             first, *others = zip(saved.projections, grads, strict=True)
             first[0].matrix.backward(first[1], out=dh1)  # (12)
@@ -162,7 +162,7 @@ class Attention:
             if w.attention_norm is None:
                 ops.add_scaled(dx, dh1, 1.0, out=dx)
             else:
-                ops.rms_norm_backward(dh1, self.at(wanted, x), w.attention_norm, self.config.rms_eps, dx=dx)
+                ops.rms_norm_backward(dh1, self.at(wanted, x), w.attention_norm, self.config.rms_eps, dx=dx)  # (13)
         return dx
 
     def add_branch(self, y: Tensor, weight: Tensor | None, x: Tensor, *, out: Tensor) -> Tensor:
@@ -175,9 +175,8 @@ class Attention:
         """dy [n, d] as scratch: the gradient of `add_branch` with respect to y."""
         arena, scale = self.arena, self.config.residual_scale
         dy = arena.scratch(*dout.shape, dtype=self.dtype)
-        if weight is None:
+        if weight is None or y is None:
             return self.ops.scale(dout, scale, out=dy)
-        assert y is not None
         with arena.frame():
             if scale != 1:
                 dout = self.ops.scale(dout, scale, out=arena.scratch(*dout.shape, dtype=self.dtype))
@@ -210,8 +209,7 @@ class Attention:
                 projection.raw.copy_(projection.out[:, : projection.raw.shape[1]])
             with arena.frame():
                 norms: dict[str, Any] = {"q_norm": w.q_norm, "k_norm": w.k_norm, "eps": eps}
-                if self.wide_qk_norm:
-                    assert projection.raw is not None
+                if self.wide_qk_norm and projection.raw is not None:
                     for part, weight in self._parts(projection, w):
                         ops.rms_norm(projection.raw[:, part], weight, eps, out=projection.out[:, part])
                     norms = {}
@@ -227,10 +225,8 @@ class Attention:
     def _parts(self, projection: Projection, w: LayerWeights) -> list[tuple[slice, Tensor]]:
         """The columns of q and of k in a projection, and the weights of their norms over all heads."""
         h, g, size = projection.heads
-        assert w.q_norm is not None
-        assert w.k_norm is not None
         found = [(slice(0, h * size), w.q_norm), (slice(h * size, (h + g) * size), w.k_norm)]
-        return [(part, weight) for part, weight in found if part.stop > part.start]
+        return [(part, weight) for part, weight in found if weight is not None and part.stop > part.start]
 
     def _like(self, projection: Projection, wanted: Tensor | None) -> Tensor:
         rows = wanted if projection.rows is None else projection.rows
@@ -240,17 +236,17 @@ class Attention:
     def _rotate_back(
         self, index: int, w: LayerWeights, projection: Projection, grad: Tensor, p: Pass, wanted: Tensor | None
     ) -> None:
+        """rope⁻¹ of (12), then the qk-norm's (13), in place in `grad` [n, (H + 2G)·D]."""
         rows = wanted if projection.rows is None else projection.rows
         raw, (cos, sin), eps = projection.raw, p.rotation(index), self.config.rms_eps
         with self.arena.frame():
             if raw is not None and projection.rows is None:
                 raw = self.at(wanted, raw)
             cos, sin = self.at(rows, cos), self.at(rows, sin)
-            if not self.wide_qk_norm:
+            if raw is None or not self.wide_qk_norm:
                 norms: dict[str, Any] = {"q_norm": w.q_norm, "k_norm": w.k_norm, "eps": eps}
                 self.ops.rope_backward(grad, raw, cos, sin, projection.heads, **norms)
                 return
-            assert raw is not None
             self.ops.rope_backward(grad, None, cos, sin, projection.heads)
             for part, weight in self._parts(projection, w):
                 with self.arena.frame():

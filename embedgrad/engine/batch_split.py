@@ -72,13 +72,13 @@ def _runs(own: Sequence[int], shared: Sequence[int], parts: int) -> list[list[in
 
 def _branches(own: Sequence[int], shared: Sequence[int], parts: int) -> list[list[int]]:
     """The branches below what all share, the largest first, each to the smallest part."""
-    trunk = min(shared[1:], default=0)
+    common = min(shared[1:], default=0)
     branches: list[list[int]] = [[]]
     for at in range(len(own)):
-        if branches[-1] and shared[at] - trunk <= (own[at] - trunk) // 2:  # shares less than half: no sibling
+        if branches[-1] and shared[at] - common <= (own[at] - common) // 2:  # shares less than half: no sibling
             branches.append([])
         branches[-1].append(at)
-    sized = sorted(((_cost(branch, own, shared) - trunk, branch) for branch in branches), key=lambda b: (-b[0], b[1]))
+    sized = sorted(((_cost(branch, own, shared) - common, branch) for branch in branches), key=lambda b: (-b[0], b[1]))
     heap: list[tuple[int, int, list[int]]] = [(0, number, []) for number in range(parts)]
     for size, branch in sized:
         total, number, members = heapq.heappop(heap)

@@ -94,7 +94,7 @@ class Decoder:
         """grad [k, d] of the prompt's rows, from dh [R, d] at the hidden states that `forward` returned."""
         ops, arena, config = self.ops, self.arena, self.config
         dx = arena.scratch(*dh.shape, dtype=self.dtype).zero_()
-        ops.rms_norm_backward(dh, self._x_final, self.weights.final_norm, config.rms_eps, dx=dx)
+        ops.rms_norm_backward(dh, self._x_final, self.weights.final_norm, config.rms_eps, dx=dx)  # (13)
         dx_all = dx if p.rows is None else arena.scratch(len(p.ids), dx.shape[1], dtype=self.dtype)
         for index in reversed(range(config.num_layers)):
             saved = self._saved.pop()

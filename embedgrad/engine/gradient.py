@@ -15,7 +15,7 @@ from embedgrad.engine.model import Model
 from embedgrad.engine.packed_pass import PackedPass, build_pass
 from embedgrad.engine.tree import TokenTree, build_tree
 from embedgrad.prompt.prompt import SoftPrompt
-from embedgrad.prompt.rendering import render
+from embedgrad.prompt.rendering import Rendered, render
 from embedgrad.util.errors import DataError, PromptError, TrainingError
 from embedgrad.util.host import send
 
@@ -38,7 +38,7 @@ class Details:
 class _Omit:
     """What the engine leaves out; each can be switched off to show that it changes nothing but cost.
 
-    `whole_logits` has no counterpart in the kernels, which hold one tile of them in registers: reference backend only.
+    Without `whole_logits` the loss holds all logits at once.
     """
 
     prefix_copies: bool = True
@@ -81,11 +81,7 @@ def loss_and_grad(
     model, or with NaN or infinity in it), ContextError (a sequence longer than the context), ConfigError (unknown
     policy, budget too small), TrainingError (a loss or gradient that is not finite).
     """
-    check_batch(batch)
-    prompt.check_model(model)
-    sequences = [
-        render(model, prompt, example, where=example.where or f"example {i}") for i, example in enumerate(batch)
-    ]
+    sequences = rendered_batch(model, prompt, batch)
     tree = build_tree(
         sequences, [example.weight for example in batch], share=_omit.prefix_copies, keep=_omit.prefix_steps
     )
@@ -116,13 +112,15 @@ def launch_gradient(
     return nll, predicted, decoder.backward(dh, p, grad)
 
 
-def check_batch(batch: Sequence[Example]) -> None:
-    """Raises DataError where nothing of the batch counts."""
+def rendered_batch(model: Model, prompt: SoftPrompt, batch: Sequence[Example]) -> list[Rendered]:
+    """Each example's sequence. Raises DataError where nothing of the batch counts, and what rendering raises."""
     check_examples(batch, "the batch")
     if not batch:
         raise DataError("the batch holds no examples; give at least one.")
     if not any(example.weight > 0 for example in batch):
         raise DataError("all examples of the batch have weight 0; at least one must count.")
+    prompt.check_model(model)
+    return [render(model, prompt, example, where=example.where or f"example {i}") for i, example in enumerate(batch)]
 
 
 def check_finite(model: Model, prompt: SoftPrompt, results: Mapping[str, Tensor]) -> None:

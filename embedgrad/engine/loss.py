@@ -37,7 +37,7 @@ def target_loss(
         )  # fmt: skip
     if dh is not None and slot is not None:
         at_hidden = arena.keep(rows, width, dtype=hidden.dtype)
-        with arena.frame():  # the prompt's index-add has a fixed order, which index_add_ has not on every device
+        with arena.frame():  # `embed_backward` adds in a fixed order; index_add_ does not on every device
             sums = arena.scratch(rows, width, dtype=decoder.sum_dtype)
             dh = at_hidden.copy_(ops.embed_backward(dh, slot, grad=sums))
     return nll, predicted, dh

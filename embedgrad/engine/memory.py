@@ -51,9 +51,7 @@ def _activation_bytes(
     decoder = Decoder(config, _shapes(config), cast(Backend, _Nothing(ops)), dtype, arena)
     p = pass_of_size(config, size, dtype)
     hidden = decoder.forward(torch.empty(0, config.hidden_size, device=META), p, policy)
-    _, _, dh = target_loss(
-        decoder, decoder.weights.head, hidden, p.targets, differentiate=policy is not None
-    )  # fmt: skip
+    _, _, dh = target_loss(decoder, decoder.weights.head, hidden, p.targets, differentiate=policy is not None)
     if dh is not None:
         decoder.backward(dh, p, torch.empty(0, device=META))
     return arena.peak
@@ -167,10 +165,10 @@ def plan_memory(
 
 
 class _Nothing:
-    """Operations that compute nothing, and the memory that those of `ops` take.
+    """Operations that compute nothing, and the workspace that those of `ops` take.
 
-    Also for the picking of rows: torch's own index_select on tensors without memory imports its compiler, which takes
-    two seconds and 114 MB.
+    They pick no rows either: on tensors without memory, torch's index_select imports its compiler, which takes two
+    seconds and 114 MB.
     """
 
     def __init__(self, ops: Backend | None) -> None:
@@ -185,7 +183,7 @@ class _Nothing:
 
 
 class _Shape:
-    """A frozen matrix of which only the verbs and, of a head, the rows are there."""
+    """A frozen matrix without data: its two verbs and, for a head, its number of rows."""
 
     bias = None
 

@@ -59,7 +59,7 @@ class Mlp:
             w.gate_up.backward(gate_up, out=dh2)  # (9)
             if w.mlp_norm is None:
                 return self.ops.add_scaled(dx, dh2, 1.0, out=dx)
-            return self.ops.rms_norm_backward(dh2, x1, w.mlp_norm, self.config.rms_eps, dx=dx)
+            return self.ops.rms_norm_backward(dh2, x1, w.mlp_norm, self.config.rms_eps, dx=dx)  # (13)
 
     def _active(self, gate_up: Tensor) -> Tensor:
         """a [T, F] = gate(g) ⊙ u."""

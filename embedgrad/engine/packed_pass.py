@@ -69,7 +69,7 @@ class Targets:
 class PackedPass:
     """One packed pass over T tokens.
 
-    ids, prompt_rows, positions [T] int64; turns: none until `rotated`; masks: one a layer; prefix: keys
+    ids, prompt_rows, positions [T] int64; turns: rotations, empty before `rotated`; masks: one a layer; prefix: keys
     and values that stand in front of the tree's own, each [L, 2, n, G, D]; rows [R] int64: the tokens at which the last
     layer's output is read (None: all); shown: None to differentiate the first layer at every token.
     """

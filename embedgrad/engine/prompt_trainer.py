@@ -58,8 +58,8 @@ class PromptTrainer:
         capture: Capture | None = None,
         static: bool | None = None,
     ) -> None:
-        """state: e, m and v. batches: those of the run, as far as its sizes should be known before the first step; read
-        where passes are static. capture, static: see `PassRunner`. The other settings are those of `OptimizeConfig`."""
+        """state: e, m and v. batches: batches of the run, for the sizes of its passes; read only where passes are
+        static. capture, static: see `PassRunner`. The other settings are those of `OptimizeConfig`."""
         device = model.device
         self._model, self._region, self._rule, self._clip_norm = model, region, rule, clip_norm
         self._anchor = anchor.to(device)
@@ -72,7 +72,7 @@ class PromptTrainer:
         trees = [build_tree(*batch) for batch in batches] if static else []
         self._runner = PassRunner(
             model, self._launch, trees, policy=policy, memory_budget=memory_budget, capture=capture, static=static
-        )  # fmt: skip
+        )
         self.ahead = 1 if device.type == "cuda" else 0
 
     def state(self, before_last: bool = False) -> tuple[Tensor, Tensor, Tensor]:

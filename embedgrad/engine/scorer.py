@@ -1,4 +1,4 @@
-"""Forward only: what a prompt makes of examples, once or again and again."""
+"""The losses of examples under a prompt, forward only: once, or under one prompt after another."""
 
 from __future__ import annotations
 
@@ -8,14 +8,13 @@ import torch
 from torch import Tensor
 
 from embedgrad.data.example import Example
-from embedgrad.engine.gradient import Details, check_batch, check_finite, details_of
+from embedgrad.engine.gradient import Details, check_finite, details_of, rendered_batch
 from embedgrad.engine.loss import target_loss
 from embedgrad.engine.model import Model
 from embedgrad.engine.packed_pass import PackedPass
 from embedgrad.engine.runner import PassRunner
 from embedgrad.engine.tree import PreparedSequence, build_tree, prepare
 from embedgrad.prompt.prompt import SoftPrompt
-from embedgrad.prompt.rendering import render
 
 SCORE_TOKENS = 4096  # tokens that a forward-only pass packs together
 
@@ -25,12 +24,7 @@ def score(model: Model, prompt: SoftPrompt, batch: Sequence[Example]) -> Details
 
     Raises what `loss_and_grad` raises.
     """
-    check_batch(batch)
-    prompt.check_model(model)
-    sequences = [
-        render(model, prompt, example, where=example.where or f"example {i}") for i, example in enumerate(batch)
-    ]
-    details = Scorer(model, [prepare(sequences)]).details(prompt.embeddings, 0)
+    details = Scorer(model, [prepare(rendered_batch(model, prompt, batch))]).details(prompt.embeddings, 0)
     check_finite(model, prompt, {"loss": details.example_loss})
     return details
 
@@ -38,9 +32,7 @@ def score(model: Model, prompt: SoftPrompt, batch: Sequence[Example]) -> Details
 class Scorer:
     """Scores the same chunks of sequences with one prompt after another."""
 
-    def __init__(
-        self, model: Model, chunks: Sequence[Sequence[PreparedSequence]], *, repeated: bool = False
-    ) -> None:  # fmt: skip
+    def __init__(self, model: Model, chunks: Sequence[Sequence[PreparedSequence]], *, repeated: bool = False) -> None:
         """chunks: sequences that are scored at one call, at least one each. repeated: worth a CUDA graph on a GPU."""
         self._model = model
         self._embeddings = torch.empty(0)

@@ -22,11 +22,6 @@ class Estimate:
     low: float
     high: float
 
-    @property
-    def holds_zero(self) -> bool:
-        """Whether the interval holds 0, so that not even the figure's sign is known."""
-        return self.low <= 0 <= self.high
-
 
 def gain(before: Sequence[float], after: Sequence[float]) -> Estimate:
     """The difference of two shares of right answers, `after` − `before`, on the same items in the same order.

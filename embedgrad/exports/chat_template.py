@@ -152,7 +152,7 @@ def _bodies(prompts: Sequence[Placed], source: str | None, bos: str) -> str:
 
 
 def _joined(body: str) -> str:
-    """A template behind other lines. What stands between writes nothing and keeps the white space of the beginning.
+    """A template behind other lines. The joint writes nothing and keeps the white space at the template's beginning.
 
     Blanks before a first tag are left out: at the beginning of a line all engines strip them (`lstrip_blocks`).
     """

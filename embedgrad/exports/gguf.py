@@ -14,7 +14,7 @@ from torch import Tensor
 
 from embedgrad.exports.gguf_file import ALIGNMENT, Typed, nbytes, stored_rows, write_gguf_file
 from embedgrad.exports.gguf_from_folder import folder_as_gguf
-from embedgrad.exports.same_ids import conversations, refuse, wrong_names
+from embedgrad.exports.same_ids import conversations, right_names, wrong_names
 from embedgrad.exports.source import NamedPrompt, Source
 from embedgrad.exports.tensor_file import Entry
 from embedgrad.exports.vocabulary import Vocabulary, vocabulary
@@ -103,10 +103,7 @@ def _write_vocabulary(source: Source, prompts: Sequence[NamedPrompt], parts: Par
         tokenizer = Tokenizer.from_gguf(parts.metadata, "the exported file")
         return words, wrong_names(tokenizer, words, conversations(source, prompts, words))
 
-    words, wrong = attempt(())
-    if wrong and not special:
-        words, wrong = attempt(list(wrong))
-    refuse(wrong)
+    words = right_names(attempt)
     # llama.cpp puts a BOS token before a conversation, unless the template has written one.
     bos = source.tokenizer.bos_id
     if source.tokenizer.adds_bos and any(each.ids[0] != bos for each in conversations(source, prompts, words, ("x",))):

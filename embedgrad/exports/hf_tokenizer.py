@@ -9,7 +9,7 @@ from typing import Any
 
 import tokenizers
 
-from embedgrad.exports.same_ids import conversations, refuse, wrong_names
+from embedgrad.exports.same_ids import conversations, right_names, wrong_names
 from embedgrad.exports.source import NamedPrompt, Source
 from embedgrad.exports.vocabulary import NewTokens, Vocabulary, vocabulary
 from embedgrad.model.fields import read_object
@@ -41,11 +41,7 @@ def write_tokenizer(source: Source, prompts: Sequence[NamedPrompt], out: Path) -
         _check_ids(out, words)
         return words, wrong_names(tokenizer, words, conversations(source, prompts, words))
 
-    words, wrong = attempt(())
-    if wrong and not special:
-        words, wrong = attempt(list(wrong))
-    refuse(wrong)
-    return words
+    return right_names(attempt)
 
 
 def is_sentencepiece(table: dict[str, Any]) -> bool:

@@ -1,7 +1,7 @@
 """The target `ollama`: a GGUF file and a Modelfile for each prompt.
 
-Ollama renders conversations with Go templates, not with the file's Jinja. A Go template that goes through the turns is
-made of what the Jinja template writes around each role's text, and is then held against the Jinja template.
+Ollama renders conversations with Go templates, not with the file's Jinja. What the Jinja template writes around each
+role's text becomes a Go template that goes through the turns. Its conversations are compared with the Jinja template's.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Whether a configuration that an export writes says everything about the model: it is read again and compared."""
+"""Reads a written configuration again and says in what the model differs from the one that is exported."""
 
 from __future__ import annotations
 

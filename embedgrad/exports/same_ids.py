@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from embedgrad.exports.chat_template import VARIABLE
@@ -82,7 +82,14 @@ def difference(found: Sequence[int], wanted: Sequence[int], tokenizer: Tokenizer
     return f"at token {at} it reads {one} where embedgrad reads {other}"
 
 
-def refuse(wrong: dict[str, str]) -> None:
-    """Raises ExportError where a prompt's ids differ."""
+def right_names(attempt: Callable[[Collection[str]], tuple[Vocabulary, dict[str, str]]]) -> Vocabulary:
+    """The vocabulary with which every prompt has our ids. Raises ExportError where there is none.
+
+    attempt: makes the vocabulary with spaces in the first tokens of the prompts named; gives it and `wrong_names`.
+    """
+    words, wrong = attempt(())
+    if wrong and not words.special:
+        words, wrong = attempt(list(wrong))
     for name, where in wrong.items():
         raise ExportError(f"the prompt {name} cannot be exported exactly: the copy's tokenizer differs, {where}.")
+    return words

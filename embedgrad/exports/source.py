@@ -1,4 +1,4 @@
-"""The model that an export starts from: its checkpoint, its files, and prompts that belong to it."""
+"""The model that is exported: its checkpoint, its files, and the prompts that belong to it."""
 
 from __future__ import annotations
 

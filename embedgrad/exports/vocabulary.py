@@ -79,8 +79,8 @@ def vocabulary(
 ) -> Vocabulary:
     """New tokens for `prompts` with ids from `first_id` on.
 
-    special: make special tokens. known: every text that the vocabulary has. spaced: names of
-    the prompts whose first token takes a space in. Raises ExportError.
+    special: make special tokens. known: every text that the vocabulary has. spaced: names of the prompts whose first
+    token takes a space in. Raises ExportError.
     """
     free = iter([chr(code) for code in _PRIVATE if chr(code) not in known] if not special else [])
     made, at = [], first_id

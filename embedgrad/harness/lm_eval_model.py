@@ -1,7 +1,7 @@
 """lm-evaluation-harness on our engine: its model `embedgrad`, with or without a prompt.
 
-Contexts are texts. Where the prompt stands in one, there is a mark, and its tokens have the ids V, V + 1, … behind the
-vocabulary of V tokens, as in an exported copy.
+Contexts are texts. A mark stands in for the prompt, whose tokens have the ids V, V + 1, … behind the vocabulary of V
+tokens, as in an exported copy.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from embedgrad.serve.served import ServedModel
 from embedgrad.util.errors import ConfigError, DataError, TrainingError
 
 MARK = "\uf8f0prompt\uf8f1"  # private-use characters; no data has this text
-BATCH = 32  # the harness' default of 1 is its default, not a wish: the batch size changes speed only
+BATCH = 32  # instead of the harness' default of 1; the batch size changes speed only
 _TOGETHER = 64  # sequences of one forward pass; they share what they have in common
 _LENGTHS = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")
 _PASSED = ("top_p", "top_k", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "seed")
@@ -139,7 +139,7 @@ class EmbedGradLM(TemplateLM):
         return self._loglikelihood_tokens(encoded)
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """The log-probability of each whole text. Raises DataError with a prompt, which would not stand in it."""
+        """The log-probability of each whole text. Raises DataError with a prompt: such a text has no place for one."""
         if self._served.prompt is not None:
             raise DataError("this task scores whole texts (loglikelihood_rolling), in which a prompt has no place.")
         windows, owners = [], []
@@ -218,7 +218,7 @@ class EmbedGradLM(TemplateLM):
         return self._rendered([*kept, *continuation], [False] * len(kept) + [True] * len(continuation))
 
     def _fitting(self, ids: list[int], room: int) -> list[int]:
-        """`ids` without those that are too many, which are taken after the beginning that all conversations share."""
+        """`ids` cut to `room`: the beginning that all conversations share stays, and tokens right behind it go."""
         excess = len(ids) - max(room, 1)
         if excess <= 0:
             return ids

@@ -5,7 +5,7 @@ here is our own. A region is handed `e` `[k, d]` (the prompt) and `anchor` `[k, 
 and knows three verbs: `project` (back to the region), `penalty` and `penalty_gradient` (a term added to the loss).
 
 Sums are taken in float64 and the result is rounded to `e`'s type. Rounding moves a projected row by the last bits of
-that type: the cosine cone puts rows that much inside, so that what is measured keeps its promise, and the other regions
+that type. So the cosine cone puts rows that much inside, and the measured cosine is never below tau; the other regions
 count rows closer than `TOLERANCE` of their length as inside. Projections are therefore idempotent bit for bit, and rows
 inside come back with their bits unchanged.
 """
@@ -39,9 +39,9 @@ class Numbers:
     """What a kernel needs to know of a region for prompts of one type; every backend projects by these.
 
     code: 0 no bound, 1 cosine cone, 2 L2 ball, 3 mean cosine. inside: the least cosine that counts as inside a cone.
-    cosine, sine: of the angle that a row outside is turned to. close: share of its length that a row's part across the
-    anchor may have and be inside all the same (0 but for cones thinner than rounding). norm_min, norm_max: −1 for none.
-    penalty: weight of the term that pulls to the anchor.
+    cosine, sine: of the angle that a row outside is turned to. close: a row also counts as inside where its part across
+    the anchor is at most this share of its length (0 except for cones that are thinner than rounding). norm_min,
+    norm_max: −1 for none. penalty: weight of the term that pulls to the anchor.
     """
 
     code: int
@@ -138,7 +138,7 @@ class CosineCone(TrustRegion):
 
     def numbers(self, dtype: torch.dtype) -> Numbers:
         """A row is put inside the cone by an angle that rounding cannot undo, so that its cosine, measured, is at least
-        tau. A cone thinner than that angle (tau = 1) has no such inside: there what is as close as that counts as in.
+        tau. A cone thinner than that angle (tau = 1) has no such inside: there a row within it counts as inside.
         """
         tolerance = TOLERANCE[dtype]
         angle = min(math.acos(self.tau) - tolerance, math.acos(min(self.tau + 2 * MEASURED, 1.0)))

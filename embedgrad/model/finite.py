@@ -47,6 +47,6 @@ def check_sample(name: str, part: Any, where: str) -> Any:
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Whether no element is NaN or infinite. The extremes are: a NaN is passed on as both of them."""
+    """Whether no element is NaN or infinite. It looks at the extremes only; a NaN becomes both of them."""
     low, high = torch.aminmax(tensor)
     return bool(low.isfinite() & high.isfinite())

@@ -8,7 +8,7 @@ parts, stacked by matrix rows (q, k and v; gate and up), so that one product ser
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -105,10 +105,7 @@ def moved(part: Any, move: Callable[[Tensor], Tensor]) -> Any:
         return move(part)
     if isinstance(part, BlockWeight | TileWeight):
         return part.with_tensors(*map(move, part.tensors()))
-    packed, scales, offsets = (None if x is None else move(x) for x in part.tensors())
-    assert packed is not None
-    assert scales is not None
-    return PackedWeight(part.kind, packed, scales, offsets, part.group, part.shape)
+    return cast(PackedWeight, part).moved(move)
 
 
 class FrozenMatrix:

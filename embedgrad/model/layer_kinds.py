@@ -22,7 +22,7 @@ _DEFAULT_MAX_WINDOW_LAYERS = 28
 
 
 def no_windows(fields: Fields, defaults: Mapping[str, Any], layers: int) -> Windows:
-    """None anywhere."""
+    """No layer has a window."""
     return (None,) * layers
 
 

@@ -1,4 +1,4 @@
-"""Tokenises text in which only some control tokens are meant: those of the template, not those that data contain.
+"""Tokenises text in which only the template's control tokens count; those that the data spell out are plain text.
 
 `tokenizers` recognises a control token wherever its text stands. So this module gives every control token a stand-in,
 one private-use character, in a copy of the tokenizer, which then takes the tokens' own texts for ordinary text. What

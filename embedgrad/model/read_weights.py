@@ -49,8 +49,7 @@ def read_weights(
     - "compute" converts every matrix to the compute type `dtype`, "fp32" and "bf16" to these types.
     - "stored" keeps the form of the file. On a CPU GGUF's quantised types stay quantised (`embedgrad.model.quantised`),
       some in a wider type (`embedgrad.model.narrowed`); for Triton's kernels Q8_0, Q4_0 and Q4_1 do. Others are
-      dequantised. No matrix is stored in a wider type than the
-      compute type.
+      dequantised. No matrix is stored in a wider type than the compute type.
     - "int8" and "int4" quantise the layers' matrices and an untied head. The embedding table keeps the form of the
       file, because a step reads few of its rows and prompts start from them. So does a head that is tied to the table.
       Norms and biases are never quantised, because they are small.

@@ -111,7 +111,7 @@ def rotation_table(
 
 @lru_cache(maxsize=32)
 def _frequencies(rope: RopeConfig, head_dim: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Kept on the device, so that a decode step sends nothing to it."""
+    """The frequencies on the device. They stay there, so that a decode step sends nothing."""
     return inverse_frequencies(rope, head_dim, dtype).to(device)
 
 
@@ -265,9 +265,7 @@ def longrope_attention(factor: float, original: int) -> float:
 
 
 def _long(theta: float, original: int, divisors: tuple[float, ...], attention: float) -> RopeConfig:
-    return RopeConfig(
-        theta, "longrope", original_max_position=original, divisors=divisors, attention_factor=attention
-    )  # fmt: skip
+    return RopeConfig(theta, "longrope", original_max_position=original, divisors=divisors, attention_factor=attention)
 
 
 def _positive(value: object) -> bool:

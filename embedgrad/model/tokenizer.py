@@ -27,7 +27,7 @@ from embedgrad.util.shown import first_line, short
 _SPECIAL = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _LARGEST_ID = 2**31 - 1
-_NOT_OF_THE_PACKAGE = (KeyboardInterrupt, SystemExit, MemoryError)  # all else, panics too, is the tokenizers package's
+_NOT_OF_THE_PACKAGE = (KeyboardInterrupt, SystemExit, MemoryError)  # all other errors, panics too, come from tokenizers
 _T = TypeVar("_T")
 
 

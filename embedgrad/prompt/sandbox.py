@@ -80,13 +80,11 @@ class _Guard(NodeTransformer):
         self.generic_visit(node)
         return self._through("_measured", node) if isinstance(node.arg, nodes.Slice) else node
 
-    def visit_List(self, node: nodes.List) -> nodes.Filter:
+    def visit_List(self, node: nodes.List | nodes.Dict) -> nodes.Filter:
         self.generic_visit(node)
         return self._through("_measured", node)
 
-    def visit_Dict(self, node: nodes.Dict) -> nodes.Filter:
-        self.generic_visit(node)
-        return self._through("_measured", node)
+    visit_Dict = visit_List
 
     def visit_Tuple(self, node: nodes.Tuple) -> nodes.Node:
         self.generic_visit(node)

@@ -54,7 +54,7 @@ class Template:
         variables: further variables of the chat template, such as `{"enable_thinking": False}`. "strftime_now" is the
             date that the function of this name tells, such as "2026-01-30"; a prompt is given that of its day.
         control_tokens: whether the text of a control token (`<|im_end|>`) in a prompt, query or target is that token;
-            otherwise it is ordinary text, as which it is tokenised. In the messages themselves it always is the token.
+            otherwise it is tokenised as ordinary text. In the messages themselves it always is the token.
         Raises TemplateError.
         """
         pairs = tuple(_message(message, index) for index, message in enumerate(_as_list(messages)))

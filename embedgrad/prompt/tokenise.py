@@ -2,8 +2,8 @@
 
 A *part* is a piece of text or a `Slot`, which has token ids and the text that they stand for. In training the model saw
 text that was tokenised as a whole. So the text of all parts is tokenised at once, if the slots then begin and end at
-token boundaries and have their given tokens. Otherwise the parts are tokenised one by one. A slot's first
-token may hold the space in front of the slot: a tokenizer that puts a space before every text gives it such a token.
+token boundaries and have their given tokens. Otherwise the parts are tokenised one by one. A slot's first token may
+hold the space in front of the slot: a tokenizer that puts a space before every text gives it such a token.
 """
 
 from __future__ import annotations

@@ -42,5 +42,5 @@ def render(content: Content, version: str) -> str:
 
 
 def _isolated(value: Any) -> Any:
-    """What is put into the page: texts of a run turn the direction of nothing around them."""
+    """A value for the page: a text of the run in an isolate, so that it changes no direction of text around it."""
     return isolated(value) if type(value) is str else value  # not of Markup, which is the page's own

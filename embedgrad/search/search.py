@@ -26,9 +26,8 @@ class SearchState:
     """Where a search stands.
 
     ids: the present tokens. step, spent: steps done and tokens spent (see `search.objective`), `backward` of them in
-    backward passes. visited: prompts with
-    their loss {ids, loss, step}; losses of different batches are compared, so they are only a hint. tensors: what else
-    the search needs.
+    backward passes. visited: prompts with their loss {ids, loss, step}; losses of different batches are compared, so
+    they are only a hint. tensors: what else the search needs.
     """
 
     ids: list[int]

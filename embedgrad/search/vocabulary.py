@@ -38,7 +38,7 @@ def _text_tokens(model: Model) -> Tensor:
 def text_of(model: Model, template: Template, ids: Sequence[int]) -> str | None:
     """The text of `ids` where it is one that becomes exactly these tokens as a prompt; else None.
 
-    A text with white space around it is none: whoever copies it would lose that.
+    A text with white space at an end gives None, because copying may lose it.
     """
     text = model.tokenizer.decode(list(ids), skip_special=False)
     if not text or text != text.strip() or _BROKEN in text:

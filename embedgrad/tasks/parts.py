@@ -31,10 +31,9 @@ class Division:
     """How the pools are split.
 
     sizes: numbers of examples in train, validation and test, or fractions of the pool that a part is drawn from; None,
-    or None for a part: the task's number. seed: seed of
-    the draw. folds: number of folds for cross-validation; None: no cross-validation. fold: index of the test fold, from
-    0; the training data are then all other examples without the validation data. query_tokens, target_tokens: as in
-    `Task`; None: the task's value.
+    or None for a part: the task's number. seed: seed of the draw. folds: number of folds for cross-validation; None: no
+    cross-validation. fold: index of the test fold, from 0; the training data are then all other examples without the
+    validation data. query_tokens, target_tokens: as in `Task`; None: the task's value.
     """
 
     sizes: Mapping[str, int | float | None] | None = None

@@ -1,4 +1,4 @@
-"""What several processes of one run agree on: when to stop, that they began with the same, and that they are alike."""
+"""What the processes of one run agree on: when to stop, that they began alike, and that they hold the same bits."""
 
 from __future__ import annotations
 

@@ -89,7 +89,7 @@ class Seat:
         """Nothing is launched ahead."""
 
     def state(self, before_last: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """e, m and v on the CPU; of a step that was launched and not taken they know nothing."""
+        """e, m and v on the CPU, without a step that was launched and not taken."""
         e, m, v = self.state_now.to("cpu", copy=True)
         return e, m, v
 
@@ -115,9 +115,7 @@ class _Runner:
         width = seats[0].anchor.shape[1]
         self._stacked = torch.empty(first, width, dtype=seats[0].anchor.dtype, device=model.device)
         self._grad = torch.empty(first, width, dtype=model.decoder.sum_dtype, device=model.device)
-        self._runner = PassRunner(
-            model, self._launch, [], policy=seats[0].policy, memory_budget=seats[0].memory_budget
-        )  # fmt: skip
+        self._runner = PassRunner(model, self._launch, [], policy=seats[0].policy, memory_budget=seats[0].memory_budget)
 
     def step(self) -> None:
         """One step of every prompt; each gets its `result`."""

@@ -98,7 +98,7 @@ class Answered:
 
 
 class Stopped(Exception):
-    """A request to stop came while answers were generated."""
+    """A request to stop arrived while answers were generated."""
 
 
 def step_figures(report: StepReport) -> dict[str, Any]:

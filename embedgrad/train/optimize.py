@@ -168,7 +168,7 @@ def begin_session(
         progress.note(note)
     session = Session(
         model, prompt, run.train, run.validation, run.config, folder, progress, stop, judge, ranks, run.prune
-    )  # fmt: skip
+    )
     if trainer_of is not None:
         session.trainer_of = trainer_of
     session.begin(found, run.description, allow_other_bits)
@@ -215,7 +215,7 @@ def _check(config: OptimizeConfig, train: Sequence[Example], validation: Sequenc
 
 
 def result_of(session: Session) -> OptimizeResult:
-    """The result, once the weights are seen to be what they were; also writes last.safetensors and the summary."""
+    """The result. Checks that the weights are unchanged, and writes last.safetensors and the summary."""
     state = session.state
     if session.model.weights_hash() != session.weights_hash:
         raise TrainingError("the model's weights changed during the optimisation; its result cannot be trusted.")

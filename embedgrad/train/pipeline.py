@@ -1,7 +1,7 @@
 """The order in which steps are prepared, launched and read, so that a GPU does not wait for the host.
 
 While the device works on step n, step n + 1 is prepared on the host and launched, and only then step n is read. Where
-somebody looks at the state after a step, the next one is not launched before.
+the state after a step is needed (a validation, a checkpoint), the next step is launched after that.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from embedgrad.engine.prompt_trainer import Batch, StepResult
 
 
 class Trainer(Protocol):
-    """Takes steps; see `PromptTrainer`. What `prepare` and `launch` return is its own affair."""
+    """Takes steps; see `PromptTrainer`. Only the trainer itself looks into what `prepare` and `launch` return."""
 
     @property
     def ahead(self) -> int:
@@ -56,7 +56,7 @@ class Pipeline:
     def fill(self, step: int, pauses_after: Callable[[int], bool]) -> None:
         """Launch step `step`, if it is not launched yet, and as many after it as the trainer may go ahead.
 
-        pauses_after(n): whether the state after n steps is looked at before the next one may begin.
+        pauses_after(n): whether the state after n steps is needed before the next one may begin.
         """
         while self.pending <= self._trainer.ahead:
             if self._launched and pauses_after(step + self.pending):

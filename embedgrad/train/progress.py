@@ -51,39 +51,51 @@ class Quiet:
         """Does nothing."""
 
 
-class Several:
+class Forwarding:
+    """A listener that hands each call to `forward`, by the method's name."""
+
+    def forward(self, method: str, *arguments: Any) -> None:
+        """Forwards a call."""
+        raise NotImplementedError
+
+    def start(self, total: int, done: int) -> None:
+        """Forwards the call."""
+        self.forward("start", total, done)
+
+    def step(self, record: Mapping[str, Any]) -> None:
+        """Forwards the call."""
+        self.forward("step", record)
+
+    def validation(self, record: Mapping[str, Any]) -> None:
+        """Forwards the call."""
+        self.forward("validation", record)
+
+    def alarm(self, record: Mapping[str, Any], sentence: str) -> None:
+        """Forwards the call."""
+        self.forward("alarm", record, sentence)
+
+    def note(self, text: str) -> None:
+        """Forwards the call."""
+        self.forward("note", text)
+
+    def stop(self) -> None:
+        """Forwards the call."""
+        self.forward("stop")
+
+
+class Several(Forwarding):
     """A listener that forwards each call to several listeners, in their order."""
 
     def __init__(self, *listeners: Progress) -> None:
         self._listeners = listeners
 
-    def start(self, total: int, done: int) -> None:
-        """Forwards the call."""
+    def forward(self, method: str, *arguments: Any) -> None:
+        """Calls all listeners."""
         for listener in self._listeners:
-            listener.start(total, done)
-
-    def step(self, record: Mapping[str, Any]) -> None:
-        """Forwards the call."""
-        for listener in self._listeners:
-            listener.step(record)
-
-    def validation(self, record: Mapping[str, Any]) -> None:
-        """Forwards the call."""
-        for listener in self._listeners:
-            listener.validation(record)
-
-    def alarm(self, record: Mapping[str, Any], sentence: str) -> None:
-        """Forwards the call."""
-        for listener in self._listeners:
-            listener.alarm(record, sentence)
-
-    def note(self, text: str) -> None:
-        """Forwards the call."""
-        for listener in self._listeners:
-            listener.note(text)
+            getattr(listener, method)(*arguments)
 
     def stop(self) -> None:
-        """Forwards the call. If one listener raises an error, the others are still called."""
+        """Calls all listeners, also where one raises an error."""
         with contextlib.ExitStack() as stack:
             for listener in reversed(self._listeners):
                 stack.callback(listener.stop)

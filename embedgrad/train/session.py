@@ -46,7 +46,7 @@ Prune = Callable[[Mapping[str, Any]], bool]
 
 
 class Session:
-    """One session of one run. `state` is whole between any two lines of `go`, so it can be saved there."""
+    """One session of one run. Between any two lines of `go`, `state` is consistent and can be saved."""
 
     def __init__(
         self,
@@ -107,15 +107,13 @@ class Session:
             ),
         )  # fmt: skip
 
-    def begin(
-        self, found: Found, description: Mapping[str, Any] | None, allow_other_bits: bool = False
-    ) -> None:  # fmt: skip
+    def begin(self, found: Found, description: Mapping[str, Any] | None, allow_other_bits: bool = False) -> None:
         """Go back to the checkpoint that was found, if there is one, and bring the folder in line with it."""
         if self.ranks.size > 1:
             check_same_start(self.ranks, self.state.identity, self.config.model_dump(mode="json"))
         saved, notes = found.state, []
         if saved is not None:
-            notes = self.ranks.only_first(lambda: self._accepted(found, allow_other_bits)) or []
+            notes = self.ranks.only_first(lambda: self._accepted(saved, allow_other_bits)) or []
             if goes_on(saved, self.total):
                 saved.identity, saved.stop_reason = self.state.identity, None
             self.state = saved
@@ -140,11 +138,10 @@ class Session:
         self._save_best()
         self._save()
 
-    def _accepted(self, found: Found, allow_other_bits: bool) -> list[str]:
-        assert found.state is not None
+    def _accepted(self, saved: RunState, allow_other_bits: bool) -> list[str]:
         assert self.folder is not None
-        notes = accept(found.state, self.state, self.total, self.folder.path, allow_other_bits)
-        check_counts(found.state, self.state, self.total)
+        notes = accept(saved, self.state, self.total, self.folder.path, allow_other_bits)
+        check_counts(saved, self.state, self.total)
         return notes
 
     def go(self) -> None:
@@ -225,7 +222,7 @@ class Session:
             self._save()
 
     def _pauses_after(self, step: int) -> bool:
-        """Whether the state after `step` steps is looked at before the next one may begin."""
+        """Whether the state after `step` steps is needed before the next one may begin."""
         checked = bool(self.validation) and step % self.interval == 0
         return checked or step >= self.total or step % self.config.checkpoint_every == 0 or self.stop.requested
 

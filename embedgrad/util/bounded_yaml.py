@@ -1,10 +1,10 @@
-"""A YAML loader for untrusted texts: what aliases would expand to is counted before anything is expanded."""
+"""A YAML loader for untrusted texts. It counts what aliases stand for before it expands anything."""
 
 from __future__ import annotations
 
 import yaml
 
-MOST = 1_000_000  # characters and values, each alias counted as often as it stands for something
+MOST = 1_000_000  # characters and values, with every alias written out
 
 
 class TooLarge(yaml.YAMLError):

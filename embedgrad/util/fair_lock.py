@@ -1,4 +1,4 @@
-"""A re-entrant lock that a thread cannot take again before one that waits for it."""
+"""A re-entrant lock that lets a waiting thread in before the thread that has just released it."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import threading
 
 
 class FairLock:
-    """As `threading.RLock`, but whoever lets it go and takes it again lets a thread in that waited meanwhile."""
+    """Like `threading.RLock`, but a thread that releases it and takes it again comes after a thread that waits."""
 
     def __init__(self) -> None:
         self._lock = threading.RLock()

@@ -1,4 +1,4 @@
-"""Values and texts of files as people may see them: never longer than a line or two, and nothing a terminal obeys."""
+"""Values and texts of files, made safe to print: at most a line or two, and nothing that a terminal obeys."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from safetensors.torch import load
 def unpack(data: bytes) -> tuple[dict[str, torch.Tensor], Any]:
     """(tensors by name, metadata as they are in the header; None where there are none).
 
-    Raises ValueError where `data` are no safetensors file.
+    Raises ValueError where `data` is not a safetensors file.
     """
     try:
         tensors = load(data)

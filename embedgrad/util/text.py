@@ -1,6 +1,6 @@
 """One reader for texts that people write: configurations, prompts, data and queries, from files and from stdin.
 
-They are UTF-8. A byte-order mark in front is no part of the text. Carriage returns before line feeds are none either.
+They are UTF-8. A byte-order mark in front and carriage returns before line feeds are not part of the text.
 """
 
 from __future__ import annotations

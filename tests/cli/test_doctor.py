@@ -44,7 +44,7 @@ def told(arch: str, triton: str, assembler: dict[str, Any] = OLD) -> set[str]:
         ("sm_80", "3.6.0", OLD, ()),
         ("gfx942", "3.5.0", OLD, ()),
     ],
-)  # fmt: skip
+)
 def test_known_wrong_code_by_release_and_architecture(
     arch: str, triton: str, assembler: dict[str, Any], numbers: tuple[str, ...]
 ) -> None:

@@ -136,7 +136,7 @@ def setups(draw: st.DrawFn) -> Setup:
         draw(st.integers(9, 14)),
         tree,
         nodes,
-    )  # fmt: skip
+    )
 
 
 @settings(max_examples=80, deadline=None)

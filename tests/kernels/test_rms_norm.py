@@ -73,7 +73,7 @@ def test_rms_norm(
 @QUICK
 @given(
     SEEDS, awkward_sizes(1, 7), awkward_sizes(1, 70), st.sampled_from(FLOAT_TYPES), BLOCKS, SCALES, layouts(), layouts()
-)  # fmt: skip
+)
 @example(0, 3, 33, torch.float16, 128, 1.0, "expanded", "transposed")
 def test_rms_norm_backward(
     seed: int, rows: int, width: int, dtype: torch.dtype, block: int, scale: float, dy_layout: Layout, layout: Layout

@@ -180,7 +180,7 @@ def fake_hub(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str | None, str
         ],
         ("DigitalLearningGmbH/MATH-lighteval", "train"): ROWS["math_train/train.jsonl"],
         ("HuggingFaceH4/MATH-500", "test"): ROWS["math500/test.jsonl"],
-    }  # fmt: skip
+    }
 
     def load_dataset(repository: str, configuration: str | None, *, split: str) -> list[dict[str, Any]]:
         asked.append((repository, configuration, split))

@@ -89,9 +89,9 @@ def test_a_saved_prompt_of_another_model_or_none(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "template", [{"enable_thinking": False}, {"variables": {"enable_thinking": False}},
-                 {"kind": "chat", "enable_thinking": False}],
-)  # fmt: skip
+    "template",
+    [{"enable_thinking": False}, {"variables": {"enable_thinking": False}}, {"kind": "chat", "enable_thinking": False}],
+)
 def test_settings_of_the_chat_template_alone(folder: Path, template: dict[str, Any]) -> None:
     """The messages are the model's default, also for the controls of a comparison."""
     chat_template(folder, THINKS)

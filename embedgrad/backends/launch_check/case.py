@@ -18,11 +18,11 @@ SEED = 0
 class Case:
     """What a row of the launch table is checked and timed on.
 
-    kernel: name in the launch table. text: the shape in words. dtype: of the elements that the table is asked for.
-    sizes: what the table is asked with. inputs: makes them on a device, the same ones at every call. fresh: outputs for
-    such inputs, poisoned, or copies where an operation works in place. run: the kernel, which writes the outputs.
-    plain: the same in plain torch for inputs of any float type, float64 included. warm: timed with its data in the L2
-    cache, where it is so small that a step finds it there. read: what the kernel has left in its outputs.
+    kernel: name in the launch table. text: the shape in words. dtype, sizes: element type and sizes for the lookup in
+    the launch table. inputs: makes them on a device, the same ones at every call. fresh: outputs for such inputs, full
+    of NaN, or copies where an operation works in place. run: the kernel, which writes the outputs. plain: the same in
+    plain torch for inputs of any float type, float64 included. warm: time it with its data in the L2 cache, because it
+    is so small that a step finds it there. read: what the kernel has left in its outputs.
     """
 
     kernel: str

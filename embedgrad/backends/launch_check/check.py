@@ -1,8 +1,8 @@
 """One case under given launch parameters: right, wrong, or not to be run.
 
-Right means, with the stages that the parameters have and with one stage: every element is written, two runs give equal
-bits, and by the three-way rule the error against the float64 truth is at most twice that of plain torch in the same
-type, plus TOLERANCE. The error is taken as the norm over all elements and as the largest one.
+Right means: every element is written, two runs give equal bits, and by the three-way rule the error against the float64
+truth is at most twice that of plain torch in the same type, plus TOLERANCE. All of it must hold with the stages of the
+parameters and with one stage. The error is taken as the norm over all elements and as the largest one.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from embedgrad.backends.launch_check.case import Case, Tensors
 from embedgrad.kernels import launch
+from embedgrad.util.shown import first_line
 
 FACTOR = 2.0
 """As flash-attention's tests allow: P and dS are rounded where plain torch keeps float32."""
@@ -29,7 +30,7 @@ class DeviceLost(Exception):
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the check of one case has found. error, allowed: of the output that is nearest to its bound or beyond it."""
+    """What the check of one case has found. error, allowed: of the output whose ratio of the two is largest."""
 
     kernel: str
     text: str
@@ -87,8 +88,8 @@ class Checked:
             first, second = self.result(), self.result()
         except Exception as error:
             if is_lost(error):
-                raise DeviceLost(f"{self.case.kernel} with {verdict.options}: {first_line(error)}") from error
-            return replace(verdict, fault=f"it cannot be run: {first_line(error)}")
+                raise DeviceLost(f"{self.case.kernel} with {verdict.options}: {named(error)}") from error
+            return replace(verdict, fault=f"it cannot be run: {named(error)}")
         differing = [name for name in first if not equal_bits(first[name], second[name])]
         if differing:
             return replace(verdict, fault=f"two runs give {differing[0]} with different bits")
@@ -140,10 +141,9 @@ def _double(x: Tensor) -> Tensor:
     return x.double() if x.is_floating_point() else x
 
 
-def first_line(error: BaseException) -> str:
-    """An error in one line."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:200] if lines else 'no message'}"
+def named(error: BaseException) -> str:
+    """An error in one line, behind the name of its type."""
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 def is_lost(error: BaseException) -> bool:

@@ -1,7 +1,7 @@
-"""Compiles what many calls would launch, at once, and says which of it spills or does not fit the device.
+"""Compiles the kernels of many calls in parallel, and says which of them spill registers or do not fit the device.
 
-Triton compiles when a kernel is first launched, one after the other. Here the launches are recorded and given to
-`warmup` in threads: Triton's passes and ptxas leave Python's lock. What is compiled is what the later launch looks up.
+Triton compiles a kernel at its first launch, one after the other. Here the launches are recorded and given to `warmup`
+in threads: Triton's passes and ptxas release Python's lock. A later launch finds the compiled kernel in Triton's cache.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from embedgrad.backends.launch_check.check import Checked, first_line
+from embedgrad.backends.launch_check.check import Checked, named
 from embedgrad.kernels import launch
 from embedgrad.kernels.launch import Launch
 
@@ -54,7 +54,7 @@ def compile_all(
             try:
                 found = launches(checked, options)
             except Exception as error:
-                wanted.append(Compiled(fault=first_line(error)))
+                wanted.append(Compiled(fault=named(error)))
                 continue
             keys = [(_key(one), one) for one in found]
             for key, one in keys:
@@ -91,12 +91,12 @@ def _outcome(futures: list[Future[Any]]) -> Compiled | None:
                 kernel._init_handles()
                 spills = max(spills, int(kernel.n_spills))
         except Exception as error:
-            return Compiled(fault=first_line(error))
+            return Compiled(fault=named(error))
     return Compiled(spills=spills)
 
 
 def _key(one: Launch) -> Any:
-    """Launches with one key have the same machine code: Triton looks at no more than this."""
+    """Launches with equal keys have the same machine code: Triton specialises on nothing else."""
     kernel, _, arguments, constants = one
     return kernel, tuple(map(_kind, arguments)), tuple(sorted(constants.items(), key=lambda item: item[0]))
 

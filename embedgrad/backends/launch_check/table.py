@@ -18,9 +18,9 @@ from embedgrad.kernels.launch_row import Row
 from embedgrad.kernels.launch_table import ROWS
 
 SECONDS = 55.0
-"""What is not checked by then is said to be unchecked."""
+"""Seconds for all checks. What is not checked by then is reported as unchecked."""
 COMPILE_SHARE = 0.7
-"""Of the time, for compiling side by side; what is not compiled by then compiles when it is checked."""
+"""Share of SECONDS for compiling in parallel. What is not compiled by then compiles when it is checked."""
 
 
 @dataclass(frozen=True)
@@ -212,7 +212,7 @@ def _used(kernel: str, arch: str, case: Case) -> Row | None:
 def check(
     found: Sequence[Subject], device: torch.device, *, seconds: float = SECONDS, told: Callable[[str], None] = print
 ) -> list[Outcome]:
-    """Checks each subject on a device, all compiled side by side first. `told` hears how far it is."""
+    """Checks each subject on a device, after all were compiled in parallel. told: takes lines about the progress."""
     started = time.monotonic()
     until = started + seconds
     prepared = [(subject, [Checked(case, device) for case in subject.cases]) for subject in found]

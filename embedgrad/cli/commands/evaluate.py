@@ -73,9 +73,7 @@ def run(prompt_path: Path, model_path: str | None, computing: Sequence[Any], opt
         _run(ranks, prompt_path, model_path, computing, options)
 
 
-def _run(
-    ranks: Ranks, prompt_path: Path, model_path: str | None, computing: Sequence[Any], options: Options
-) -> None:  # fmt: skip
+def _run(ranks: Ranks, prompt_path: Path, model_path: str | None, computing: Sequence[Any], options: Options) -> None:
     if options.output is not None:
         check_target(options.output)
     if sum(given is not None for given in (options.config, options.task)) > 1 or not any(
@@ -83,13 +81,12 @@ def _run(
     ):
         raise ConfigError("give the test data: --data FILE, --task NAME (with --data FOLDER), or --config FILE.")
     planned = _plan(options, model_path)
-    if model_path is None and options.config is None:
-        raise ConfigError("give the model with --model (or a configuration that has one with --config).")
-    if model_path is None:
-        assert planned is not None
+    if model_path is not None:
+        model = open_model(model_path, *computing)
+    elif planned is not None and options.config is not None:
         model = open_configured(planned.config)
     else:
-        model = open_model(model_path, *computing)
+        raise ConfigError("give the model with --model (or a configuration that has one with --config).")
     prompt = SoftPrompt.load(prompt_path, model)
     test = _test(options, planned, model)
     prompts = {"before": prompt.replace(embeddings=prompt.anchor)} if options.before else {}

@@ -103,7 +103,7 @@ def _run(
 
 def finish(
     folder: Path, model: Model, start: SoftPrompt, best: SoftPrompt, parts: Parts, planned: Plan, ranks: Ranks = ALONE
-) -> tuple[dict[str, Evaluation], dict[str, Any]]:  # fmt: skip
+) -> tuple[dict[str, Evaluation], dict[str, Any]]:
     """Test a run's prompt before and after: (the evaluations, the values of summary.json). Rank 0 writes test.json and
     summary.json. start: the prompt with which the run began."""
     tested = _test(model, start, best, parts.test, planned, ranks)

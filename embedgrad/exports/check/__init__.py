@@ -1,1 +1,1 @@
-"""Holds an export against our own engine, by the target's own program."""
+"""Compares an export in the target's own program with our engine."""

@@ -82,7 +82,7 @@ class DeviceLoop:
             if self._slots.running[0] > len(slots):  # other slots are running; they are decoded first
                 self._decode()
             if longest >= self._cache.own.shape[3]:
-                self._grow(longest + GROWTH)
+                self._grow(self._cache, longest + GROWTH)
             self._cache.own[:, :, list(slots), :longest] = cache.own[:, :, :, :longest]
         if self._version != self._slots.version:
             self._settle()
@@ -163,14 +163,13 @@ class DeviceLoop:
     def _make_room(self) -> None:
         assert self._cache is not None
         if self._longest >= self._cache.own.shape[3]:
-            self._grow(self._cache.own.shape[3] + max(GROWTH, self._cache.own.shape[3] // 2))
+            self._grow(self._cache, self._cache.own.shape[3] + max(GROWTH, self._cache.own.shape[3] // 2))
 
-    def _grow(self, capacity: int) -> None:
+    def _grow(self, cache: KeyValueCache, capacity: int) -> None:
         """Enlarges the KV cache. It is reallocated, so the captured graph is dropped."""
-        assert self._cache is not None
         self._settle()
         self._graph, self._warm = None, False
-        self._cache.grow(capacity - self._cache.own.shape[3])
+        cache.grow(capacity - cache.own.shape[3])
 
     def _settle(self) -> None:
         """Waits for the device, because a graph must not be deleted while it runs."""

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from embedgrad.train.progress import Progress
+from embedgrad.train.progress import Forwarding, Progress
 from embedgrad.util.errors import ConfigError
 from embedgrad.util.shown import first_line
 
@@ -47,38 +47,15 @@ def open_loggers(
     return opened
 
 
-class Dispensable:
+class Dispensable(Forwarding):
     """Forwards calls to a listener until it raises an error. The error becomes a note, and the run continues."""
 
     def __init__(self, inner: Progress, name: str, note: Callable[[str], None]) -> None:
         self._inner: Progress | None = inner
         self._name, self._note = name, note
 
-    def start(self, total: int, done: int) -> None:
-        """Forwards the call."""
-        self._pass("start", total, done)
-
-    def step(self, record: Mapping[str, Any]) -> None:
-        """Forwards the call."""
-        self._pass("step", record)
-
-    def validation(self, record: Mapping[str, Any]) -> None:
-        """Forwards the call."""
-        self._pass("validation", record)
-
-    def alarm(self, record: Mapping[str, Any], sentence: str) -> None:
-        """Forwards the call."""
-        self._pass("alarm", record, sentence)
-
-    def note(self, text: str) -> None:
-        """Forwards the call."""
-        self._pass("note", text)
-
-    def stop(self) -> None:
-        """Forwards the call."""
-        self._pass("stop")
-
-    def _pass(self, method: str, *arguments: Any) -> None:
+    def forward(self, method: str, *arguments: Any) -> None:
+        """Calls the listener, unless it has failed before."""
         if self._inner is None:
             return
         try:
