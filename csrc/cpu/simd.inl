@@ -180,7 +180,13 @@ static inline Vec tanh(Vec x) {
     return size < 0.625f ? x + x * square * p : x < Vec{} ? -large : large;
 }
 
-// In place: x = cap · tanh(x / cap), for whole vectors of which the last may have lanes behind `count`.
-EMBEDGRAD_INLINE void soften(float* x, float cap, int64_t count) {
-    for (int64_t i = 0; i < count; i += VL) store(x + i, tanh(load(x + i) / cap) * cap);
+// In place: x = cap · tanh(x / cap).
+static inline void soften(float* x, float cap, int64_t count) {
+    for (int64_t i = 0; i < count; i += VL) store(x + i, tanh(load(x + i, count - i) / cap) * cap, count - i);
+}
+
+// The slope of cap · tanh(x / cap) at `capped`, its value.
+static inline Vec cap_slope(Vec capped, float cap) {
+    const Vec t = capped / cap;
+    return 1.0f - t * t;
 }

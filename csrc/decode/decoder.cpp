@@ -105,7 +105,7 @@ void Decoder::predict(const Team& team, const Wanted& wanted) {
         share.end);
     for (int64_t i = 0; spec_.logit_softcap && i < wanted.count; ++i) {
         float* logits = wanted.logits + int64_t{wanted.target[i]} * spec_.vocabulary + share.begin;
-        EMBEDGRAD_DISPATCH(soften_row, logits, spec_.logit_softcap, share.end - share.begin)
+        EMBEDGRAD_DISPATCH(soften, logits, spec_.logit_softcap, share.end - share.begin)
     }
     team.wait();
 }

@@ -194,14 +194,8 @@ static void gate_row(bool gelu, const float* gate, const float* up, float* out, 
     gelu ? swiglu_row<false, Gelu>(gate, up, out, width) : swiglu_row<false, Silu>(gate, up, out, width);
 }
 
-static void soften_row(float* x, float cap, int64_t count) {
-    const int64_t whole = count / VL * VL;
-    soften(x, cap, whole);
-    if (whole < count) store(x + whole, tanh(load(x + whole, count - whole) / cap) * cap, count - whole);
-}
-
 // Norms (unless `weight` is null) and rotates `count` heads in place.
 static void rotate_heads(
     float* x, const float* cos, const float* sin, const float* weight, float eps, int64_t count, int64_t half) {
-    rope_row(x, cos, sin, {weight, weight, 0, eps}, count, half);
+    rope_row(x, cos, sin, HeadNorms<float>{weight, weight, 0, eps}, count, half);
 }

@@ -91,12 +91,8 @@ class Source:
 
     @property
     def input_scale(self) -> float:
-        """What programs that take embeddings expect them to be multiplied by.
-
-        Gemma's embedding module multiplies its rows by √d, and so embeddings that are given to the model must be, too;
-        Granite multiplies behind the place where they are given.
-        """
-        return self.config.embedding_scale if self.config.kind.root_embedding else 1.0
+        """What programs that take embeddings expect them to be multiplied by."""
+        return self.config.input_scale
 
     @property
     def tied(self) -> bool:

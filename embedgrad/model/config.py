@@ -128,6 +128,15 @@ class ModelConfig:
         """What embeddings are multiplied by in a model that computes in `dtype`."""
         return float(torch.tensor(self.embedding_scale).to(dtype)) if self.kind.root_embedding else self.embedding_scale
 
+    @property
+    def input_scale(self) -> float:
+        """What other programs that take embeddings expect them to be multiplied by.
+
+        Gemma's embedding module multiplies its rows by √d, and so embeddings that are given to the model must be, too;
+        Granite multiplies behind the place where they are given.
+        """
+        return self.embedding_scale if self.kind.root_embedding else 1.0
+
     @cached_property
     def ropes(self) -> tuple[tuple[RopeConfig, ...], tuple[int, ...]]:
         """The different rotations of the layers, and which of them each layer has."""
