@@ -67,7 +67,7 @@ def model_fields(c: ModelConfig, where: str) -> dict[str, Any]:
         kind.gate_field: kind.gate_values[0],
         "hidden_size": c.hidden_size,
         "intermediate_size": c.intermediate_size,
-        "max_position_embeddings": c.max_position,
+        "max_position_embeddings": c.rope.longest if c.rope.kind == "longrope" else c.max_position,
         "num_attention_heads": c.num_heads,
         "num_hidden_layers": c.num_layers,
         "num_key_value_heads": c.num_kv_heads,
@@ -103,7 +103,8 @@ def _kind_fields(c: ModelConfig) -> dict[str, Any]:
     if c.rope.part != 1:
         result["partial_rotary_factor"] = c.rope.rotated(c.head_dim) / c.head_dim
     if "original_max_position_embeddings" in kind.defaults:
-        result["original_max_position_embeddings"] = c.max_position
+        long = c.rope.kind == "longrope"
+        result["original_max_position_embeddings"] = c.rope.original_max_position if long else c.max_position
     return result
 
 
@@ -136,10 +137,13 @@ def _scaling(c: ModelConfig, where: str) -> dict[str, Any] | None:
                 rope = candidate
                 break
     if rope.kind == "longrope":
-        raise ExportError(
-            f"{where} holds LongRoPE's divisors, of which only those for short texts are read; export from the "
-            f"model's folder instead."
-        )
+        if not rope.long_divisors:
+            raise ExportError(f"{where} has no divisors for long texts, which config.json holds for LongRoPE.")
+        return {
+            "rope_type": "longrope", "short_factor": list(rope.divisors), "long_factor": list(rope.long_divisors),
+            "attention_factor": rope.attention_factor,
+            "original_max_position_embeddings": rope.original_max_position,
+        }  # fmt: skip
     if rope.kind != "llama3":
         raise ExportError(
             f"{where} holds rotary frequencies of its own, which config.json cannot express; export from the "
