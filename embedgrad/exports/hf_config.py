@@ -12,7 +12,8 @@ import torch
 from embedgrad.exports.said import unsaid
 from embedgrad.exports.source import Source
 from embedgrad.exports.vocabulary import Vocabulary
-from embedgrad.model.config import ModelConfig
+from embedgrad.model.config import ModelConfig, is_composite, text_part
+from embedgrad.model.families import ARCHITECTURES
 from embedgrad.model.fields import read_object
 from embedgrad.model.layer_kinds import window_fields
 from embedgrad.model.rope import RopeConfig, inverse_frequencies
@@ -26,7 +27,7 @@ _LLAMA3 = ((8.0, 1.0, 4.0, 8192), (32.0, 1.0, 4.0, 8192))
 def write_configs(source: Source, words: Vocabulary, out: Path, untie: bool, dtype: torch.dtype) -> None:
     """Writes both files. Of a folder's own fields only those change that must."""
     if source.gguf is None:
-        config = read_object(source.path / "config.json")
+        config = _of_text(read_object(source.path / "config.json"))
         own = source.path / "generation_config.json"
         generation = read_object(own) if own.is_file() else _stop_tokens(config)
     else:
@@ -40,6 +41,16 @@ def write_configs(source: Source, words: Vocabulary, out: Path, untie: bool, dty
     generation["suppress_tokens"] = sorted({*before, *words.ids})
     for name, content in (("config.json", config), ("generation_config.json", generation)):
         (out / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _of_text(config: dict[str, Any]) -> dict[str, Any]:
+    """The config.json itself; of a multimodal model one that describes its text part as a model of its own."""
+    if not is_composite(config):
+        return config
+    shared = ("bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype", "transformers_version")
+    text = dict(text_part(config))
+    text.setdefault("model_type", ARCHITECTURES[text["architectures"][0]])
+    return {name: config[name] for name in shared if name in config} | text
 
 
 def hf_config(source: Source, dtype: torch.dtype) -> dict[str, Any]:
