@@ -97,31 +97,44 @@ Heads<T> heads(const Tensor& x, const char* name, int64_t count, int64_t number,
     return {data<T>(x), x.stride(0)};
 }
 
+using Optional = std::optional<Tensor>;
+
+// Calls run(T, W) for rows of type T and weights of norms of type W: float, or T itself.
+template <typename F>
+void with_types_of(const Tensor& x, const char* name, const Optional& weight, const F& run) {
+    with_type_of(x, name, [&](auto type) {
+        if (weight && weight->scalar_type() == at::kFloat)
+            run(type, float{});
+        else
+            run(type, type);
+    });
+}
+
 void rms_norm(const Tensor& x, const Tensor& weight, double eps, Tensor out) {
-    with_type_of(x, "x", [&](auto type) {
+    with_types_of(x, "x", weight, [&](auto type, auto weight_type) {
         using T = decltype(type);
+        using W = decltype(weight_type);
         const int64_t n = x.size(0), d = x.size(1);
-        embedgrad::rms_norm<T>(pool, rows<T>(x, "x", n, d), vector<T>(weight, "weight", d), static_cast<float>(eps),
+        embedgrad::rms_norm<T>(pool, rows<T>(x, "x", n, d), vector<W>(weight, "weight", d), static_cast<float>(eps),
                                rows<T>(out, "out", n, d), n, d);
     });
 }
 
 void rms_norm_backward(const Tensor& dy, const Tensor& x, const Tensor& weight, double eps, Tensor dx) {
-    with_type_of(x, "x", [&](auto type) {
+    with_types_of(x, "x", weight, [&](auto type, auto weight_type) {
         using T = decltype(type);
+        using W = decltype(weight_type);
         const int64_t n = x.size(0), d = x.size(1);
         embedgrad::rms_norm_backward<T>(pool, rows<T>(dy, "dy", n, d), rows<T>(x, "x", n, d),
-                                        vector<T>(weight, "weight", d), static_cast<float>(eps), rows<T>(dx, "dx", n, d), n,
+                                        vector<W>(weight, "weight", d), static_cast<float>(eps), rows<T>(dx, "dx", n, d), n,
                                         d);
     });
 }
 
-using Optional = std::optional<Tensor>;
-
-template <typename T>
-embedgrad::HeadNorms<T> head_norms(
+template <typename W>
+embedgrad::HeadNorms<W> head_norms(
     const Optional& q_norm, const Optional& k_norm, int64_t q_heads, int64_t size, double eps) {
-    return {q_norm ? vector<T>(*q_norm, "q_norm", size) : nullptr, k_norm ? vector<T>(*k_norm, "k_norm", size) : nullptr,
+    return {q_norm ? vector<W>(*q_norm, "q_norm", size) : nullptr, k_norm ? vector<W>(*k_norm, "k_norm", size) : nullptr,
             q_heads, static_cast<float>(eps)};
 }
 
@@ -143,25 +156,27 @@ Rows<T> rotated(const Tensor& x, int64_t h, int64_t g, int64_t size) {
 void rope(
     Tensor x, const Tensor& cos, const Tensor& sin, int64_t h, int64_t g, int64_t size, const Optional& q_norm,
     const Optional& k_norm, double eps) {
-    with_type_of(x, "x", [&](auto type) {
+    with_types_of(x, "x", q_norm ? q_norm : k_norm, [&](auto type, auto weight_type) {
         using T = decltype(type);
+        using W = decltype(weight_type);
         const int64_t n = x.size(0), half = size / 2;
         embedgrad::rope<T>(pool, rotated<T>(x, h, g, size), angles<T>(cos, "cos", n, half), angles<T>(sin, "sin", n, half),
-                           head_norms<T>(q_norm, k_norm, h, size, eps), n, h + g, half);
+                           head_norms<W>(q_norm, k_norm, h, size, eps), n, h + g, half);
     });
 }
 
 void rope_backward(
     Tensor dx, const Optional& raw, const Tensor& cos, const Tensor& sin, int64_t h, int64_t g, int64_t size,
     const Optional& q_norm, const Optional& k_norm, double eps) {
-    with_type_of(dx, "dx", [&](auto type) {
+    with_types_of(dx, "dx", q_norm ? q_norm : k_norm, [&](auto type, auto weight_type) {
         using T = decltype(type);
+        using W = decltype(weight_type);
         const int64_t n = dx.size(0), half = size / 2;
         TORCH_CHECK(raw || !(q_norm || k_norm), "the backward of a norm needs the heads before it");
         TORCH_CHECK(!raw || raw->size(0) == n, "raw must have ", n, " rows");
         embedgrad::rope_backward<T>(pool, rotated<T>(dx, h, g, size), raw ? rotated<T>(*raw, h, g, size) : Rows<T>{nullptr, 0},
                                     angles<T>(cos, "cos", n, half), angles<T>(sin, "sin", n, half),
-                                    head_norms<T>(q_norm, k_norm, h, size, eps), n, h + g, half);
+                                    head_norms<W>(q_norm, k_norm, h, size, eps), n, h + g, half);
     });
 }
 
@@ -183,14 +198,16 @@ void swiglu_backward(const Tensor& da, const Tensor& gate_up, Tensor out, bool g
     });
 }
 
-void softmax_loss(Tensor z, const Tensor& targets, const Optional& weights, Tensor nll, Tensor predicted) {
+void softmax_loss(
+    Tensor z, const Tensor& targets, const Optional& weights, double softcap, Tensor nll, Tensor predicted) {
     const int64_t n = z.size(0), vocabulary = z.size(1);
     TORCH_CHECK(vocabulary > 0, "z has no logits");
     const int64_t* wanted = longs(targets, "targets", n);
     for (int64_t t = 0; t < n; ++t)
         TORCH_CHECK_INDEX(wanted[t] < vocabulary, "target ", wanted[t], " of row ", t, " is not below ", vocabulary);
     embedgrad::softmax_loss(pool, rows(z, "z", n, vocabulary), wanted, weights ? vector(*weights, "weights", n) : nullptr,
-                            contiguous<float>(nll, "nll", at::kFloat, n), longs(predicted, "predicted", n), n, vocabulary);
+                            contiguous<float>(nll, "nll", at::kFloat, n), longs(predicted, "predicted", n), n, vocabulary,
+                            static_cast<float>(softcap));
 }
 
 // Indices below `limit`; a negative one means "none".
@@ -297,11 +314,11 @@ struct Tree {
 Tree tree(
     const Tensor& q, const Tensor& k, const Tensor& key_begin, const Tensor& key_end, const Tensor& query_index,
     const Tensor& block_start, const Tensor& schedule, int64_t prefix, const Optional& query_position,
-    const Optional& key_position, int64_t window, double scale) {
+    const Optional& key_position, int64_t window, double scale, double softcap) {
     TORCH_CHECK(q.dim() == 3 && k.dim() == 3, "q and k must have 3 dimensions");
     Tree t{tree_mask(key_begin, key_end, query_index, block_start, query_position, key_position, window), {}, nullptr, 0};
     const int64_t heads = q.size(1), kv_heads = k.size(1);
-    t.shape = {prefix, heads, kv_heads, q.size(2), static_cast<float>(scale)};
+    t.shape = {prefix, heads, kv_heads, q.size(2), static_cast<float>(scale), static_cast<float>(softcap)};
     TORCH_CHECK(kv_heads > 0 && heads % kv_heads == 0, heads, " query heads cannot share ", kv_heads, " key heads");
     TORCH_CHECK(0 <= prefix && prefix <= t.mask.keys, "prefix is ", prefix, ", but there are ", t.mask.keys, " keys");
     t.schedule = indices(schedule, "schedule", schedule.numel());
@@ -339,10 +356,11 @@ float* workspace(const Tensor& x, int64_t nbytes) {
 void tree_attention(
     const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& key_begin, const Tensor& key_end,
     const Tensor& query_index, const Tensor& block_start, const Tensor& schedule, int64_t prefix,
-    const Optional& query_position, const Optional& key_position, int64_t window, double scale, Tensor out, Tensor lse,
-    Tensor memory) {
+    const Optional& query_position, const Optional& key_position, int64_t window, double scale, double softcap, Tensor out,
+    Tensor lse, Tensor memory) {
     const Tree t = tree(
-        q, k, key_begin, key_end, query_index, block_start, schedule, prefix, query_position, key_position, window, scale);
+        q, k, key_begin, key_end, query_index, block_start, schedule, prefix, query_position, key_position, window, scale,
+        softcap);
     const int64_t n = t.mask.queries, s = t.mask.keys, h = t.shape.heads, g = t.shape.kv_heads, size = t.shape.head_dim;
     const int64_t nbytes = tree_attention_bytes(s, g, size, t.rows);
     with_type_of(q, "q", [&](auto type) {
@@ -358,9 +376,10 @@ void tree_attention_backward(
     const Tensor& d_out, const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& out, const Tensor& lse,
     const Tensor& key_begin, const Tensor& key_end, const Tensor& query_index, const Tensor& block_start,
     const Tensor& schedule, int64_t prefix, const Optional& query_position, const Optional& key_position, int64_t window,
-    double scale, Optional dq, Optional dk, Optional dv, Tensor memory) {
+    double scale, double softcap, Optional dq, Optional dk, Optional dv, Tensor memory) {
     const Tree t = tree(
-        q, k, key_begin, key_end, query_index, block_start, schedule, prefix, query_position, key_position, window, scale);
+        q, k, key_begin, key_end, query_index, block_start, schedule, prefix, query_position, key_position, window, scale,
+        softcap);
     TORCH_CHECK(dk.has_value() == dv.has_value(), "dk and dv are computed together");
     const int64_t n = t.mask.queries, s = t.mask.keys, h = t.shape.heads, g = t.shape.kv_heads, size = t.shape.head_dim;
     const int64_t nbytes = tree_attention_backward_bytes(s, g, size, t.rows, dq.has_value(), dk.has_value());
@@ -408,7 +427,8 @@ TORCH_LIBRARY(embedgrad, m) {
     m.def("swiglu(Tensor gate_up, Tensor(a!) out, bool gelu) -> ()");
     m.def("swiglu_backward(Tensor da, Tensor gate_up, Tensor(a!) out, bool gelu) -> ()");
     m.def(
-        "softmax_loss(Tensor(a!) z, Tensor targets, Tensor? weights, Tensor(b!) nll, Tensor(c!) predicted) -> ()");
+        "softmax_loss(Tensor(a!) z, Tensor targets, Tensor? weights, float softcap, Tensor(b!) nll, "
+        "Tensor(c!) predicted) -> ()");
     m.def("embed(Tensor rows, Tensor? table, Tensor ids, Tensor prompt_rows, Tensor(a!) out) -> ()");
     m.def("embed_backward(Tensor dx, Tensor prompt_rows, Tensor(a!) grad) -> ()");
     m.def(
@@ -425,11 +445,11 @@ TORCH_LIBRARY(embedgrad, m) {
     m.def(
         "tree_attention(Tensor q, Tensor k, Tensor v, Tensor key_begin, Tensor key_end, Tensor query_index, "
         "Tensor block_start, Tensor schedule, int prefix, Tensor? query_position, Tensor? key_position, int window, "
-        "float scale, Tensor(a!) out, Tensor(b!) lse, Tensor(c!) workspace) -> ()");
+        "float scale, float softcap, Tensor(a!) out, Tensor(b!) lse, Tensor(c!) workspace) -> ()");
     m.def(
         "tree_attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor o, Tensor lse, Tensor key_begin, "
         "Tensor key_end, Tensor query_index, Tensor block_start, Tensor schedule, int prefix, Tensor? query_position, "
-        "Tensor? key_position, int window, float scale, Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv, "
+        "Tensor? key_position, int window, float scale, float softcap, Tensor(a!)? dq, Tensor(b!)? dk, Tensor(c!)? dv, "
         "Tensor(d!) workspace) -> ()");
 }
 

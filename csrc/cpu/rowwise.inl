@@ -17,9 +17,9 @@ EMBEDGRAD_INLINE void put(T* p, Vec x, int64_t count) {
         store(p, x, count);
 }
 
-template <int R, bool NON_TEMPORAL, typename T>
+template <int R, bool NON_TEMPORAL, typename T, typename W>
 EMBEDGRAD_INLINE void scaled_at(
-    const T* x, int64_t x_stride, const float (&by)[R], const T* w, T* out, int64_t out_stride, int64_t count) {
+    const T* x, int64_t x_stride, const float (&by)[R], const W* w, T* out, int64_t out_stride, int64_t count) {
     const Vec weight = load(w, count);
 #pragma GCC unroll 4
     for (int r = 0; r < R; ++r)
@@ -29,9 +29,9 @@ EMBEDGRAD_INLINE void scaled_at(
 // The norms of R rows from x on. Rows end before the hardware prefetcher has detected a stream. So lines of `out` are
 // prefetched while the squares are summed, and, where R more rows come `next`, their lines of x while results are
 // stored.
-template <int R, bool NON_TEMPORAL = false, typename T>
+template <int R, bool NON_TEMPORAL = false, typename T, typename W>
 static void rms_norm_block(
-    const T* x, int64_t x_stride, const T* w, float eps, T* out, int64_t out_stride, int64_t d, bool next = false) {
+    const T* x, int64_t x_stride, const W* w, float eps, T* out, int64_t out_stride, int64_t d, bool next = false) {
     Vec squares[R][2] = {};
     int64_t i = 0;
     for (; i + 2 * VL <= d; i += 2 * VL)
@@ -64,8 +64,8 @@ static inline void rms_norm_row(const float* x, const float* w, float eps, float
     rms_norm_block<1>(x, 0, w, eps, out, 0, d);
 }
 
-template <bool NON_TEMPORAL, typename T>
-static void rms_norm_rows(Rows<T> x, const T* w, float eps, Rows<T> out, int64_t begin, int64_t end, int64_t d) {
+template <bool NON_TEMPORAL, typename T, typename W>
+static void rms_norm_rows(Rows<T> x, const W* w, float eps, Rows<T> out, int64_t begin, int64_t end, int64_t d) {
     int64_t t = begin;
     for (; t < end; t += t + 4 <= end ? 4 : 1)
         if (t + 4 <= end)
@@ -75,9 +75,9 @@ static void rms_norm_rows(Rows<T> x, const T* w, float eps, Rows<T> out, int64_t
     if (NON_TEMPORAL) stream_fence();
 }
 
-template <int R, typename T>
+template <int R, typename T, typename W>
 EMBEDGRAD_INLINE void norm_sums_at(
-    const T* dy, int64_t dy_stride, const T* x, int64_t x_stride, const T* w, int64_t count, Vec (&along)[R],
+    const T* dy, int64_t dy_stride, const T* x, int64_t x_stride, const W* w, int64_t count, Vec (&along)[R],
     Vec (&squares)[R]) {
     const Vec weight = load(w, count);
 #pragma GCC unroll 4
@@ -88,9 +88,9 @@ EMBEDGRAD_INLINE void norm_sums_at(
     }
 }
 
-template <int R, typename T>
+template <int R, typename T, typename W>
 EMBEDGRAD_INLINE void norm_gradient_at(
-    const T* dy, int64_t dy_stride, const T* x, int64_t x_stride, const T* w, const float (&by)[R],
+    const T* dy, int64_t dy_stride, const T* x, int64_t x_stride, const W* w, const float (&by)[R],
     const float (&back)[R], T* dx, int64_t dx_stride, int64_t count) {
     const Vec weight = load(w, count);
 #pragma GCC unroll 4
@@ -100,9 +100,9 @@ EMBEDGRAD_INLINE void norm_gradient_at(
     }
 }
 
-template <int R, typename T>
+template <int R, typename T, typename W>
 static void rms_norm_backward_block(
-    const T* dy, int64_t dy_stride, const T* x, int64_t x_stride, const T* w, float eps, T* dx, int64_t dx_stride,
+    const T* dy, int64_t dy_stride, const T* x, int64_t x_stride, const W* w, float eps, T* dx, int64_t dx_stride,
     int64_t d, bool next = false) {
     Vec along[R] = {}, squares[R] = {};
     float by[R], back[R];
@@ -127,9 +127,9 @@ static void rms_norm_backward_block(
     if (i < d) norm_gradient_at<R>(dy + i, dy_stride, x + i, x_stride, w + i, by, back, dx + i, dx_stride, d - i);
 }
 
-template <typename T>
+template <typename T, typename W>
 static void rms_norm_backward_rows(
-    Rows<T> dy, Rows<T> x, const T* w, float eps, Rows<T> dx, int64_t begin, int64_t end, int64_t d) {
+    Rows<T> dy, Rows<T> x, const W* w, float eps, Rows<T> dx, int64_t begin, int64_t end, int64_t d) {
     int64_t t = begin;
     for (; t + 4 <= end; t += 4)
         rms_norm_backward_block<4>(dy.at(t), dy.stride, x.at(t), x.stride, w, eps, dx.at(t), dx.stride, d, t + 8 <= end);
@@ -154,49 +154,49 @@ static inline void rotate(T* x, const T* cos, const T* sin, int64_t heads, int64
     if (i < half) rotate_at(x + i, cos + i, sin + i, heads, half, sign, half - i);
 }
 
-template <typename T>
-static void rope_row(T* x, const T* cos, const T* sin, const HeadNorms<T>& norms, int64_t heads, int64_t half) {
+template <typename T, typename W>
+static void rope_row(T* x, const T* cos, const T* sin, const HeadNorms<W>& norms, int64_t heads, int64_t half) {
     for (int64_t h = 0; h < heads; ++h) {
-        const T* weight = h < norms.q_heads ? norms.q : norms.k;
+        const W* weight = h < norms.q_heads ? norms.q : norms.k;
         T* head = x + h * 2 * half;
-        if (weight) rms_norm_block<1, false, T>(head, 0, weight, norms.eps, head, 0, 2 * half);
+        if (weight) rms_norm_block<1, false>(head, 0, weight, norms.eps, head, 0, 2 * half);
     }
     rotate(x, cos, sin, heads, half, 1.0f);
 }
 
-template <typename T>
+template <typename T, typename W>
 static void rope_rows(
-    Rows<T> x, const T* cos, const T* sin, const HeadNorms<T>& norms, int64_t begin, int64_t end, int64_t heads,
+    Rows<T> x, const T* cos, const T* sin, const HeadNorms<W>& norms, int64_t begin, int64_t end, int64_t heads,
     int64_t half) {
     constexpr int64_t line = 64 / sizeof(T);
     for (int64_t t = begin; t < end; ++t) {
         if (t + 1 < end)  // the hardware prefetcher does not predict the order in which a row is read
             for (int64_t c = 0; c < 2 * half * heads; c += line) __builtin_prefetch(x.at(t + 1) + c, 1);
-        rope_row<T>(x.at(t), cos + t * half, sin + t * half, norms, heads, half);
+        rope_row(x.at(t), cos + t * half, sin + t * half, norms, heads, half);
     }
 }
 
-template <typename T>
-EMBEDGRAD_INLINE void head_gradient_at(T* dx, const T* x, const T* w, float by, float back, int64_t count) {
+template <typename T, typename W>
+EMBEDGRAD_INLINE void head_gradient_at(T* dx, const T* x, const W* w, float by, float back, int64_t count) {
     store(dx, load(dx, count) * load(w, count) * by - load(x, count) * back, count);
 }
 
 // In place: dx becomes the gradient with respect to the input of one head's norm.
-template <typename T>
-static void head_norm_backward(T* dx, const T* x, const T* w, float eps, int64_t size) {
+template <typename T, typename W>
+static void head_norm_backward(T* dx, const T* x, const W* w, float eps, int64_t size) {
     Vec along[1] = {}, squares[1] = {};
     int64_t i = 0;
-    for (; i + VL <= size; i += VL) norm_sums_at<1, T>(dx + i, 0, x + i, 0, w + i, VL, along, squares);
-    if (i < size) norm_sums_at<1, T>(dx + i, 0, x + i, 0, w + i, size - i, along, squares);
+    for (; i + VL <= size; i += VL) norm_sums_at<1>(dx + i, 0, x + i, 0, w + i, VL, along, squares);
+    if (i < size) norm_sums_at<1>(dx + i, 0, x + i, 0, w + i, size - i, along, squares);
     const float by = inverse_rms(sum(squares[0]), eps, size);
     const float back = sum(along[0]) / static_cast<float>(size) * by * by * by;
     for (i = 0; i + VL <= size; i += VL) head_gradient_at(dx + i, x + i, w + i, by, back, VL);
     if (i < size) head_gradient_at(dx + i, x + i, w + i, by, back, size - i);
 }
 
-template <typename T>
+template <typename T, typename W>
 static void rope_backward_rows(
-    Rows<T> dx, Rows<T> raw, const T* cos, const T* sin, const HeadNorms<T>& norms, int64_t begin, int64_t end,
+    Rows<T> dx, Rows<T> raw, const T* cos, const T* sin, const HeadNorms<W>& norms, int64_t begin, int64_t end,
     int64_t heads, int64_t half) {
     constexpr int64_t line = 64 / sizeof(T);
     for (int64_t t = begin; t < end; ++t) {
@@ -204,7 +204,7 @@ static void rope_backward_rows(
             for (int64_t c = 0; c < 2 * half * heads; c += line) __builtin_prefetch(dx.at(t + 1) + c, 1);
         rotate(dx.at(t), cos + t * half, sin + t * half, heads, half, -1.0f);
         for (int64_t h = 0; h < heads; ++h) {
-            const T* weight = h < norms.q_heads ? norms.q : norms.k;
+            const W* weight = h < norms.q_heads ? norms.q : norms.k;
             const int64_t at = h * 2 * half;
             if (weight) head_norm_backward(dx.at(t) + at, raw.at(t) + at, weight, norms.eps, 2 * half);
         }

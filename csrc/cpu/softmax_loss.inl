@@ -53,14 +53,31 @@ static double mass_of(float* z, int64_t n, float top) {
     return mass;
 }
 
-static void softmax_loss_row(float* z, int64_t n, int64_t target, const float* weight, float& nll, int64_t& predicted) {
+// In place: capped logits z become scale · exp(z − top) times the slope of the cap.
+static void capped_gradient(float* z, int64_t n, float top, float scale, float softcap) {
+    for (int64_t i = 0; i < n; i += VL) {
+        const Vec capped = load(z + i, n - i);
+        store(z + i, exp(capped - top) * scale * cap_slope(capped, softcap), n - i);
+    }
+}
+
+static void softmax_loss_row(
+    float* z, int64_t n, int64_t target, const float* weight, float softcap, float& nll, int64_t& predicted) {
+    if (softcap) soften(z, softcap, n);
     const float top = largest(z, n), wanted = target < 0 ? 0.0f : z[target];
     predicted = first_of(z, n, top);
     if (predicted == n) predicted = 0;  // every logit is NaN, and so is the loss
-    const double mass = weight ? mass_of<true>(z, n, top) : mass_of<false>(z, n, top);
+    const double mass = weight && !softcap ? mass_of<true>(z, n, top) : mass_of<false>(z, n, top);
     nll = target < 0 ? 0.0f : static_cast<float>(std::log(mass) - (wanted - top));
     if (!weight) return;
     const float scale = target < 0 ? 0.0f : static_cast<float>(*weight / mass);
+    if (softcap) {
+        capped_gradient(z, n, top, scale, softcap);
+        if (target < 0) return;
+        const Vec capped = broadcast(wanted), surplus = exp(capped - top) * scale - *weight;
+        z[target] = (surplus * cap_slope(capped, softcap))[0];  // one product behind the difference, which may cancel
+        return;
+    }
     int64_t i = 0;
     for (; i + VL <= n; i += VL) store(z + i, load(z + i) * scale);
     if (i < n) store(z + i, load(z + i, n - i) * scale, n - i);

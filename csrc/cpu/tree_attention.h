@@ -6,6 +6,8 @@
 //     P = exp(scale · q kᵀ − lse)    dV = Pᵀ do      dS = P ⊙ (do Vᵀ − D)    D = Σ do ⊙ o
 //     dq = scale · dS k              dk = scale · dSᵀ q                      (summed over the key's query heads)
 //
+// With a softcap, c · tanh(scale · q kᵀ / c) takes the place of scale · q kᵀ, and dS has its slope as a factor.
+//
 // The query heads of a key/value head are rows of one block, so each key is read once for all of them. Keys lie in
 // panels: kPanel keys, transposed to [head_dim, kPanel], so that every product is `broadcast a number, multiply a
 // vector, add`. A panel is multiplied with the queries of a block that see at least one of its keys; where some of
@@ -49,6 +51,7 @@ struct TreeShape {
     int64_t prefix;                     // the first keys, which have no gradient
     int64_t heads, kv_heads, head_dim;  // heads: of q
     float scale;
+    float softcap = 0;  // c in c · tanh(s / c) of the scaled scores s; 0: none
 };
 
 // Floats of memory that a call takes on `threads` threads. `rows` is the largest queries · heads per key/value head of

@@ -101,10 +101,20 @@ static void panel_products(
     }
 }
 
+// The softcap, for the queries of each panel that see some key of it.
+static void soften_panels(const Plan& plan, const Block& block, int64_t from, int64_t to, float* s) {
+    for (int64_t i = from; i < to; ++i) {
+        const int64_t per_kv_head = plan.heads_per_kv_head(), end = block.seen[i].to * per_kv_head;
+        for (int64_t r = block.seen[i].from * per_kv_head; r < end; ++r)
+            soften(s + r * kChunk * kPanel + (i - from) * kPanel, plan.shape.softcap, kPanel);
+    }
+}
+
 // Scores of the block against its panels [from, to).
 static void scores(
     const Plan& plan, const Block& block, const float* q, const float* k_panels, int64_t from, int64_t to, float* s) {
     panel_products(plan, block, q, k_panels, from, to, s);
+    if (plan.shape.softcap) soften_panels(plan, block, from, to, s);
     for (int64_t i = from; i < to; ++i) hide(plan, block, i, s + (i - from) * kPanel);
 }
 
@@ -248,11 +258,15 @@ static void backward_block(
             float *p_row = p + r * s_stride, *ds_row = ds + r * s_stride;
             clear_outside(p_row, span, width);
             clear_outside(ds_row, span, width);
+            const float softcap = plan.shape.softcap, minus = softcap ? 0.0f : delta[r];
+            if (softcap)  // before the scores become weights; a hidden score's slope is of no weight
+                for (int64_t j = span.from; j < span.to; j += VL)
+                    store(ds_row + j, (load(ds_row + j) - delta[r]) * cap_slope(load(p_row + j), softcap));
             Vec unused = {};
             exponentials(p_row, span, normaliser[r], unused);
             for (int64_t j = span.from; j < span.to; j += VL) {
                 const Vec seen = load(p_row + j);
-                store(ds_row + j, seen == 0.0f ? Vec{} : seen * (load(ds_row + j) - delta[r]));
+                store(ds_row + j, seen == 0.0f ? Vec{} : seen * (load(ds_row + j) - minus));
             }
         }
         if (dv_sum)

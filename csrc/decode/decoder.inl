@@ -124,10 +124,10 @@ static inline void add_values(
             for (int h = 0; h < H; ++h) out[h * d + c] += p[h][first_key + j] * v[j * v_stride + c];
 }
 
-// out = softmax(scale · q kᵀ) v for H query heads of one kv head; q, out [H, d]. The keys are those of slices[0], then
+// out = softmax(scores) v with scores scale · q kᵀ, or softcap · tanh of them / softcap where it is not 0, for H query heads of one kv head; q, out [H, d]. The keys are those of slices[0], then
 // those of slices[1]; at least one is visible, the token's own.
 template <int H>
-static void attend(const float* q, float scale, const KeySlice* slices, int64_t d, float* out) {
+static void attend(const float* q, float scale, float softcap, const KeySlice* slices, int64_t d, float* out) {
     float p[H][kScores], top[H], mass[H];
     for (int h = 0; h < H; ++h) top[h] = -std::numeric_limits<float>::infinity(), mass[h] = 0;
     for (int64_t i = 0; i < H * d; ++i) out[i] = 0;
@@ -150,6 +150,8 @@ static void attend(const float* q, float scale, const KeySlice* slices, int64_t 
 #endif
             score_key<H>(q, scale, k, d, p, j++);
         }
+        if (softcap)
+            for (int h = 0; h < H; ++h) soften(p[h], softcap, count);
         for (int h = 0; h < H; ++h) {
             for (int64_t j = count; j % VL; ++j) p[h][j] = -std::numeric_limits<float>::infinity();
             Vec most = load(p[h]);
@@ -176,19 +178,24 @@ static void attend(const float* q, float scale, const KeySlice* slices, int64_t 
         for (int64_t c = 0; c < d; ++c) out[h * d + c] /= mass[h];
 }
 
-static void attend_heads(const float* q, float scale, const KeySlice* slices, int64_t d, int64_t heads, float* out) {
+static void attend_heads(
+    const float* q, float scale, float softcap, const KeySlice* slices, int64_t d, int64_t heads, float* out) {
     int64_t h = 0;
-    for (; h + 4 <= heads; h += 4) attend<4>(q + h * d, scale, slices, d, out + h * d);
+    for (; h + 4 <= heads; h += 4) attend<4>(q + h * d, scale, softcap, slices, d, out + h * d);
     switch (heads - h) {
-        case 3: return attend<3>(q + h * d, scale, slices, d, out + h * d);
-        case 2: return attend<2>(q + h * d, scale, slices, d, out + h * d);
-        case 1: return attend<1>(q + h * d, scale, slices, d, out + h * d);
+        case 3: return attend<3>(q + h * d, scale, softcap, slices, d, out + h * d);
+        case 2: return attend<2>(q + h * d, scale, softcap, slices, d, out + h * d);
+        case 1: return attend<1>(q + h * d, scale, softcap, slices, d, out + h * d);
         default: return;
     }
+}
+
+static void gate_row(bool gelu, const float* gate, const float* up, float* out, int64_t width) {
+    gelu ? swiglu_row<false, Gelu>(gate, up, out, width) : swiglu_row<false, Silu>(gate, up, out, width);
 }
 
 // Norms (unless `weight` is null) and rotates `count` heads in place.
 static void rotate_heads(
     float* x, const float* cos, const float* sin, const float* weight, float eps, int64_t count, int64_t half) {
-    rope_row(x, cos, sin, {weight, weight, 0, eps}, count, half);
+    rope_row(x, cos, sin, HeadNorms<float>{weight, weight, 0, eps}, count, half);
 }

@@ -1,8 +1,7 @@
 """The native backend: the project's own C++ (csrc/), for models on CPUs.
 
 Numbers are stored in float32 or bfloat16 and summed in float32. The reference backend does what csrc/ does not:
-float64 and float16 tensors, a softcap, float32 norms of bfloat16 rows, rows that are not contiguous, and the ops that
-are mostly a call into BLAS.
+float64 and float16 tensors, rows that are not contiguous, and the ops that are mostly a call into BLAS.
 Importing this raises ImportError where csrc/ was not built or does not fit the installed torch.
 """
 
@@ -87,6 +86,11 @@ def _fits(*tensors: Tensor | None) -> bool:
     return True
 
 
+def _norms_fit(x: Tensor, *norms: Tensor | None) -> bool:
+    """Whether csrc/ takes weights of norms [d] for rows like x: in float32, or in the rows' own type."""
+    return _fits(*norms) and all(norm is None or norm.dtype in (x.dtype, torch.float32) for norm in norms)
+
+
 def _workspace(workspace: Tensor | None, nbytes: int) -> Tensor:
     return torch.empty(nbytes, dtype=torch.uint8) if workspace is None else workspace
 
@@ -97,13 +101,13 @@ class Native(Reference):
     name = "native"
 
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float, *, out: Tensor) -> Tensor:
-        if not _fits(x, weight, out):
+        if not _fits(x, out) or not _norms_fit(x, weight):
             return super().rms_norm(x, weight, eps, out=out)
         _ops.rms_norm(x, weight, eps, out)
         return out
 
     def rms_norm_backward(self, dy: Tensor, x: Tensor, weight: Tensor, eps: float, *, dx: Tensor) -> Tensor:
-        if not _fits(dy, x, weight, dx):
+        if not _fits(dy, x, dx) or not _norms_fit(x, weight):
             return super().rms_norm_backward(dy, x, weight, eps, dx=dx)
         _ops.rms_norm_backward(dy, x, weight, eps, dx)
         return dx
@@ -119,7 +123,7 @@ class Native(Reference):
         k_norm: Tensor | None = None,
         eps: float = 0.0,
     ) -> Tensor:
-        if not _fits(qkv, cos, sin, q_norm, k_norm):
+        if not _fits(qkv, cos, sin) or not _norms_fit(qkv, q_norm, k_norm):
             return super().rope(qkv, cos, sin, heads, q_norm=q_norm, k_norm=k_norm, eps=eps)
         _ops.rope(qkv, cos.contiguous(), sin.contiguous(), *heads, q_norm, k_norm, eps)
         return qkv
@@ -136,7 +140,7 @@ class Native(Reference):
         k_norm: Tensor | None = None,
         eps: float = 0.0,
     ) -> Tensor:
-        if not _fits(dqkv, qkv_raw, cos, sin, q_norm, k_norm):
+        if not _fits(dqkv, qkv_raw, cos, sin) or not _norms_fit(dqkv, q_norm, k_norm):
             return super().rope_backward(dqkv, qkv_raw, cos, sin, heads, q_norm=q_norm, k_norm=k_norm, eps=eps)
         _ops.rope_backward(dqkv, qkv_raw, cos.contiguous(), sin.contiguous(), *heads, q_norm, k_norm, eps)
         return dqkv
@@ -171,10 +175,11 @@ class Native(Reference):
         workspace: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         fits = _heads_fit(q, k, v, out) and lse.dtype == torch.float32 and lse.is_contiguous()
-        if softcap is not None or not fits:
+        if not fits:
             return super().tree_attention(q, k, v, mask, scale=scale, softcap=softcap, out=out, lse=lse)
         memory = _workspace(workspace, self.tree_attention_bytes(*_sizes(q, k)))
-        _ops.tree_attention(q, k, v, *_schedule(mask, q.shape[1] // k.shape[1]), scale, out, lse, memory)
+        schedule = _schedule(mask, q.shape[1] // k.shape[1])
+        _ops.tree_attention(q, k, v, *schedule, scale, softcap or 0.0, out, lse, memory)
         return out, lse
 
     def tree_attention_backward_bytes(
@@ -202,14 +207,15 @@ class Native(Reference):
         workspace: Tensor | None = None,
     ) -> None:
         fits = _heads_fit(do, q, k, v, o, dq, dk, dv) and lse.dtype == torch.float32 and lse.is_contiguous()
-        if softcap is not None or not fits or (dk is None) != (dv is None):
+        if not fits or (dk is None) != (dv is None):
             super().tree_attention_backward(
                 do, q, k, v, o, lse, mask, scale=scale, softcap=softcap, dq=dq, dk=dk, dv=dv
             )
             return
         needed = self.tree_attention_backward_bytes(*_sizes(q, k), dq=dq is not None, dkv=dk is not None)
         schedule = _schedule(mask, q.shape[1] // k.shape[1])
-        _ops.tree_attention_backward(do, q, k, v, o, lse, *schedule, scale, dq, dk, dv, _workspace(workspace, needed))
+        scores = scale, softcap or 0.0
+        _ops.tree_attention_backward(do, q, k, v, o, lse, *schedule, *scores, dq, dk, dv, _workspace(workspace, needed))
 
     def embed(self, rows: Tensor, table: Any, ids: Tensor, prompt_rows: Tensor, *, out: Tensor) -> Tensor:
         if not _fits(out) or not _fits(rows):
@@ -245,14 +251,15 @@ class Native(Reference):
         logit_bytes: int | None = None,
         workspace: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        if softcap is not None or not _fits(h, dh) or weights.dtype != torch.float32:
+        if not _fits(h, dh) or weights.dtype != torch.float32:
             return super().linear_cross_entropy(
                 h, head, targets, weights, softcap=softcap, dh=dh, logit_bytes=logit_bytes
             )
         nll, predicted = torch.empty(len(h)), torch.empty(len(h), dtype=torch.int64)
         targets, weights = targets.contiguous(), weights.contiguous()
         for rows, z in logit_blocks(h, head, workspace, LOGIT_BYTES if logit_bytes is None else logit_bytes):
-            _ops.softmax_loss(z, targets[rows], None if dh is None else weights[rows], nll[rows], predicted[rows])
+            wanted = targets[rows], None if dh is None else weights[rows]
+            _ops.softmax_loss(z, *wanted, softcap or 0.0, nll[rows], predicted[rows])
             if dh is not None:
                 head.backward(z, out=dh[rows])
         return nll, predicted

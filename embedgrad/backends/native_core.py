@@ -51,9 +51,11 @@ class LayerSpec(ctypes.Structure):
     """One block (decode/decoder.h)."""
 
     _fields_ = [
-        *((name, c_void_p) for name in ("attention_norm", "mlp_norm", "q_norm", "k_norm")),
+        *((name, c_void_p) for name in ("attention_norm", "attention_post_norm", "mlp_norm", "mlp_post_norm")),
+        *((name, c_void_p) for name in ("q_norm", "k_norm")),
         *((name, Matrix) for name in ("qkv", "out", "gate_up", "down")),
         ("window", c_int64),
+        ("rotation", c_int32),
     ]
 
 
@@ -65,8 +67,9 @@ class DecoderSpec(ctypes.Structure):
             (name, c_int32)
             for name in ("num_layers", "hidden", "intermediate", "heads", "kv_heads", "head_dim", "vocabulary")
         ),
-        ("eps", c_float),
-        ("scale", c_float),
+        *((name, c_int32) for name in ("gelu", "wide_qk_norm")),
+        *((name, c_float) for name in ("eps", "scale", "embedding_scale", "residual_scale")),
+        *((name, c_float) for name in ("attention_softcap", "logit_softcap")),
         ("layers", ctypes.POINTER(LayerSpec)),
         ("final_norm", c_void_p),
         ("embedding", Matrix),
@@ -83,6 +86,7 @@ class Cache(ctypes.Structure):
         *((name, c_int64) for name in ("prefix_length", "slots", "capacity")),
         ("cos", c_void_p),
         ("sin", c_void_p),
+        ("rotary_positions", c_int64),
     ]
 
 

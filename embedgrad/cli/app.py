@@ -33,6 +33,7 @@ DType = Annotated[str | None, typer.Option(help="Compute type: float32, float64,
 Weights = Annotated[str, typer.Option(help="Form of the matrices: auto, compute, stored, fp32, bf16, int8, int4.")]
 Backend = Annotated[str, typer.Option(help="The kernels: auto, or a backend that `doctor` lists.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, ...")]
+LongContext = Annotated[bool, typer.Option("--long-context", help="LongRoPE's rotations for long texts (Phi).")]
 QueryField = Annotated[str, typer.Option(help="Field of the JSON lines that holds the query.")]
 ConfigFile = Annotated[Path, typer.Argument(help="Configuration file (YAML).")]
 Sets = Annotated[
@@ -274,6 +275,7 @@ def generate(
     weights: Weights = "auto",
     backend: Backend = "auto",
     device: Device = "auto",
+    long_context: LongContext = False,
     json: Json = False,
 ) -> None:
     """Answer queries with a prompt. They come from --query, a file, stdin or a conversation at the terminal."""
@@ -286,7 +288,7 @@ def generate(
         **({} if max_new_tokens is None else {"max_new_tokens": max_new_tokens}),
     }  # fmt: skip
     options = Options(query or [], input, output, query_field, batch_size, json, sampling)
-    run(lambda: _model(model, dtype, backend, device, weights), prompt, options)
+    run(lambda: _model(model, dtype, backend, device, weights, long_context), prompt, options)
 
 
 @app.command()
@@ -369,6 +371,7 @@ def serve(
     backend: Backend = "auto",
     device: Device = "auto",
     weights: Weights = "auto",
+    long_context: LongContext = False,
 ) -> None:
     """Serve prompts, and the model without one, to clients of the OpenAI API."""
     from embedgrad.cli.commands.serve import run
@@ -377,7 +380,7 @@ def serve(
         "host": host, "port": port, "slots": slots, "context": context, "max_tokens": max_tokens,
         "max_waiting": max_waiting, "max_body": max_body,
     }  # fmt: skip
-    open_model = lambda: _model(model, dtype, backend, device, weights)  # noqa: E731
+    open_model = lambda: _model(model, dtype, backend, device, weights, long_context)  # noqa: E731
     run(open_model, prompts or [], name or (), bare_name, api_key or (), options)
 
 
@@ -403,11 +406,11 @@ def doctor(
 
 
 def _model(  # type: ignore[no-untyped-def]
-    path: str, dtype: str | None, backend: str, device: str, weights: str = "auto"
+    path: str, dtype: str | None, backend: str, device: str, weights: str = "auto", long_context: bool = False
 ):
     from embedgrad.cli.commands.shared import open_model
 
-    return open_model(path, dtype, backend, device, weights)
+    return open_model(path, dtype, backend, device, weights, long_context=long_context)
 
 
 def _one_line(message: Warning | str, *_: object, **__: object) -> None:

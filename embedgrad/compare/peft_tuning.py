@@ -41,7 +41,8 @@ def tune(
         twin, peft.PromptTuningConfig(task_type=peft.TaskType.CAUSAL_LM, num_virtual_tokens=count)
     )
     weight = tuned.get_parameter("prompt_encoder.default.embedding.weight")
-    weight.data = prompt.embeddings.to(weight.dtype).clone()
+    scale = model.config.input_scale  # PEFT's rows stand behind the embedding module, which scales them in Gemma
+    weight.data = prompt.embeddings.to(weight.dtype) * scale
     optimiser = torch.optim.AdamW(
         [weight], lr=config.learning_rate, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay
     )
@@ -62,13 +63,13 @@ def tune(
         optimiser.step()
         seen += sum(len(sequence.ids) for sequence in batch)
         if validation and ((step + 1) % interval == 0 or step + 1 == total):
-            now = prompt.replace(embeddings=weight.detach().float().clone())
+            now = prompt.replace(embeddings=weight.detach().float() / scale)
             found = _measured(model, now, validation)
             validated += 1
             if _rank(found) > _rank(after):
                 best, best_step, after = now, step + 1, found
     if not validation:
-        best, best_step = prompt.replace(embeddings=weight.detach().float().clone()), total
+        best, best_step = prompt.replace(embeddings=weight.detach().float() / scale), total
     watched = (validated + bool(validation)) * sum(len(render(model, prompt, e).ids) for e in validation)
     return best, {
         "forward_tokens": seen + watched,

@@ -5,29 +5,40 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from embedgrad.engine.model import Model
-from embedgrad.util.errors import ConfigError
-
-FAMILIES = ("llama", "qwen2")
+from embedgrad.exports.hf_config import model_fields
+from embedgrad.model.config import ModelConfig
+from embedgrad.model.rope import rotary_order
+from embedgrad.model.weights import LayerWeights
+from embedgrad.util.errors import ConfigError, ExportError
 
 
 def no_twin(model: Model) -> str | None:
     """Why `model` cannot have a transformers twin, in one sentence; None where it can."""
-    c = model.config
-    if c.family not in FAMILIES or c.rope.kind != "default":
-        return (
-            f"a transformers twin is made of {' and '.join(FAMILIES)} with plain rotations only, not of {model.name}."
-        )
-    if model.device.type != "cpu" or getattr(model.weights.layers[0].out.parts[0], "dtype", None) != torch.float32:
+    try:
+        model_fields(model.config, model.name)
+    except ExportError as error:
+        return f"a transformers twin is made from the model's description, and {error}"
+    weights = model.weights
+    first = weights.layers[0] if isinstance(weights.layers, list) else None
+    matrices = () if first is None else (first.qkv, first.out, first.gate_up, first.down, weights.head)
+    if model.device.type != "cpu" or first is None or not all(map(_is_plain, matrices)):
         return "a transformers twin shares float32 weights on the CPU; load the model with weights=fp32 there."
     return None
 
 
-def transformers_twin(model: Model, attention: str = "eager") -> Any:
-    """A frozen float32 transformers model that shares the weights of `model`, a Llama or Qwen2 with unscaled rotations.
+def _is_plain(matrix: Any) -> bool:
+    return len(matrix.parts) == 1 and getattr(matrix.parts[0], "dtype", None) == torch.float32
 
-    attention: transformers' attention implementation. Raises ConfigError where `no_twin` gives a reason.
+
+def transformers_twin(model: Model, attention: str = "eager") -> Any:
+    """A frozen float32 transformers model with the weights of `model`, which it shares but for norms that are stored
+    in another form.
+
+    attention: transformers' attention implementation; "eager" where the model's class has not got it. Raises
+    ConfigError where `no_twin` gives a reason.
     """
     problem = no_twin(model)
     if problem:
@@ -41,42 +52,74 @@ def twin_sharing(model: Model, attention: str) -> Any:
     It is in that type, and on the model's device.
     """
     import transformers
+    from transformers.initialization import no_init_weights
 
     c = model.config
-    classes = {
-        "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),
-        "qwen2": (transformers.Qwen2Config, transformers.Qwen2ForCausalLM),
-    }
-    config_class, model_class = classes[c.family]
-    config = config_class(
-        vocab_size=c.vocab_size, hidden_size=c.hidden_size, intermediate_size=c.intermediate_size,
-        num_hidden_layers=c.num_layers, num_attention_heads=c.num_heads, num_key_value_heads=c.num_kv_heads,
-        rms_norm_eps=c.rms_eps, rope_parameters={"rope_theta": c.rope.theta, "rope_type": "default"},
-        tie_word_embeddings=c.tied, max_position_embeddings=c.max_position, attn_implementation=attention,
-        pad_token_id=None, bos_token_id=None, eos_token_id=None,
-    )  # fmt: skip
-    with torch.device("meta"):  # no weights are drawn only to be replaced
+    fields = model_fields(c, model.name) | {"bos_token_id": None, "eos_token_id": None}
+    model_class = getattr(transformers, fields.pop("architectures")[0])
+    if not getattr(model_class, f"_supports_{attention}", True):  # classes that cap scores have "eager" only
+        attention = "eager"
+    config = model_class.config_class(**fields, attn_implementation=attention)
+    with no_init_weights():  # memory that is never written takes no room
         twin = model_class(config).eval()
-    twin.model.rotary_emb = type(twin.model.rotary_emb)(config).to(model.device)  # its frequencies are in no state
-    heads = c.num_heads * c.head_dim
-    kv = c.num_kv_heads * c.head_dim
-    state = {"model.embed_tokens.weight": model.weights.embedding, "model.norm.weight": model.weights.final_norm}
-    for i, layer in enumerate(model.weights.layers):
-        at = f"model.layers.{i}."
-        q, k, v = layer.qkv.parts[0].split((heads, kv, kv))
-        gate, up = layer.gate_up.parts[0].chunk(2)
-        state |= {
-            at + "self_attn.q_proj.weight": q, at + "self_attn.k_proj.weight": k, at + "self_attn.v_proj.weight": v,
-            at + "self_attn.o_proj.weight": layer.out.parts[0], at + "mlp.gate_proj.weight": gate,
-            at + "mlp.up_proj.weight": up, at + "mlp.down_proj.weight": layer.down.parts[0],
-            at + "input_layernorm.weight": layer.attention_norm, at + "post_attention_layernorm.weight": layer.mlp_norm,
-        }  # fmt: skip
-        if layer.qkv.bias is not None:
-            bias = zip("qkv", layer.qkv.bias.split((heads, kv, kv)), strict=True)
-            state |= {f"{at}self_attn.{name}_proj.bias": b for name, b in bias}
-    state["lm_head.weight"] = model.weights.head.parts[0]
-    missing, unexpected = twin.load_state_dict(state, strict=False, assign=True)
+    missing, unexpected = twin.load_state_dict(_state(model), strict=False, assign=True)
     assert not unexpected
     assert not missing
     twin.tie_weights()
-    return twin.requires_grad_(False)
+    return twin.to(model.device).requires_grad_(False)
+
+
+def _state(model: Model) -> dict[str, Tensor]:
+    """The weights by transformers' names, in the form in which its checkpoints hold them."""
+    c, weights = model.config, model.weights
+    final = weights.final_norm if c.logit_divisor == 1 else weights.final_norm * c.logit_divisor
+    state = {
+        "model.embed_tokens.weight": weights.embedding,
+        "model.norm.weight": _stored_norm(c, final),
+        "lm_head.weight": weights.head.parts[0],
+    }
+    for index, layer in enumerate(weights.layers):
+        for name, tensor in _layer_state(c, layer).items():
+            state[f"model.layers.{index}.{name}"] = tensor
+    return state
+
+
+def _layer_state(c: ModelConfig, layer: LayerWeights) -> dict[str, Tensor]:
+    kind, widths = c.kind, (c.num_heads * c.head_dim, *(2 * [c.num_kv_heads * c.head_dim]))
+    state: dict[str, Tensor] = {}
+
+    def add(names: tuple[str, ...], sizes: tuple[int, ...], what: str, stacked: Tensor) -> None:
+        parts = [stacked] if len(names) == 1 else stacked.split(sizes)
+        state.update({f"{name}.{what}": part for name, part in zip(names, parts, strict=True)})
+
+    add(kind.qkv, widths, "weight", _turned_back(c, layer.qkv.parts[0]))
+    add(kind.gate_up, (c.intermediate_size,) * 2, "weight", layer.gate_up.parts[0])
+    state |= {"self_attn.o_proj.weight": layer.out.parts[0], "mlp.down_proj.weight": layer.down.parts[0]}
+    if layer.qkv.bias is not None:
+        add(kind.qkv, widths, "bias", _turned_back(c, layer.qkv.bias))
+    if layer.gate_up.bias is not None:
+        add(kind.gate_up, (c.intermediate_size,) * 2, "bias", layer.gate_up.bias)
+    beside = (("self_attn.o_proj", layer.out), ("mlp.down_proj", layer.down))
+    state |= {f"{name}.bias": matrix.bias for name, matrix in beside if matrix.bias is not None}
+    places = (layer.attention_norm, layer.attention_post_norm, layer.mlp_norm, layer.mlp_post_norm)
+    norms = [
+        *zip(kind.norms, places, strict=True),
+        ("self_attn.q_norm", layer.q_norm),
+        ("self_attn.k_norm", layer.k_norm),
+    ]
+    state |= {f"{name}.weight": _stored_norm(c, norm) for name, norm in norms if norm is not None}
+    return state
+
+
+def _stored_norm(c: ModelConfig, weight: Tensor) -> Tensor:
+    return weight - c.norm_offset if c.norm_offset else weight
+
+
+def _turned_back(c: ModelConfig, rows: Tensor) -> Tensor:
+    """Rows of q, k and v in the order of the checkpoint, which `rotary_order` changes where a part of a head turns."""
+    order = rotary_order(c.rope, c.head_dim)
+    if order is None:
+        return rows
+    turned = (c.num_heads + c.num_kv_heads) * c.head_dim
+    heads = rows[:turned].unflatten(0, (-1, c.head_dim))
+    return torch.cat([heads[:, order.argsort().to(rows.device)].flatten(0, 1), rows[turned:]])

@@ -126,6 +126,7 @@ def load_model(
     device: str | torch.device = "auto",
     weights: str = "auto",
     max_device_memory: int | None = None,
+    long_context: bool = False,
 ) -> Model:
     """Open a Hugging Face folder, a .gguf file, or a hub id.
 
@@ -136,6 +137,7 @@ def load_model(
     products is widened to it tile by tile for each. "auto" is "compute" where that takes less than half of the free
     memory, else "stored". max_device_memory: bytes that the weights may take on the device (default, on a GPU: three
     quarters of what is free, where they are larger than that); blocks that do not fit are streamed from host memory.
+    long_context: of a model with LongRoPE, the rotations for texts beyond its original context, for all texts.
 
     Raises ModelError (cannot be read, not supported, NaN or infinity in the weights), BackendError, ConfigError
     (unknown dtype or weights, or a max_device_memory that is too small for two blocks).
@@ -145,7 +147,7 @@ def load_model(
     ops = backends.choose(backend, chosen_device, chosen_dtype)
     if weights not in WEIGHTS:
         raise ConfigError(f"unknown weights {weights!r}; choose one of {', '.join(WEIGHTS)}.")
-    checkpoint = read_checkpoint(resolve(path_or_id))
+    checkpoint = read_checkpoint(resolve(path_or_id), long_context=long_context)
     wide_bytes = sum(torch.Size(shape).numel() for shape in checkpoint.config.shapes().values()) * chosen_dtype.itemsize
     free = available_memory(chosen_device)
     if weights == "auto":

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from embedgrad.backends import native_core
 from embedgrad.backends.native_core import FIRST_QUANTISED, Cache, DecoderSpec, LayerSpec, Matrix
-from embedgrad.engine.packed_pass import rotations
+from embedgrad.engine.packed_pass import rotation_tables
 from embedgrad.model.config import ModelConfig
-from embedgrad.model.families import IN_FRONT, SILU
+from embedgrad.model.families import GELU_TANH
 from embedgrad.model.frozen import FrozenMatrix
 from embedgrad.model.native_matrices import few_rows, native_matrix, readable_matrix
 from embedgrad.model.weights import Weights, as_tensor
@@ -35,17 +35,22 @@ class NativeDecoder:
         self._alive: list[Any] = [weights, matrices]
         layers = (LayerSpec * config.num_layers)()
         for n, layer in enumerate(weights.layers):
-            norms = (layer.attention_norm, layer.mlp_norm, layer.q_norm, layer.k_norm)
-            window = config.windows[n] or 0
-            layers[n] = LayerSpec(*(_address(x) for x in norms), *rest[4 * n : 4 * n + 4], window)
+            norms = (
+                layer.attention_norm, layer.attention_post_norm, layer.mlp_norm, layer.mlp_post_norm,
+                layer.q_norm, layer.k_norm,
+            )  # fmt: skip
+            rotation, window = config.ropes[1][n], config.windows[n] or 0
+            layers[n] = LayerSpec(*(_address(x) for x in norms), *rest[4 * n : 4 * n + 4], window, rotation)
         spec = DecoderSpec(
             config.num_layers, config.hidden_size, config.intermediate_size, config.num_heads, config.num_kv_heads,
-            config.head_dim, config.vocab_size, config.rms_eps, config.scale, layers, _address(weights.final_norm),
+            config.head_dim, config.vocab_size, config.kind.gate == GELU_TANH, config.kind.wide_qk_norm,
+            config.rms_eps, config.scale, config.embedding_scale_in(torch.float32), config.residual_scale,
+            config.attention_softcap or 0.0, config.logit_softcap or 0.0, layers, _address(weights.final_norm),
             embedding, head,
         )  # fmt: skip
         self._alive += [layers, spec]
         self.handle = self._core.embedgrad_decoder_create(ctypes.byref(spec))
-        self._cos = self._sin = torch.empty(0, config.head_dim // 2)
+        self._cos = self._sin = torch.empty(len(config.ropes[0]), 0, config.head_dim // 2)
 
     def __del__(self) -> None:
         if hasattr(self, "handle"):
@@ -55,8 +60,6 @@ class NativeDecoder:
     def of(cls, config: ModelConfig, weights: Weights) -> NativeDecoder | None:
         """For a float32 model on the CPU whose every matrix is stored in a way that csrc/ multiplies by; else None."""
         if not isinstance(weights.layers, list) or config.head_dim % 2:  # streamed layers have no fixed place
-            return None
-        if not served(config):
             return None
         matrices = [readable_matrix([as_tensor(weights.embedding)]), _native(weights.head)]
         for layer in weights.layers:
@@ -72,7 +75,7 @@ class NativeDecoder:
         """Keys and values as csrc/ takes them: prefix [L, 2, S, G, D], own [L, 2, B, C, G, D], contiguous."""
         length, capacity = prefix.shape[2], own.shape[3]
         self._rotations(length + capacity)
-        rotations = self._cos.data_ptr(), self._sin.data_ptr()
+        rotations = self._cos.data_ptr(), self._sin.data_ptr(), self._cos.shape[1]
         return Cache(prefix.data_ptr(), own.data_ptr(), length, own.shape[2], capacity, *rotations)
 
     def advance(
@@ -101,17 +104,10 @@ class NativeDecoder:
         return native_core.LOOP_ENDS[end]
 
     def _rotations(self, positions: int) -> None:
-        if positions > len(self._cos):
+        if positions > self._cos.shape[1]:
             count = -(-positions // GROWTH) * GROWTH
-            cos, sin = rotations(self._config, torch.arange(count), torch.float32)[0]
-            self._cos, self._sin = cos.contiguous(), sin.contiguous()
-
-
-def served(config: ModelConfig) -> bool:
-    """Whether csrc/ has the equations of the family; the others are decoded by the backend's operations."""
-    kind, caps = config.kind, (config.attention_softcap, config.logit_softcap)
-    plain = kind.norms == IN_FRONT and kind.gate == SILU and not kind.wide_qk_norm and caps == (None, None)
-    return plain and config.embedding_scale == config.residual_scale == 1 and len(config.ropes[0]) == 1
+            tables = rotation_tables(self._config, torch.arange(count), torch.float32)
+            self._cos, self._sin = (torch.stack(table) for table in zip(*tables, strict=True))
 
 
 def _native(matrix: FrozenMatrix) -> Matrix | None:

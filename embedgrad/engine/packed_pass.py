@@ -226,13 +226,15 @@ def rotations(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> Rot
 
     Angles are in float32, or in float64 for a float64 model.
     """
+    tables = rotation_tables(config, positions, dtype)
+    return tuple(tables[index] for index in config.ropes[1])
+
+
+def rotation_tables(config: ModelConfig, positions: Tensor, dtype: torch.dtype) -> list[tuple[Tensor, Tensor]]:
+    """The same for each of the different rotations of `config.ropes`."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
-    different, chosen = config.ropes
-    tables = []
-    for rope in different:
-        cos, sin = rotation_table(rope, config.head_dim, positions, wide)
-        tables.append((cos.to(dtype), sin.to(dtype)))
-    return tuple(tables[index] for index in chosen)
+    found = [rotation_table(rope, config.head_dim, positions, wide) for rope in config.ropes[0]]
+    return [(cos.to(dtype), sin.to(dtype)) for cos, sin in found]
 
 
 def host_pass(

@@ -17,7 +17,7 @@ from embedgrad.exports.source import Source
 from embedgrad.model.config import ModelConfig
 from embedgrad.model.families import Family
 from embedgrad.model.fields import read_object
-from embedgrad.model.files.gguf import LONGROPE_DIVISORS, NAMES, ROPE_DIVISORS, UNUSED, StoredTensor
+from embedgrad.model.files.gguf import LONGROPE_DIVISORS, NAMES, ROPE_DIVISORS, StoredTensor
 from embedgrad.model.files.gguf_tokenizer import SPLITS
 from embedgrad.model.rope import RopeConfig, inverse_frequencies, yarn_attention
 from embedgrad.util.errors import ExportError
@@ -42,7 +42,8 @@ def folder_as_gguf(source: Source) -> tuple[dict[str, Any], dict[str, bytes], li
     _check(source)
     tensors = [_tensor(source, name) for name in config.shapes()]
     if config.rope.kind == "longrope":
-        tensors += _longrope(source)
+        both = zip(LONGROPE_DIVISORS, (config.rope.divisors, config.rope.long_divisors), strict=True)
+        tensors += [_stored(name, torch.tensor(values, dtype=torch.float32)) for name, values in both]
     if config.rope.kind in ("llama3", "divisors"):
         plain, scaled = (
             inverse_frequencies(rope, config.head_dim, torch.float64)
@@ -76,6 +77,8 @@ def _check(source: Source) -> None:
             f"context in config.json to the window, or use another target."
         )
     rope = config.rope
+    if rope.kind == "longrope" and not rope.long_divisors:
+        raise ExportError(f"{source.name} has no long_factor, which GGUF files of its architecture hold.")
     usual = RopeConfig(
         rope.theta, "yarn", rope.factor, original_max_position=rope.original_max_position,
         attention_factor=yarn_attention(rope.factor),
@@ -94,7 +97,8 @@ def _check_said(source: Source, fields: dict[str, Typed]) -> None:
     if config.tied:
         shapes.pop("lm_head.weight", None)
     metadata = {key: value.value for key, value in fields.items() if not key.startswith("tokenizer.")}
-    said = ModelConfig.from_gguf(metadata, source.name, shapes, config.rope.divisors if _is_long(config) else ())
+    divisors = (config.rope.divisors, config.rope.long_divisors) if _is_long(config) else ((), ())
+    said = ModelConfig.from_gguf(metadata, source.name, shapes, divisors)
     names = (
         "scale", "embedding_scale", "residual_scale", "logit_divisor", "attention_softcap", "logit_softcap", "windows",
         "unrotated", "num_kv_heads", "head_dim", "qk_norm",
@@ -117,22 +121,10 @@ def _is_long(config: ModelConfig) -> bool:
     return config.rope.kind == "longrope"
 
 
-def _longrope(source: Source) -> list[StoredTensor]:
-    """LongRoPE's two lists of divisors, from config.json."""
-    fields = read_object(source.path / "config.json")
-    given = fields.get("rope_scaling") or fields.get("rope_parameters") or {}
-    long_factors = given.get("long_factor")
-    short_factors = list(source.config.rope.divisors)
-    if not isinstance(long_factors, list) or len(long_factors) != len(short_factors):
-        raise ExportError(f"{source.name} has no long_factor of {len(short_factors)} numbers, which GGUF files hold.")
-    names = (LONGROPE_DIVISORS, short_factors), (UNUSED[0], long_factors)
-    return [_stored(name, torch.tensor(values, dtype=torch.float32)) for name, values in names]
-
-
 def _sizes(config: ModelConfig) -> dict[str, Typed]:
     fields = {
         "block_count": Typed("u32", config.num_layers),
-        "context_length": Typed("u32", config.max_position),
+        "context_length": Typed("u32", config.rope.longest if _is_long(config) else config.max_position),
         "embedding_length": Typed("u32", config.hidden_size),
         "feed_forward_length": Typed("u32", config.intermediate_size),
         "attention.head_count": Typed("u32", config.num_heads),

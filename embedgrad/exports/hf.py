@@ -14,8 +14,6 @@ from embedgrad.exports.hf_weights import convert_weights, copy_weights, link, ro
 from embedgrad.exports.model_card import hf_card
 from embedgrad.exports.source import NamedPrompt, Source
 from embedgrad.exports.vocabulary import Vocabulary
-from embedgrad.model.config import is_composite
-from embedgrad.model.fields import read_object
 from embedgrad.util.errors import ExportError
 
 _LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*")
@@ -24,16 +22,11 @@ _LICENCES = ("LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*", "COPYING*")
 def write_hf(
     source: Source, prompts: Sequence[NamedPrompt], out: Path, *, untie: bool, dtype: torch.dtype
 ) -> tuple[Vocabulary, dict[str, Any]]:
-    """Writes the folder `out`, which exists and is empty.
+    """Writes the folder `out`, which exists and is empty. Of a multimodal model the copy is the text part.
 
     dtype: type of the weights where the model is a GGUF file; a folder's tensors keep theirs. Returns the new
     vocabulary and facts about the copy. Raises ExportError, SaveError.
     """
-    if source.gguf is None and is_composite(read_object(source.path / "config.json")):
-        raise ExportError(
-            f"{source.name} is a multimodal model, of which embedgrad reads the text part; export it as gguf, peft "
-            f"or vllm."
-        )
     words = write_tokenizer(source, prompts, out)
     stored = source.table.dtype if source.gguf is None else dtype
     error = rounding(words.embeddings, stored)
@@ -55,6 +48,8 @@ def write_hf(
         "largest relative rounding error of a prompt row": error,
         "head": "tied" if source.tied and not untie else "untied",
     }
+    if source.is_composite:
+        facts["part of the model"] = "its text part, as a model of its own"
     (out / "README.md").write_text(hf_card(source, prompts, words, facts), encoding="utf-8")
     return words, facts
 

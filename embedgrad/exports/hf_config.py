@@ -12,9 +12,10 @@ import torch
 from embedgrad.exports.said import unsaid
 from embedgrad.exports.source import Source
 from embedgrad.exports.vocabulary import Vocabulary
-from embedgrad.model.config import ModelConfig
+from embedgrad.model.config import ModelConfig, is_composite, text_part
+from embedgrad.model.families import ARCHITECTURES
 from embedgrad.model.fields import read_object
-from embedgrad.model.layer_kinds import FULL, SLIDING
+from embedgrad.model.layer_kinds import window_fields
 from embedgrad.model.rope import RopeConfig, inverse_frequencies
 from embedgrad.util.errors import ExportError
 
@@ -26,7 +27,7 @@ _LLAMA3 = ((8.0, 1.0, 4.0, 8192), (32.0, 1.0, 4.0, 8192))
 def write_configs(source: Source, words: Vocabulary, out: Path, untie: bool, dtype: torch.dtype) -> None:
     """Writes both files. Of a folder's own fields only those change that must."""
     if source.gguf is None:
-        config = read_object(source.path / "config.json")
+        config = _of_text(read_object(source.path / "config.json"))
         own = source.path / "generation_config.json"
         generation = read_object(own) if own.is_file() else _stop_tokens(config)
     else:
@@ -42,21 +43,42 @@ def write_configs(source: Source, words: Vocabulary, out: Path, untie: bool, dty
         (out / name).write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
+def _of_text(config: dict[str, Any]) -> dict[str, Any]:
+    """The config.json itself; of a multimodal model one that describes its text part as a model of its own."""
+    if not is_composite(config):
+        return config
+    shared = ("bos_token_id", "eos_token_id", "pad_token_id", "torch_dtype", "dtype", "transformers_version")
+    text = dict(text_part(config))
+    text.setdefault("model_type", ARCHITECTURES[text["architectures"][0]])
+    return {name: config[name] for name in shared if name in config} | text
+
+
 def hf_config(source: Source, dtype: torch.dtype) -> dict[str, Any]:
-    """The config.json that describes a GGUF file. Raises ExportError for a rotary scaling that it cannot express."""
-    c, tokenizer = source.config, source.tokenizer
-    kind = c.kind
+    """The config.json that describes a GGUF file. Raises ExportError where it cannot express something."""
+    tokenizer = source.tokenizer
     eos: Any = list(tokenizer.eos_ids)
+    return {
+        **model_fields(source.config, str(source.path)),
+        "bos_token_id": tokenizer.bos_id,
+        "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def model_fields(c: ModelConfig, where: str) -> dict[str, Any]:
+    """What a config.json says about a model, without its tokenizer.
+
+    where: names the model in messages. Raises ExportError where config.json cannot express something.
+    """
+    kind = c.kind
     result: dict[str, Any] = {
         "architectures": [kind.architectures[0]],
         "model_type": c.family,
-        "bos_token_id": tokenizer.bos_id,
-        "eos_token_id": eos[0] if len(eos) == 1 else eos or None,
         "head_dim": c.head_dim,
         kind.gate_field: kind.gate_values[0],
         "hidden_size": c.hidden_size,
         "intermediate_size": c.intermediate_size,
-        "max_position_embeddings": c.max_position,
+        "max_position_embeddings": c.rope.longest if c.rope.kind == "longrope" else c.max_position,
         "num_attention_heads": c.num_heads,
         "num_hidden_layers": c.num_layers,
         "num_key_value_heads": c.num_kv_heads,
@@ -64,18 +86,15 @@ def hf_config(source: Source, dtype: torch.dtype) -> dict[str, Any]:
         "rms_norm_eps": c.rms_eps,
         "rope_theta": c.rope.theta,
         "tie_word_embeddings": c.tied,
-        "torch_dtype": str(dtype).removeprefix("torch."),
         "vocab_size": c.vocab_size,
     }
     if not kind.qkv_bias and c.qkv_bias != c.output_bias:
-        raise ExportError(
-            f"{source.path} has biases on some attention projections only: config.json has no such field."
-        )
+        raise ExportError(f"{where} has biases on some attention projections only: config.json has no such field.")
     biases = {"attention_bias": c.output_bias, "mlp_bias": c.mlp_bias}
     result |= {name: biases[name] for name in kind.switches} | _kind_fields(c)
-    scaling = _scaling(source, c.rope)
+    scaling = _scaling(c, where)
     result |= {} if scaling is None else {"rope_scaling": scaling}
-    _check_said(source, result)
+    _check_said(c, where, result)
     return result
 
 
@@ -87,11 +106,7 @@ def _kind_fields(c: ModelConfig) -> dict[str, Any]:
         value = values[own] if own in values else getattr(c, own)
         whole = own == "query_scalar" and math.isclose(value, round(value), rel_tol=1e-9)
         result[name] = round(value) if whole else value
-    window = next((size for size in c.windows if size is not None), None)
-    if "sliding_window" in kind.defaults and (window is not None or kind.defaults["sliding_window"] is not None):
-        result["sliding_window"] = window
-    if any(size is None for size in c.windows) and window is not None:
-        result["layer_types"] = [FULL if size is None else SLIDING for size in c.windows]
+    result |= window_fields(kind.windows, kind.defaults, c.windows)
     if kind.unrotated is not None:
         result["no_rope_layers"] = [int(layer not in c.unrotated) for layer in range(c.num_layers)]
     if c.local_rope is not None:
@@ -99,23 +114,25 @@ def _kind_fields(c: ModelConfig) -> dict[str, Any]:
     if c.rope.part != 1:
         result["partial_rotary_factor"] = c.rope.rotated(c.head_dim) / c.head_dim
     if "original_max_position_embeddings" in kind.defaults:
-        result["original_max_position_embeddings"] = c.max_position
+        long = c.rope.kind == "longrope"
+        result["original_max_position_embeddings"] = c.rope.original_max_position if long else c.max_position
     return result
 
 
-def _check_said(source: Source, fields: dict[str, Any]) -> None:
+def _check_said(c: ModelConfig, where: str, fields: dict[str, Any]) -> None:
     """Raises ExportError unless config.json, read again, describes the model that is exported."""
     said = ModelConfig.from_hf(fields, "config.json")
     names = (
         "scale", "embedding_scale", "residual_scale", "logit_divisor", "attention_softcap", "logit_softcap", "windows",
         "unrotated", "max_position",
     )  # fmt: skip
-    found = unsaid(source.config, said, names, 1e-9)
+    found = unsaid(c, said, names, 1e-9)
     if found is not None:
-        raise ExportError(f"{source.path}: config.json cannot say that {found}.")
+        raise ExportError(f"{where}: config.json cannot say that {found}.")
 
 
-def _scaling(source: Source, rope: RopeConfig) -> dict[str, Any] | None:
+def _scaling(c: ModelConfig, where: str) -> dict[str, Any] | None:
+    rope = c.rope
     if rope.kind == "default":
         return None
     if rope.kind == "linear":
@@ -127,17 +144,20 @@ def _scaling(source: Source, rope: RopeConfig) -> dict[str, Any] | None:
     if rope.kind == "divisors":
         for factor, low, high, original in _LLAMA3:
             candidate = RopeConfig(rope.theta, "llama3", factor, low, high, original)
-            if _same_frequencies(source.config, candidate):
+            if _same_frequencies(c, candidate):
                 rope = candidate
                 break
     if rope.kind == "longrope":
-        raise ExportError(
-            f"{source.path} holds LongRoPE's divisors, of which only those for short texts are read; export from the "
-            f"model's folder instead."
-        )
+        if not rope.long_divisors:
+            raise ExportError(f"{where} has no divisors for long texts, which config.json holds for LongRoPE.")
+        return {
+            "rope_type": "longrope", "short_factor": list(rope.divisors), "long_factor": list(rope.long_divisors),
+            "attention_factor": rope.attention_factor,
+            "original_max_position_embeddings": rope.original_max_position,
+        }  # fmt: skip
     if rope.kind != "llama3":
         raise ExportError(
-            f"{source.path} holds rotary frequencies of its own, which config.json cannot express; export from the "
+            f"{where} holds rotary frequencies of its own, which config.json cannot express; export from the "
             f"model's folder instead."
         )
     return {

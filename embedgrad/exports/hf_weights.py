@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor
 from embedgrad.exports.source import EMBEDDING, HEAD, Source
 from embedgrad.exports.tensor_file import Entry, stored_entries, tensor_entry, write_entries
 from embedgrad.exports.vocabulary import Vocabulary
-from embedgrad.model.files.safetensors import INDEX, SINGLE, files_of
+from embedgrad.model.files.safetensors import INDEX, SINGLE, files_of, text_name
 
 _ROWS = 8192  # rows of a table that are handled at a time
 _SHARD = 4 << 30  # bytes of a file, as transformers' default for large models
@@ -46,7 +47,10 @@ def rounding(rows: Tensor, dtype: torch.dtype) -> float:
 
 
 def copy_weights(source: Source, words: Vocabulary, out: Path, untie: bool) -> None:
-    """Copies the files of a model folder. Files without a changed tensor are linked."""
+    """Copies the files of a model folder. Files without a changed tensor are linked.
+
+    Of a multimodal model the tensors of the text part are copied, by the text model's names.
+    """
     table, rows = source.table, words.rows
     grown = rows > len(table)
     embedding = _entry(EMBEDDING, table, rows, words.ids, words.embeddings)
@@ -63,11 +67,15 @@ def copy_weights(source: Source, words: Vocabulary, out: Path, untie: bool) -> N
     paths, _ = files_of(source.path)
     for path in paths:
         entries, metadata = stored_entries(path)
+        if source.is_composite:
+            entries = [replace(entry, name=own) for entry in entries if (own := text_name(entry.name)) is not None]
+        if not entries:
+            continue
         names = [entry.name for entry in entries]
         new = [changed.get(entry.name, entry) for entry in entries]
         if EMBEDDING in names and source.tied and untie and HEAD not in names:
             new.append(changed[HEAD])
-        if any(entry.name in changed for entry in new):
+        if source.is_composite or any(entry.name in changed for entry in new):
             write_entries(out / path.name, new, metadata)
         else:
             link(path, out / path.name)

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from embedgrad.maths.trust_region import cosine_similarity
 from embedgrad.model.checkpoint import Checkpoint, read_checkpoint
-from embedgrad.model.config import ModelConfig
+from embedgrad.model.config import ModelConfig, is_composite
+from embedgrad.model.fields import read_object
 from embedgrad.model.files.gguf import GgufFile
 from embedgrad.model.files.hub import resolve
 from embedgrad.model.fingerprint import Fingerprint
@@ -91,12 +92,13 @@ class Source:
 
     @property
     def input_scale(self) -> float:
-        """What programs that take embeddings expect them to be multiplied by.
+        """What programs that take embeddings expect them to be multiplied by."""
+        return self.config.input_scale
 
-        Gemma's embedding module multiplies its rows by √d, and so embeddings that are given to the model must be, too;
-        Granite multiplies behind the place where they are given.
-        """
-        return self.config.embedding_scale if self.config.kind.root_embedding else 1.0
+    @cached_property
+    def is_composite(self) -> bool:
+        """Whether it is the text part of a multimodal model."""
+        return self.gguf is None and is_composite(read_object(self.path / "config.json"))
 
     @property
     def tied(self) -> bool:

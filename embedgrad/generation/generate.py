@@ -164,8 +164,8 @@ def check_room(model: Model, rendered: Sequence[Rendered], names: Sequence[str] 
         if len(sequence.ids) >= room:
             raise ContextError(
                 f"{names[i] if names else f'query {i}'} takes {len(sequence.ids)} tokens with its prompt: no room for "
-                f"an answer is left in the model's context of {room}; shorten it, or have queries cut "
-                f"(data.query_tokens)."
+                f"an answer is left in the model's context of {model.config.context_told}; shorten it, or have queries "
+                f"cut (data.query_tokens)."
             )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -62,12 +62,17 @@ class Checkpoint:
     tensors: TensorSource
 
 
-def read_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def read_checkpoint(path: str | os.PathLike[str], *, long_context: bool = False) -> Checkpoint:
     """Opens a Hugging Face folder, a .gguf file, or a folder that holds one .gguf file.
 
-    Reads headers, configuration and tokenizer. `Checkpoint.tensors` reads the tensors later. Raises ModelError.
+    Reads headers, configuration and tokenizer. `Checkpoint.tensors` reads the tensors later. long_context: see
+    `load_model`. Raises ModelError.
     """
-    path = Path(path)
+    found = _read(Path(path))
+    return replace(found, config=found.config.with_long_context(os.fspath(path))) if long_context else found
+
+
+def _read(path: Path) -> Checkpoint:
     try:
         if not path.exists():
             raise ModelError(f"{path} does not exist; give a model folder, a .gguf file or a hub id.")

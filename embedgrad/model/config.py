@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -16,7 +16,7 @@ import torch
 from embedgrad.model.families import ARCHITECTURES, BY_NAME, COMPOSITE, GGUF_ARCHITECTURES, Family
 from embedgrad.model.fields import Fields
 from embedgrad.model.layer_kinds import Windows, unrotated_layers
-from embedgrad.model.rope import UNROTATED, RopeConfig, gguf_ropes, hf_ropes
+from embedgrad.model.rope import UNROTATED, Divisors, RopeConfig, gguf_ropes, hf_ropes
 from embedgrad.util.errors import ModelError
 from embedgrad.util.shown import short
 
@@ -128,6 +128,15 @@ class ModelConfig:
         """What embeddings are multiplied by in a model that computes in `dtype`."""
         return float(torch.tensor(self.embedding_scale).to(dtype)) if self.kind.root_embedding else self.embedding_scale
 
+    @property
+    def input_scale(self) -> float:
+        """What other programs that take embeddings expect them to be multiplied by.
+
+        Gemma's embedding module multiplies its rows by √d, and so embeddings that are given to the model must be, too;
+        Granite multiplies behind the place where they are given.
+        """
+        return self.embedding_scale if self.kind.root_embedding else 1.0
+
     @cached_property
     def ropes(self) -> tuple[tuple[RopeConfig, ...], tuple[int, ...]]:
         """The different rotations of the layers, and which of them each layer has."""
@@ -203,12 +212,12 @@ class ModelConfig:
         metadata: Mapping[str, Any],
         where: str,
         shapes: Mapping[str, tuple[int, ...]],
-        rope_divisors: tuple[float, ...] = (),
+        rope_divisors: Divisors = ((), ()),
     ) -> ModelConfig:
         """Reads GGUF metadata. Raises ModelError.
 
         shapes: shape of each tensor by its Hugging Face name; the names tell whether the head is tied and which biases
-        there are. rope_divisors: contents of `rope_freqs.weight`, empty where the file has none.
+        there are. rope_divisors: what the file holds of them.
         """
         family = metadata.get("general.architecture")
         kind = GGUF_ARCHITECTURES.get(family) if isinstance(family, str) else None
@@ -267,10 +276,29 @@ class ModelConfig:
         if self.head_dim % 2:
             raise ModelError(f"{where}: the head size {self.head_dim} is odd, and rotary embedding needs an even one.")
         turned = self.rope.rotated(self.head_dim) // 2
-        if self.rope.divisors and len(self.rope.divisors) != turned:
-            name = "short_factor" if self.rope.kind == "longrope" else "rope_freqs.weight"
-            raise ModelError(f"{where}: {name} has {len(self.rope.divisors)} values; it should have {turned}.")
+        short_name = "short_factor" if self.rope.kind == "longrope" else "rope_freqs.weight"
+        for name, values in ((short_name, self.rope.divisors), ("long_factor", self.rope.long_divisors)):
+            if values and len(values) != turned:
+                raise ModelError(f"{where}: {name} has {len(values)} values; it should have {turned}.")
         return self
+
+    def with_long_context(self, where: str) -> ModelConfig:
+        """The same with LongRoPE's divisors for long texts. Raises ModelError where the model has none."""
+        rope = self.rope
+        if rope.kind != "longrope" or not rope.long_divisors or rope.longest <= rope.original_max_position:
+            raise ModelError(
+                f"{where}: long_context is for models with LongRoPE and divisors for long texts; this one's context "
+                f"holds {self.max_position} tokens."
+            )
+        return replace(self, rope=replace(rope, long=True), max_position=rope.longest)
+
+    @property
+    def context_told(self) -> str:
+        """The context length for messages, with what makes it longer."""
+        rope = self.rope
+        if rope.long or not rope.long_divisors or rope.longest <= self.max_position:
+            return str(self.max_position)
+        return f"{self.max_position} ({rope.longest} with long_context)"
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor in a checkpoint of this configuration, by its Hugging Face name."""

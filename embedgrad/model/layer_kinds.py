@@ -83,6 +83,21 @@ def where_unrotated(fields: Fields, defaults: Mapping[str, Any], layers: int) ->
     return _chosen(fields, _checked(fields, types, layers), window)
 
 
+def window_fields(rule: WindowRule, defaults: Mapping[str, Any], windows: Windows) -> dict[str, Any]:
+    """The fields from which `rule`, and transformers, read these windows."""
+    window = next((size for size in windows if size is not None), None)
+    if rule is every_layer:
+        return {"sliding_window": window}
+    switched = rule in (from_layer, where_unrotated)
+    if rule is no_windows or (switched and window is None):
+        return {}
+    # A class that always has windows wants a size even where no layer uses it.
+    size = defaults.get("sliding_window", _DEFAULT_WINDOW) if window is None else window
+    types = [FULL if own is None else SLIDING for own in windows]
+    switch = {"use_sliding_window": True} if switched else {}
+    return {"sliding_window": size, "layer_types": types, **switch}
+
+
 def unrotated_layers(fields: Fields, every: int, layers: int) -> tuple[int, ...]:
     """The layers without rotation: zeros of `no_rope_layers`, else each `no_rope_layer_interval`-th (or `every`-th).
 

@@ -41,8 +41,10 @@ class RopeConfig:
     - yarn: likewise, with a transition between the pairs that turn `beta_slow` and `beta_fast` times within
       `original_max_position` tokens, whose indices are rounded outwards with `truncate`.
     - divisors: frequency i is divided by divisors[i]; GGUF files store llama3 scaling in this form.
-    - longrope: the same (arXiv 2402.13753), for texts within `original_max_position` tokens. LongRoPE has other
-      divisors for longer texts, with which all keys would have to be computed anew; such texts are refused.
+    - longrope: the same (arXiv 2402.13753) within a context of `original_max_position` tokens, and in one of up to
+      `longest` tokens with `long_divisors` instead, where the model was loaded with `long`. transformers chooses by
+      the longest text of a batch and computes all keys anew where an answer grows beyond; vLLM and llama.cpp choose by
+      the context that they are started with, as we do, so that a text's result does not depend on its neighbours.
     - none: nothing is rotated.
     attention_factor: cosines and sines are multiplied by it (yarn, longrope). part: the share of a head's columns that
     is rotated, the first ones.
@@ -55,6 +57,9 @@ class RopeConfig:
     high_freq_factor: float = 4.0
     original_max_position: int = 0
     divisors: tuple[float, ...] = ()
+    long_divisors: tuple[float, ...] = ()
+    longest: int = 0
+    long: bool = False
     attention_factor: float = 1.0
     beta_fast: float = _BETA_FAST
     beta_slow: float = _BETA_SLOW
@@ -68,11 +73,10 @@ class RopeConfig:
     def context(self, stated: int) -> int:
         """The context length in tokens, where the configuration states `stated`.
 
-        Configurations for YaRN may state the length before scaling (Qwen2.5's do). LongRoPE is computed within the
-        original length only.
+        Configurations for YaRN may state the length before scaling (Qwen2.5's do).
         """
         if self.kind == "longrope":
-            return min(stated, self.original_max_position)
+            return self.longest if self.long else min(stated, self.original_max_position)
         return max(stated, int(self.factor * self.original_max_position)) if self.kind == "yarn" else stated
 
 
@@ -136,7 +140,8 @@ def inverse_frequencies(rope: RopeConfig, head_dim: int, dtype: torch.dtype = to
     if rope.kind == "divisors":
         return frequency / torch.tensor(rope.divisors, dtype=dtype)
     if rope.kind == "longrope":
-        return 1.0 / (torch.tensor(rope.divisors, dtype=dtype) * wavelengths)
+        divisors = rope.long_divisors if rope.long else rope.divisors
+        return 1.0 / (torch.tensor(divisors, dtype=dtype) * wavelengths)
     if rope.kind == "yarn":
         kept = 1 - _ramp(rope, dim).to(dtype)
         return 1.0 / (rope.factor * wavelengths) * (1 - kept) + frequency * kept
@@ -250,13 +255,24 @@ def _longrope(parameters: Fields, theta: float, original: int, max_position: int
     factor = max_position / original if parameters.take("factor") is None else parameters.number("factor")
     stated = parameters.take("attention_factor")
     attention = longrope_attention(factor, original) if stated is None else parameters.number("attention_factor")
-    short_factors = parameters.take("short_factor")
-    if not isinstance(short_factors, list) or not short_factors or not all(_positive(x) for x in short_factors):
-        raise ModelError(
-            f'{parameters.where}: "{parameters.prefix}short_factor" is {short(short_factors)}; it should be a list of '
-            f"positive numbers."
-        )
-    return _long(theta, original, tuple(map(float, short_factors)), attention)
+    short_factors, long_factors = (_factors(parameters, name) for name in ("short_factor", "long_factor"))
+    if not short_factors:
+        raise ModelError(_no_factors(parameters, "short_factor"))
+    return _long(theta, original, max_position, (short_factors, long_factors), attention)
+
+
+def _factors(parameters: Fields, name: str) -> tuple[float, ...]:
+    given = parameters.take(name)
+    if given is None:
+        return ()
+    if not isinstance(given, list) or not given or not all(_positive(x) for x in given):
+        raise ModelError(_no_factors(parameters, name))
+    return tuple(map(float, given))
+
+
+def _no_factors(parameters: Fields, name: str) -> str:
+    given = short(parameters.take(name))
+    return f'{parameters.where}: "{parameters.prefix}{name}" is {given}; it should be a list of positive numbers.'
 
 
 def longrope_attention(factor: float, original: int) -> float:
@@ -264,8 +280,13 @@ def longrope_attention(factor: float, original: int) -> float:
     return math.sqrt(1 + math.log(factor) / math.log(original)) if factor > 1 and original > 1 else 1.0
 
 
-def _long(theta: float, original: int, divisors: tuple[float, ...], attention: float) -> RopeConfig:
-    return RopeConfig(theta, "longrope", original_max_position=original, divisors=divisors, attention_factor=attention)
+def _long(
+    theta: float, original: int, longest: int, divisors: tuple[tuple[float, ...], tuple[float, ...]], attention: float
+) -> RopeConfig:
+    return RopeConfig(
+        theta, "longrope", original_max_position=original, divisors=divisors[0], long_divisors=divisors[1],
+        longest=longest, attention_factor=attention,
+    )  # fmt: skip
 
 
 def _positive(value: object) -> bool:
@@ -304,13 +325,16 @@ def _checked_yarn(rope: RopeConfig, fields: Fields) -> RopeConfig:
     return rope
 
 
+Divisors = tuple[tuple[float, ...], tuple[float, ...]]
+"""Of a GGUF file: rope_freqs.weight or rope_factors_short.weight, and rope_factors_long.weight; empty where missing."""
+
+
 def gguf_ropes(
-    fields: Fields, kind: Family, divisors: tuple[float, ...], max_position: int, head_dim: int
+    fields: Fields, kind: Family, divisors: Divisors, max_position: int, head_dim: int
 ) -> tuple[RopeConfig, RopeConfig | None]:
     """The rotations, and those of layers with a window where the family has others, from GGUF metadata.
 
-    divisors: contents of `rope_freqs.weight` (or of `rope_factors_short.weight`), empty where there is none. Raises
-    ModelError.
+    Raises ModelError.
     """
     turned = fields.integer("rope.dimension_count", head_dim)
     if turned != head_dim and (not kind.partial_rotation or turned > head_dim):
@@ -326,9 +350,10 @@ def gguf_ropes(
     return rope, RopeConfig(fields.number("rope.freq_base_swa", kind.local_theta))
 
 
-def _gguf_rope(fields: Fields, kind: Family, divisors: tuple[float, ...], max_position: int) -> RopeConfig:
+def _gguf_rope(fields: Fields, kind: Family, both: Divisors, max_position: int) -> RopeConfig:
+    divisors = both[0]
     theta = fields.number("rope.freq_base", kind.defaults.get("rope_theta", _DEFAULT_THETA))
-    if any(not 0 < value < math.inf for value in divisors):
+    if any(not 0 < value < math.inf for values in both for value in values):
         raise ModelError(f"{fields.where}: rope_freqs.weight should hold positive numbers.")
     attention = fields.take("rope.scaling.attn_factor")
     if kind.partial_rotation and divisors:  # Phi: the factors of LongRoPE
@@ -336,7 +361,7 @@ def _gguf_rope(fields: Fields, kind: Family, divisors: tuple[float, ...], max_po
         attention = longrope_attention(max_position / original, original) if attention is None else attention
         if not _positive(attention):
             fields.number("rope.scaling.attn_factor")
-        return _long(theta, original, divisors, float(attention))
+        return _long(theta, original, max_position, both, float(attention))
     scaling = fields.take("rope.scaling.type", "none")
     if scaling == "none" and fields.number("rope.scale_linear", 1.0) != 1:
         scaling = "linear"

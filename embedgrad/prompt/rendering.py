@@ -217,6 +217,7 @@ class _Plan:
         self._tokenizer = model.tokenizer
         self._vocab_size = int(model.config.vocab_size)
         self._max_position = int(model.config.max_position)
+        self._context = getattr(model.config, "context_told", str(self._max_position))
         self._template = template
         self._name = model.name
         check_ids(token_ids, self._vocab_size, "the prompt", PromptError)
@@ -391,12 +392,12 @@ class _Plan:
         limit = self._max_position
         if targets is None and before > limit:
             raise ContextError(
-                f"prompt and query have {before} tokens; the model's context holds {limit}: {too_long(query)}."
+                f"prompt and query have {before} tokens; the model's context holds {self._context}: {too_long(query)}."
             )
         if targets is not None and before + targets > limit:
             raise ContextError(
                 f"the target would be cut by the context limit: {before} tokens before it and {targets} of its own "
-                f"make {before + targets}, and the model's context holds {limit}: {too_long(query)}, or "
+                f"make {before + targets}, and the model's context holds {self._context}: {too_long(query)}, or "
                 f"leave out long targets (data.target_tokens)."
             )
 

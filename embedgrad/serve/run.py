@@ -104,7 +104,7 @@ def context_of(model: Model, settings: Settings) -> int:
     limit = model.config.max_position
     context = min(limit, MOST_CONTEXT) if settings.context is None else settings.context
     if context > limit:
-        raise ConfigError(f"--context is {context}, but the model's context holds {limit} tokens.")
+        raise ConfigError(f"--context is {context}, but the model's context holds {model.config.context_told} tokens.")
     config = model.config
     token = 2 * config.num_layers * config.num_kv_heads * config.head_dim * model.dtype.itemsize
     needed, free = token * context * settings.slots, available_memory(model.device)

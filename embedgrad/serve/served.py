@@ -105,7 +105,7 @@ class ServedModel:
         if len(rendered.ids) >= limit:
             raise ContextError(
                 f"the request has {len(rendered.ids)} tokens: no room for an answer is left in the model's context of "
-                f"{limit}; shorten it."
+                f"{self.model.config.context_told}; shorten it."
             )
         return rendered
 

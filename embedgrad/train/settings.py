@@ -226,6 +226,7 @@ class ModelSection(_Section):
     device: str = "auto"
     weights: Literal["auto", "compute", "stored", "fp32", "bf16", "int8", "int4"] = "auto"
     max_device_memory: Bytes | None = None  # bytes, or a text such as "10GiB"; layers that do not fit are streamed
+    long_context: bool = False
 
 
 class PromptSection(_Section):

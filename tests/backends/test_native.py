@@ -117,11 +117,12 @@ def test_swiglu(seed: int, rows: int, width: int, scale: float, name: str, gelu:
 @quick
 @given(
     SEEDS, awkward_sizes(1, 9), awkward_sizes(1, 8), awkward_sizes(1, 2100), st.sampled_from([0.1, 3.0, 1e3]),
-    st.sampled_from([1, 3, 10**9]), st.booleans(), instruction_sets,
+    st.sampled_from([1, 3, 10**9]), st.booleans(), st.sampled_from([None, None, 0.5, 30.0]), instruction_sets,
 )  # fmt: skip
 def test_linear_cross_entropy(
-    seed: int, count: int, width: int, vocabulary: int, scale: float, rows: int, differentiate: bool, name: str
-) -> None:
+    seed: int, count: int, width: int, vocabulary: int, scale: float, rows: int, differentiate: bool,
+    softcap: float | None, name: str,
+) -> None:  # fmt: skip
     """In any number of pieces, with ignored targets, weights of 0, and tied logits; float64 says what is right."""
     h, w = normal(seed, (count, width), scale=scale), normal(seed + 1, (vocabulary, width))
     w[vocabulary // 2] = w[0]
@@ -132,12 +133,13 @@ def test_linear_cross_entropy(
     head = FrozenMatrix([w], None, Widening(torch.float32, torch.device("cpu")))
     with core.using(name):
         nll, predicted = native.linear_cross_entropy(
-            h, head, targets, weights, dh=dh, logit_bytes=rows * vocabulary * 4
+            h, head, targets, weights, softcap=softcap, dh=dh, logit_bytes=rows * vocabulary * 4
         )
-    logits = h.double() @ w.double().T
     wide = h.double().requires_grad_()
-    every = torch.nn.functional.cross_entropy(wide @ w.double().T, targets.clamp_min(0), reduction="none")
-    every = torch.where(targets >= 0, every, 0)
+    raw = wide @ w.double().T
+    logits = raw if softcap is None else softcap * torch.tanh(raw / softcap)
+    every = torch.nn.functional.cross_entropy(logits, targets.clamp_min(0), reduction="none")
+    every, logits = torch.where(targets >= 0, every, 0), logits.detach()
     error = 4e-7 * (1 + logits.abs().amax(dim=1)) * width**0.5
     assert bool(((nll - every).abs() <= error).all())
     chosen = logits.gather(1, predicted[:, None]).squeeze(1)
@@ -145,19 +147,37 @@ def test_linear_cross_entropy(
     if dh is not None:
         (every * weights).sum().backward()
         plain = torch.empty(count, width)
-        reference.linear_cross_entropy(h, head, targets, weights, dh=plain)
-        three_way(dh, plain, wide.grad, tolerance=2e-6 * (1 + float(logits.abs().max())))
+        reference.linear_cross_entropy(h, head, targets, weights, softcap=softcap, dh=plain)
+        three_way(dh, plain, wide.grad, tolerance=2e-6 * (1 + float(raw.detach().abs().max())))
+
+
+@pytest.mark.parametrize("name", SETS)
+def test_the_softcaps_tanh(name: str) -> None:
+    """With one key, lse is the capped score itself."""
+    x = torch.cat([torch.linspace(-12, 12, 4001), torch.logspace(-9, 3, 999), -torch.logspace(-9, 3, 999)])
+    q, one = torch.zeros(len(x), 1, 8), torch.ones(1, 1, 8)
+    q[:, 0, 0] = x
+    mask = TreeMask(
+        torch.zeros(1, dtype=torch.int32), torch.full((1,), len(x), dtype=torch.int32),
+        torch.arange(len(x), dtype=torch.int32), 0, None, None, None,
+    )  # fmt: skip
+    with core.using(name):
+        _, lse = native.tree_attention(
+            q, one, one, mask, scale=1.0, softcap=1.0, out=torch.empty(len(x), 1, 8), lse=torch.empty(len(x), 1)
+        )
+    truth = torch.tanh(x.double())
+    assert float(((lse[:, 0].double() - truth) / truth.abs()).abs().max()) < 2 * 2**-23
 
 
 def test_loss_of_logits_that_are_no_distribution() -> None:
     z = torch.tensor([[0.0, float("nan"), 1.0], [0.0, float("inf"), 1.0], [-float("inf"), 0.0, -float("inf")]])
     nll, predicted = torch.empty(3), torch.empty(3, dtype=torch.int64)
-    torch.ops.embedgrad.softmax_loss(z, torch.tensor([2, 2, 1]), None, nll, predicted)
+    torch.ops.embedgrad.softmax_loss(z, torch.tensor([2, 2, 1]), None, 0.0, nll, predicted)
     assert bool(nll[:2].isnan().all())
     assert nll[2] == 0
     assert predicted[2] == 1
     with pytest.raises(IndexError, match="target 3 of row 1 is not below 3"):
-        torch.ops.embedgrad.softmax_loss(z, torch.tensor([2, 3, 1]), None, nll, predicted)
+        torch.ops.embedgrad.softmax_loss(z, torch.tensor([2, 3, 1]), None, 0.0, nll, predicted)
 
 
 def _mask(tree: Tree) -> TreeMask:
@@ -174,10 +194,10 @@ def _close(found: Tensor, truth: Tensor, magnitude: Tensor, tolerance: float) ->
 @quick
 @given(
     SEEDS, trees(), st.sampled_from([(1, 1, 8), (6, 2, 16), (9, 3, 24), (4, 4, 33)]), st.sampled_from([1.0, 30.0]),
-    st.sampled_from(["both", "dq", "dkv"]), instruction_sets,
+    st.sampled_from(["both", "dq", "dkv"]), st.sampled_from([None, 0.7, 50.0]), instruction_sets,
 )  # fmt: skip
 def test_tree_attention(
-    seed: int, tree: Tree, heads: tuple[int, int, int], scale: float, wanted: str, name: str
+    seed: int, tree: Tree, heads: tuple[int, int, int], scale: float, wanted: str, softcap: float | None, name: str
 ) -> None:
     h, g, size = heads
     mask, visible = _mask(tree), seen(tree.schedule())
@@ -186,10 +206,10 @@ def test_tree_attention(
     q = fused.unflatten(1, (h, size))
     k, v, do = (normal(seed + i, (n, m, size)) for i, (n, m) in enumerate(((keys, g), (keys, g), (queries, h)), 1))
     wide = [x.double() for x in (q, k, v)]
-    out, lse = dense(*wide, visible, size**-0.5)
+    out, lse = dense(*wide, visible, size**-0.5, softcap)
     with core.using(name):
         o, l = native.tree_attention(
-            q, k, v, mask, scale=size**-0.5, out=guarded((queries, h, size)), lse=guarded((queries, h))
+            q, k, v, mask, scale=size**-0.5, softcap=softcap, out=guarded((queries, h, size)), lse=guarded((queries, h))
         )
     _close(o, out, v, 2e-6)
     assert torch.equal(l == float("-inf"), lse == float("-inf"))
@@ -199,10 +219,10 @@ def test_tree_attention(
     dk, dv = (None, None) if wanted == "dq" else (guarded((keys - mask.prefix, g, size)) for _ in range(2))
     with core.using(name):
         native.tree_attention_backward(
-            do, q, k, v, o, l, mask, scale=size**-0.5, dq=dq, dk=dk, dv=dv
+            do, q, k, v, o, l, mask, scale=size**-0.5, softcap=softcap, dq=dq, dk=dk, dv=dv
         )  # fmt: skip
-    truth = dense_backward(do.double(), *wide, visible, size**-0.5)
-    sizes = magnitudes(do.double(), *wide, visible, size**-0.5)
+    truth = dense_backward(do.double(), *wide, visible, size**-0.5, softcap)
+    sizes = magnitudes(do.double(), *wide, visible, size**-0.5, softcap)
     firsts = (0, mask.prefix, mask.prefix)
     for found, expected, magnitude, first in zip((dq, dk, dv), truth, sizes, firsts, strict=True):
         if found is not None:
@@ -270,7 +290,7 @@ def test_opcheck(op: str) -> None:
         "rope_backward": (x, torch.randn(5, 8), *tables, 1, 1, 4, torch.ones(4), None, 1e-6),
         "swiglu": (x, torch.empty(5, 4), False),
         "swiglu_backward": (torch.randn(5, 4), x, torch.empty(5, 8), True),
-        "softmax_loss": (x, torch.arange(5), torch.ones(5), torch.empty(5), torch.empty(5, dtype=torch.int64)),
+        "softmax_loss": (x, torch.arange(5), torch.ones(5), 2.0, torch.empty(5), torch.empty(5, dtype=torch.int64)),
         "embed": (torch.randn(2, 8), torch.randn(3, 8), torch.tensor([2, 0, 0, 0, 1]), shown, torch.empty(5, 8)),
         "embed_backward": (x, shown, torch.empty(2, 8)),
         "prompt_step": (
@@ -280,9 +300,9 @@ def test_opcheck(op: str) -> None:
             torch.empty((), dtype=torch.float64), torch.tensor(True),
         ),
         "tree_schedule": (*schedule[:4], *schedule[6:]),
-        "tree_attention": (*heads, *schedule, 0.5, out, lse, memory[0]),
+        "tree_attention": (*heads, *schedule, 0.5, 2.0, out, lse, memory[0]),
         "tree_attention_backward": (
-            torch.randn(5, 2, 4), *heads, out.zero_(), lse, *schedule, 0.5, *(torch.empty_like(t) for t in heads),
+            torch.randn(5, 2, 4), *heads, out.zero_(), lse, *schedule, 0.5, 2.0, *(torch.empty_like(t) for t in heads),
             memory[1],
         ),
     }  # fmt: skip
@@ -298,7 +318,7 @@ def test_row_wise_ops_give_the_same_bits_on_any_number_of_threads() -> None:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
             logits = z.clone()
-            torch.ops.embedgrad.softmax_loss(logits, torch.arange(9), torch.ones(9), nll, predicted)
+            torch.ops.embedgrad.softmax_loss(logits, torch.arange(9), torch.ones(9), 0.0, nll, predicted)
             results.append([
                 native.rms_norm(x, w, 1e-6, out=torch.empty_like(x)),
                 native.rms_norm_backward(dy, x, w, 1e-6, dx=torch.zeros_like(x)),

@@ -28,6 +28,7 @@ core = pytest.importorskip("embedgrad.backends.native", exc_type=ImportError)
 native = core.OPS
 
 BF16 = torch.bfloat16
+WEIGHTS = [BF16, torch.float32]  # of norms
 HALF = 2.0**-8  # half a unit in the last place
 
 
@@ -37,10 +38,13 @@ def three(run: Any) -> tuple[Tensor, Tensor]:
 
 
 @quick
-@given(SEEDS, awkward_sizes(1, 9), awkward_sizes(1, 70), st.sampled_from([1e-2, 1.0, 1e3]), instruction_sets)
-def test_norms(seed: int, rows: int, width: int, scale: float, name: str) -> None:
+@given(
+    SEEDS, awkward_sizes(1, 9), awkward_sizes(1, 70), st.sampled_from([1e-2, 1.0, 1e3]), st.sampled_from(WEIGHTS),
+    instruction_sets,
+)  # fmt: skip
+def test_norms(seed: int, rows: int, width: int, scale: float, weights: torch.dtype, name: str) -> None:
     x, dy = laid_out(normal(seed, (rows, width), BF16, scale), "wide_rows"), normal(seed + 1, (rows, width), BF16)
-    weight = normal(seed + 2, (width,), BF16)
+    weight = normal(seed + 2, (width,), weights)
     before = normal(seed + 4, (rows, width), BF16, 1 / scale)
     shape = (rows, width)
     empty = torch.empty(shape, dtype=BF16)
@@ -54,15 +58,17 @@ def test_norms(seed: int, rows: int, width: int, scale: float, name: str) -> Non
 
 @quick
 @given(
-    SEEDS, awkward_sizes(1, 5), awkward_sizes(1, 20), st.integers(0, 4), st.integers(0, 3), st.booleans(),
-    instruction_sets,
+    SEEDS, awkward_sizes(1, 5), awkward_sizes(1, 20), st.integers(0, 4), st.integers(0, 3),
+    st.sampled_from([None, *WEIGHTS]), instruction_sets,
 )  # fmt: skip
-def test_rope_and_its_transpose(seed: int, rows: int, half: int, h: int, g: int, normed: bool, name: str) -> None:
+def test_rope_and_its_transpose(
+    seed: int, rows: int, half: int, h: int, g: int, normed: torch.dtype | None, name: str
+) -> None:
     heads, width = (h, g, 2 * half), (h + 2 * g) * 2 * half
     qkv, raw = normal(seed, (rows, width), BF16), normal(seed + 2, (rows, width), BF16)
     angle = normal(seed + 1, (rows, half), scale=3.0)
     tables = angle.cos().to(BF16), angle.sin().to(BF16)
-    norms = [normal(seed + i, (2 * half,), BF16) if normed else None for i in (3, 4)]
+    norms = [normal(seed + i, (2 * half,), normed) if normed else None for i in (3, 4)]
 
     def arguments(of: Any) -> dict[str, Any]:
         q, k = (None if w is None else of(w) for w in norms)
@@ -94,35 +100,44 @@ def test_swiglu(seed: int, rows: int, width: int, scale: float, name: str) -> No
 
 
 @quick
-@given(SEEDS, trees(), st.sampled_from([(1, 1, 8), (6, 2, 16), (4, 4, 33)]), instruction_sets)
-def test_tree_attention(seed: int, tree: Tree, heads: tuple[int, int, int], name: str) -> None:
+@given(
+    SEEDS, trees(), st.sampled_from([(1, 1, 8), (6, 2, 16), (4, 4, 33)]), st.sampled_from([None, 3.0]), instruction_sets
+)
+def test_tree_attention(seed: int, tree: Tree, heads: tuple[int, int, int], softcap: float | None, name: str) -> None:
     h, g, size = heads
     mask, visible = _mask(tree), seen(tree.schedule())
     queries, keys = len(mask.query_index), len(mask.key_begin)
     q, do = (normal(seed + i, (queries, h, size), BF16) for i in range(2))
     k, v = (normal(seed + i, (keys, g, size), BF16) for i in (2, 3))
     wide = [x.double() for x in (q, k, v)]
-    truth, lse = dense(*wide, visible, size**-0.5)
+    truth, lse = dense(*wide, visible, size**-0.5, softcap)
     with core.using(name):
         o, l = native.tree_attention(
-            q, k, v, mask, scale=size**-0.5, out=guarded((queries, h, size), BF16), lse=guarded((queries, h))
+            q,
+            k,
+            v,
+            mask,
+            scale=size**-0.5,
+            softcap=softcap,
+            out=guarded((queries, h, size), BF16),
+            lse=guarded((queries, h)),
         )
         own = keys - mask.prefix
         grads = [guarded((n, m, size), BF16) for n, m in ((queries, h), (own, g), (own, g))]
         native.tree_attention_backward(
-            do, q, k, v, o, l, mask, scale=size**-0.5, dq=grads[0], dk=grads[1], dv=grads[2]
+            do, q, k, v, o, l, mask, scale=size**-0.5, softcap=softcap, dq=grads[0], dk=grads[1], dv=grads[2]
         )  # fmt: skip
     plain = torch.empty(queries, h, size, dtype=BF16)
-    reference.tree_attention(q, k, v, mask, scale=size**-0.5, out=plain, lse=torch.empty(queries, h))
+    reference.tree_attention(q, k, v, mask, scale=size**-0.5, softcap=softcap, out=plain, lse=torch.empty(queries, h))
     three_way(o, plain, truth)
     finite = lse != float("-inf")
     assert ((l - lse)[finite].abs() <= 1e-5 * (1 + lse[finite].abs())).all()
     plainly = [torch.empty_like(x) for x in grads]
     reference.tree_attention_backward(
-        do, q, k, v, plain, l, mask, scale=size**-0.5, dq=plainly[0], dk=plainly[1], dv=plainly[2]
+        do, q, k, v, plain, l, mask, scale=size**-0.5, softcap=softcap, dq=plainly[0], dk=plainly[1], dv=plainly[2]
     )
-    exact = dense_backward(do.double(), *wide, visible, size**-0.5)
-    sizes = magnitudes(do.double(), *wide, visible, size**-0.5)  # of what cancels
+    exact = dense_backward(do.double(), *wide, visible, size**-0.5, softcap)
+    sizes = magnitudes(do.double(), *wide, visible, size**-0.5, softcap)  # of what cancels
     firsts = (0, mask.prefix, mask.prefix)
     for found, own, right, magnitude, first in zip(grads, plainly, exact, sizes, firsts, strict=True):
         error, allowed = ((x.double() - right[first:]).norm() for x in (found, own))

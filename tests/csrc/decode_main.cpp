@@ -76,15 +76,30 @@ Matrix matrix(Stored stored, int64_t rows, int64_t columns) {
     return {&parts.back(), 1, rows, columns, nullptr};
 }
 
-DecoderSpec model(Stored stored, LayerSpec* layers) {
-    const int64_t queries = kHeads * kHeadDim, pairs = 2 * kKvHeads * kHeadDim;
-    for (int l = 0; l < kLayers; ++l)
+float* norm(int64_t width) { return numbers(width, 0.1f, 1); }
+
+// Llama's equations, or everything in which a family may differ from them.
+DecoderSpec model(Stored stored, bool other, LayerSpec* layers) {
+    const int64_t queries = kHeads * kHeadDim, keys = kKvHeads * kHeadDim;
+    for (int l = 0; l < kLayers; ++l) {
         layers[l] = {
-            numbers(kWidth, 0.1f, 1), numbers(kWidth, 0.1f, 1), l ? numbers(kHeadDim, 0.1f, 1) : nullptr, nullptr,
-            matrix(stored, queries + pairs, kWidth), matrix(stored, kWidth, queries),
-            matrix(stored, 2 * kInner, kWidth), matrix(stored, kWidth, kInner), l ? 9 : 0};
-    return {kLayers, kWidth, kInner, kHeads, kKvHeads, kHeadDim, kVocabulary, 1e-6f, 0.18f, layers,
-            numbers(kWidth, 0.1f, 1), matrix(Stored::f32, kVocabulary, kWidth), matrix(stored, kVocabulary, kWidth)};
+            norm(kWidth), nullptr, norm(kWidth), nullptr, l ? norm(kHeadDim) : nullptr, nullptr,
+            matrix(stored, queries + 2 * keys, kWidth), matrix(stored, kWidth, queries),
+            matrix(stored, 2 * kInner, kWidth), matrix(stored, kWidth, kInner), l ? 9 : 0, 0};
+        if (!other) continue;
+        if (l) layers[l].attention_norm = layers[l].mlp_norm = nullptr;
+        layers[l].attention_post_norm = norm(kWidth), layers[l].mlp_post_norm = l ? norm(kWidth) : nullptr;
+        layers[l].q_norm = norm(queries), layers[l].k_norm = norm(keys);
+        layers[l].rotation = 1 - l;
+    }
+    DecoderSpec spec = {
+        kLayers, kWidth, kInner, kHeads, kKvHeads, kHeadDim, kVocabulary, 0, 0, 1e-6f, 0.18f, 1, 1, 0, 0, layers,
+        norm(kWidth), matrix(Stored::f32, kVocabulary, kWidth), matrix(stored, kVocabulary, kWidth)};
+    if (other) {
+        spec.gelu = spec.wide_qk_norm = 1;
+        spec.embedding_scale = 3, spec.residual_scale = 0.7f, spec.attention_softcap = 5, spec.logit_softcap = 3;
+    }
+    return spec;
 }
 
 int32_t go_on(void*) { return 0; }
@@ -94,8 +109,8 @@ void write_answers(void* decoder, float temperature, int32_t threads, std::vecto
     const size_t pair = kKvHeads * kHeadDim;
     float* prefix = numbers(kLayers * 2 * kPrefix * pair, 1);
     float* own = numbers(kLayers * 2 * kSlots * kCapacity * pair, 1);
-    float* cos = numbers((kPrefix + kCapacity) * kHeadDim / 2, 1);
-    float* sin = numbers((kPrefix + kCapacity) * kHeadDim / 2, 1);
+    float* cos = numbers(2 * (kPrefix + kCapacity) * kHeadDim / 2, 1);
+    float* sin = numbers(2 * (kPrefix + kCapacity) * kHeadDim / 2, 1);
     std::vector<float> logits(kSlots * kVocabulary), entropy(kSlots * kMost), log_p(kSlots * kMost);
     std::vector<int32_t> tokens(kSlots), status(kSlots), lengths(kSlots), nodes(kSlots, -1), reasons(kSlots);
     std::vector<int32_t> inputs = {1, 2, 3}, positions = {kPrefix, kPrefix + 3, kPrefix + 1}, fresh(kSlots);
@@ -104,7 +119,7 @@ void write_answers(void* decoder, float temperature, int32_t threads, std::vecto
     int32_t running = kSlots, stop = 11;
     ids.assign(kSlots * kMost, -1);
     Loop loop{};
-    loop.cache = {prefix, own, kPrefix, kSlots, kCapacity, cos, sin};
+    loop.cache = {prefix, own, kPrefix, kSlots, kCapacity, cos, sin, kPrefix + kCapacity};
     SamplingParams settings{};
     settings.temperature = temperature;
     settings.seed = 3;
@@ -130,10 +145,12 @@ void write_answers(void* decoder, float temperature, int32_t threads, std::vecto
 int main() {
     const int sets = static_cast<int>(best_isa()) + 1;
     std::printf("%d\n", sets);
-    for (int32_t type = static_cast<int32_t>(kFirstQuantised) - 1; type <= static_cast<int32_t>(Stored::int4); ++type) {
+    const auto last = 2 * static_cast<int32_t>(Stored::int4) + 1;
+    for (int32_t i = 2 * static_cast<int32_t>(kFirstQuantised) - 2; i <= last; ++i) {
+        const int32_t type = i / 2;
         const auto stored = type < static_cast<int32_t>(kFirstQuantised) ? Stored::f32 : static_cast<Stored>(type);
         LayerSpec layers[kLayers];
-        const DecoderSpec spec = model(stored, layers);
+        const DecoderSpec spec = model(stored, i % 2 != 0, layers);
         void* decoder = embedgrad_decoder_create(&spec);
         for (int set = 0; set < sets; ++set) {
             isa_in_use() = static_cast<Isa>(set);

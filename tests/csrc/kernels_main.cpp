@@ -112,7 +112,7 @@ void attention(const Pool& pool, std::vector<double>& results) {
         for (int64_t size : {8, 20, 64})
             for (int64_t group : {1, 3}) {
                 const Tree tree(21, {5, 40, 1, 17}, 13, window);
-                const TreeShape shape{3, 2 * group, 2, size, 0.3f};
+                const TreeShape shape{3, 2 * group, 2, size, 0.3f, size == 20 ? 2.0f : 0.0f};
                 const int64_t n = tree.mask.keys, rows = 13 * group;
                 const auto schedule = tree_schedule(tree.mask);
                 if (!fits(tree.mask, schedule.data(), static_cast<int64_t>(schedule.size()))) std::abort();
@@ -132,19 +132,20 @@ void attention(const Pool& pool, std::vector<double>& results) {
             }
 }
 
-template <typename T>
+template <typename T, typename W>
 void row_wise(const Pool& pool, int64_t rows, int64_t d, std::vector<double>& results) {
-    Numbers<T> x(rows, d), more(rows, d), w(1, d), out(rows, d), dx(rows, d), gate_up(rows, 2 * d), d_gate_up(rows, 2 * d);
+    Numbers<T> x(rows, d), more(rows, d), out(rows, d), dx(rows, d), gate_up(rows, 2 * d), d_gate_up(rows, 2 * d);
+    Numbers<W> w(1, d), q_norm(1, 2 * d);
     rms_norm<T>(pool, x.all(), w.data.get(), 1e-6f, out.all(), rows, d);
     rms_norm_backward<T>(pool, more.all(), x.all(), w.data.get(), 1e-6f, dx.all(), rows, d);
     x.into(results), out.into(results), dx.into(results);
     swiglu<T>(pool, gate_up.all(), out.all(), rows, d);
     swiglu_backward<T>(pool, more.all(), gate_up.all(), d_gate_up.all(), rows, d);
     out.into(results), d_gate_up.into(results);
-    Numbers<T> heads(rows, 6 * d), raw(rows, 6 * d), cos(rows, d), sin(rows, d), q_norm(1, 2 * d);
-    rope<T>(pool, heads.all(), cos.data.get(), sin.data.get(), {q_norm.data.get(), nullptr, 2, 1e-6f}, rows, 3, d);
-    rope_backward<T>(pool, heads.all(), raw.all(), cos.data.get(), sin.data.get(), {q_norm.data.get(), nullptr, 2, 1e-6f},
-                     rows, 3, d);
+    Numbers<T> heads(rows, 6 * d), raw(rows, 6 * d), cos(rows, d), sin(rows, d);
+    const HeadNorms<W> norms = {q_norm.data.get(), nullptr, 2, 1e-6f};
+    rope<T>(pool, heads.all(), cos.data.get(), sin.data.get(), norms, rows, 3, d);
+    rope_backward<T>(pool, heads.all(), raw.all(), cos.data.get(), sin.data.get(), norms, rows, 3, d);
     heads.into(results);
     Numbers<float> prompt(3, d), grad(3, d);
     std::vector<int64_t> ids, shown;
@@ -158,8 +159,10 @@ void the_rest(const Pool& pool, int64_t rows, int64_t d, std::vector<double>& re
     Numbers<float> z(rows, d), weights(1, rows), nll(1, rows), e(rows, d), e0(rows, d), m(rows, d), v(rows, d), g(rows, d);
     std::vector<int64_t> targets, predicted(rows);
     for (int64_t i = 0; i < rows; ++i) targets.push_back(draw() % d);
-    softmax_loss(pool, z.all(), targets.data(), weights.data.get(), nll.data.get(), predicted.data(), rows, d);
-    z.into(results), nll.into(results);
+    for (float softcap : {0.0f, 2.0f}) {
+        softmax_loss(pool, z.all(), targets.data(), weights.data.get(), nll.data.get(), predicted.data(), rows, d, softcap);
+        z.into(results), nll.into(results);
+    }
     for (int64_t i = 0; i < rows * d; ++i) v.data[i] = std::abs(v.data[i]);
     for (auto kind : {TrustRegion::cosine, TrustRegion::l2_ball, TrustRegion::mean_cosine}) {
         std::vector<double> similarity(rows), ratio(rows);
@@ -178,7 +181,8 @@ std::vector<double> everything(int64_t threads) {
     attention<float>(pool, results), attention<Bf16>(pool, results);
     for (int64_t rows : {1, 7, 40})
         for (int64_t d : {1, 5, 16, 67, 640}) {
-            row_wise<float>(pool, rows, d, results), row_wise<Bf16>(pool, rows, d, results);
+            row_wise<float, float>(pool, rows, d, results), row_wise<Bf16, Bf16>(pool, rows, d, results);
+            row_wise<Bf16, float>(pool, rows, d, results);
             the_rest(pool, rows, d, results);
         }
     return results;

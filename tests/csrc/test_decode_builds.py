@@ -17,7 +17,7 @@ PROGRAM = Program(
         "decode/api.cpp",
     ),
 )  # fmt: skip
-ANSWERS = 2 * (1 + len(QUANTISED))  # for an instruction set: greedy and sampled, float32 and every quantised type
+ANSWERS = 4 * (1 + len(QUANTISED))  # for an instruction set: two models, greedy and sampled, in float32 and every type
 
 pytestmark = [pytest.mark.slow, pytest.mark.skipif(compiler() is None, reason="there is no C++ compiler")]
 

@@ -12,6 +12,7 @@ import torch
 import transformers
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 
 import embedgrad
 from embedgrad.exports.check.report import CheckReport
@@ -22,7 +23,7 @@ from embedgrad.generation.sampling import Sampling
 from embedgrad.prompt.rendering import render_query
 from embedgrad.util.errors import ConfigError, ExportError, PromptError, SaveError
 from tests.exports.shared import TEMPLATES, tiny_folder, tuned
-from tests.model.tiny import FAMILIES, write_gguf, write_tokenizer
+from tests.model.tiny import EXTRA, FAMILIES, SMALL, STYLE_OF, write_gguf, write_tokenizer
 
 drawn = settings(max_examples=14, deadline=None, suppress_health_check=list(HealthCheck))
 
@@ -235,3 +236,34 @@ def test_unusable_names_and_targets_are_refused(tmp_path: Path) -> None:
     (taken / "tokenizer.json").write_text(json.dumps(table))
     with pytest.raises(ExportError, match=r"has the token <\|prompt_0\|> already"):
         export(tuned(taken), to="hf", model=taken, out=tmp_path / "copy")
+
+
+@pytest.mark.parametrize("shards", [None, 60_000])
+def test_the_text_part_of_a_multimodal_model_becomes_a_model_of_its_own(tmp_path: Path, shards: int | None) -> None:
+    """transformers loads it as such, and our engine reads from it what the whole model's text part gives."""
+    text = transformers.Gemma3TextConfig(**SMALL, **EXTRA["gemma3_text"])
+    vision = {
+        "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28,
+        "patch_size": 14,
+    }  # fmt: skip
+    config = transformers.Gemma3Config(
+        text_config=text.to_dict(), vision_config=vision, mm_tokens_per_image=4, image_token_index=399
+    )
+    whole = transformers.Gemma3ForConditionalGeneration(config).eval()
+    with torch.no_grad():
+        for parameter in whole.parameters():
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(len(parameter))))
+    folder, out = tmp_path / "whole", tmp_path / "copy"
+    whole.save_pretrained(folder, max_shard_size=shards or "5GB")
+    write_tokenizer(folder, STYLE_OF["gemma3_text"])
+    report = export(tuned(folder), to="hf", model=folder, out=out, check=True)
+    assert report.facts["part of the model"] == "its text part, as a model of its own"
+    assert report.check is not None
+    copy = transformers.AutoModelForCausalLM.from_pretrained(out, dtype="float32")
+    assert type(copy) is transformers.Gemma3ForCausalLM
+    ids = torch.tensor([[5, 30, 200, 31, 77, 12, 9, 8]])  # rows from 400 on are the prompt's
+    with torch.no_grad():
+        expected, found = (model(input_ids=ids).logits[..., :400] for model in (whole, copy))
+    torch.testing.assert_close(found, expected)
+    held = {name for file in out.glob("*.safetensors") for name in load_file(file)}
+    assert held == {name for name in copy.state_dict() if name != "lm_head.weight"}

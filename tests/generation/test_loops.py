@@ -70,6 +70,7 @@ def test_decoded_logits_are_those_of_the_decoder(config: Any, prompt: Any, seed:
     batch = [render_query(model, p, [50 + i, *range(60, 60 + i)]) for i in range(3)]
     prefix = prefill_prefix(model, p.embeddings, batch[0], min(2, *(len(rendered.ids) - 1 for rendered in batch)))
     results = []
+    assert model.native_decoder is not None
     for native in (model.native_decoder, None):
         vars(model)["native_decoder"] = native
         cache, logits = prefill_suffixes(model, p.embeddings, batch, prefix)

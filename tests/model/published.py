@@ -1,4 +1,11 @@
-"""config.json files as published, in the spelling of transformers 4, of the families beside Llama, Mistral and Qwen."""
+"""config.json files as published, in the spelling of transformers 4, of the families beside Llama, Mistral and Qwen.
+
+They were compared with copies in public repositories on 2026-11-28, since the originals could not be reached. Whole
+files: Gemma-2-2B, Gemma-3-4B, Phi-3-mini-4k. Every number that the reader uses: Gemma-3-270M, Gemma-3-1B, OLMo-2-1B,
+Granite-3.3-2B, SmolLM3-3B, and Phi-4-mini but for the factors of its rotations and its window (262,144 here, none in
+one copy; longer than the context either way). Of Mistral-Nemo layers, width, head size, base and context; its other
+numbers are those of the text part of Pixtral, which is made from it.
+"""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ from embedgrad.prompt.prompt import SoftPrompt
 from embedgrad.prompt.template import Template
 from embedgrad.util.errors import ConfigError, ModelError
 from tests.model.blocks import HALVES_AT
-from tests.model.tiny import random_model, write_folder, write_gguf
+from tests.model.tiny import FAMILIES, random_model, write_folder, write_gguf
 from tests.truth import relative_error
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -62,14 +62,17 @@ def dequantised_twin(packed: Model, folder: Path) -> Model:
 
 
 @pytest.mark.parametrize("kind", ["int8", "int4"])
-@pytest.mark.parametrize(("family", "tied"), [("qwen2", False), ("llama", True)])
+@pytest.mark.parametrize(("family", "tied"), [("llama", True), *((family, False) for family in FAMILIES)])
 def test_quantised_while_read_equals_the_dequantised_weights(
     tmp_path: Path, kind: str, family: str, tied: bool
 ) -> None:
     write_folder(tmp_path, family, tie_word_embeddings=tied, **SIZES)
     model = load_model(tmp_path, weights=kind)
     assert isinstance(model.weights.head.parts[0], torch.Tensor if tied else TileWeight if is_built() else PackedWeight)
-    expected = {f"model.layers.{i}.{n}" for i in range(2) for n in _NAMES} | (set() if tied else {"lm_head.weight"})
+    kind_of = model.config.kind
+    names = [*kind_of.qkv, *kind_of.gate_up, "self_attn.o_proj", "mlp.down_proj"]
+    expected = {f"model.layers.{i}.{name}.weight" for i in range(2) for name in names}
+    expected |= set() if tied else {"lm_head.weight"}
     assert set(model.quantisation_errors) == expected
     low, high = {"int8": (1e-4, 1e-2), "int4": (1e-2, 0.12)}[kind]
     assert all(low < error < high for error in model.quantisation_errors.values())
@@ -82,9 +85,6 @@ def test_quantised_while_read_equals_the_dequantised_weights(
     before = model.weights_hash()
     step(model)
     assert model.weights_hash() == before
-
-
-_NAMES = [f"self_attn.{n}_proj.weight" for n in "qkvo"] + [f"mlp.{n}_proj.weight" for n in ("gate", "up", "down")]
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="needs Triton's interpreter (TRITON_INTERPRET=1)")
@@ -237,9 +237,12 @@ def test_what_cannot_be_quantised_is_refused(tmp_path: Path) -> None:
         load_model(tmp_path, weights="int8")
 
 
-@pytest.mark.parametrize("weights", ["compute", "stored", "int8"])
-def test_streamed_blocks_give_the_same_bits(tmp_path: Path, weights: str) -> None:
-    write_folder(tmp_path, "qwen3", dtype=torch.bfloat16, **{**SIZES, "num_hidden_layers": 5})
+@pytest.mark.parametrize(
+    ("family", "weights"),
+    [("qwen3", "compute"), ("qwen3", "stored"), ("qwen3", "int8"), *((family, "int4") for family in sorted(FAMILIES))],
+)
+def test_streamed_blocks_give_the_same_bits(tmp_path: Path, family: str, weights: str) -> None:
+    write_folder(tmp_path, family, dtype=torch.bfloat16, **{**SIZES, "num_hidden_layers": 5})
     whole = load_model(tmp_path, weights=weights)
     rest, block = weight_bytes(whole) - block_bytes(whole), _packed_size(whole.weights.layers[0])
     expected = step(whole)
@@ -278,8 +281,9 @@ def test_the_next_block_is_always_on_its_way(tmp_path: Path) -> None:
     assert layers.copies == 5 + 3
 
 
-def test_streamed_generation_gives_the_same_tokens(tmp_path: Path) -> None:
-    write_folder(tmp_path, "llama", **{**SIZES, "num_hidden_layers": 3})
+@pytest.mark.parametrize("family", sorted(FAMILIES))
+def test_streamed_generation_gives_the_same_tokens(tmp_path: Path, family: str) -> None:
+    write_folder(tmp_path, family, **{**SIZES, "num_hidden_layers": 3})
     whole = load_model(tmp_path)
     rest, block = weight_bytes(whole) - block_bytes(whole), _packed_size(whole.weights.layers[0])
     streamed = load_model(tmp_path, max_device_memory=rest + 2 * block)

@@ -43,17 +43,19 @@ def open_model(
     device: str = "auto",
     weights: str = "auto",
     max_device_memory: int | None = None,
+    long_context: bool = False,
 ) -> Model:
     """`load_model` with ~ and $VARIABLES in `path` replaced. A path that does not exist may be a hub id."""
-    return load_model(expand_path(path), dtype, backend, device, weights, max_device_memory)
+    return load_model(expand_path(path), dtype, backend, device, weights, max_device_memory, long_context)
 
 
 def open_configured(config: RunConfig) -> Model:
     """The model of a configuration."""
     section = config.model
     return open_model(
-        section.path, section.dtype, section.backend, section.device, section.weights, section.max_device_memory
-    )
+        section.path, section.dtype, section.backend, section.device, section.weights, section.max_device_memory,
+        section.long_context,
+    )  # fmt: skip
 
 
 def write_text(path: Path, text: str) -> None:

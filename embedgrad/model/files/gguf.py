@@ -21,6 +21,7 @@ from embedgrad.model.families import GGUF_ARCHITECTURES
 from embedgrad.model.files.recognise import GGUF_MAGIC
 from embedgrad.model.native_matrices import is_built
 from embedgrad.model.quantised import QUANTISED, BlockWeight
+from embedgrad.model.rope import Divisors
 from embedgrad.util.errors import ModelError
 from embedgrad.util.shown import short
 
@@ -34,8 +35,8 @@ _BLOCKS_PER_ROW = 64
 
 NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 ROPE_DIVISORS = "rope_freqs.weight"
-# LongRoPE's divisors for texts within the original context, and for longer ones, which are not computed.
-LONGROPE_DIVISORS, UNUSED = "rope_factors_short.weight", ("rope_factors_long.weight",)
+# LongRoPE's divisors for texts within the original context, and for longer ones.
+LONGROPE_DIVISORS = "rope_factors_short.weight", "rope_factors_long.weight"
 _MOST_DIVISORS = 65536
 
 
@@ -81,13 +82,14 @@ class GgufFile:
             raise ModelError(f"{path} is one part of a split model; join the parts with llama-gguf-split --merge.")
         self._check_kinds(entries)
         self._stored = dict(entries)
-        short_factors, plain = entries.pop(LONGROPE_DIVISORS, None), entries.pop(ROPE_DIVISORS, None)
-        self._rope = plain if short_factors is None else short_factors
+        names_of_divisors = (ROPE_DIVISORS, *LONGROPE_DIVISORS)
+        plain, short_factors, long_factors = (entries.pop(name, None) for name in names_of_divisors)
+        self._divisors = plain if short_factors is None else short_factors, long_factors
         family = self.metadata.get("general.architecture")
         kind = GGUF_ARCHITECTURES.get(family) if isinstance(family, str) else None
         self._permuted, names = kind is not None and kind.gguf_permuted, {} if kind is None else kind.gguf_names
-        self._entries = {_canonical(name, names): entry for name, entry in entries.items() if name not in UNUSED}
-        if len(self._entries) != len([name for name in entries if name not in UNUSED]):
+        self._entries = {_canonical(name, names): entry for name, entry in entries.items()}
+        if len(self._entries) != len(entries):
             raise ModelError(f"{path} holds two tensors of the same name.")
         self._heads: dict[str, int] = {}
 
@@ -102,14 +104,19 @@ class GgufFile:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: entry.shape for name, entry in self._entries.items()}
 
-    def rope_divisors(self) -> tuple[float, ...]:
-        """The values of rope_freqs.weight; empty where the file has none. Raises ModelError for a wrong shape."""
-        if self._rope is None:
+    def rope_divisors(self) -> Divisors:
+        """Raises ModelError for a wrong shape."""
+        short, long = (self._vector(entry) for entry in self._divisors)
+        return short, long
+
+    def _vector(self, entry: _Entry | None) -> tuple[float, ...]:
+        if entry is None:
             return ()
-        if len(self._rope.shape) > 1 or self._rope.shape[0] > _MOST_DIVISORS:
-            shape = list(self._rope.shape)
-            raise ModelError(f"{self.path}: {ROPE_DIVISORS} has shape {shape}; it should be a vector of half a head.")
-        return tuple(self._values(self._rope, self._blocks(self._rope)).flatten().tolist())
+        if len(entry.shape) > 1 or entry.shape[0] > _MOST_DIVISORS:
+            raise ModelError(
+                f"{self.path}: {ROPE_DIVISORS} has shape {list(entry.shape)}; it should be a vector of half a head."
+            )
+        return tuple(self._values(entry, self._blocks(entry)).flatten().tolist())
 
     def get(self, name: str) -> torch.Tensor:
         """The tensor. F32, F16, BF16 and F64 are views into the mapping, or copies if permuted; others are float32."""

@@ -86,11 +86,7 @@ class SafetensorsFiles:
         """Nothing: no tensor of these files is quantised."""
 
     def _name(self, stored: str) -> str | None:
-        """The name of a stored tensor; None for one of another part of a multimodal model."""
-        if not self._text_only:
-            return stored
-        found = ((pattern.match(stored), pattern, name) for pattern, name in _OF_TEXT)
-        return next((pattern.sub(name, stored, count=1) for match, pattern, name in found if match), None)
+        return text_name(stored) if self._text_only else stored
 
     def _add(self, path: Path) -> None:
         try:
@@ -112,6 +108,12 @@ class SafetensorsFiles:
         except (SafetensorError, OSError, ValueError, RuntimeError) as error:
             found = stand_in(path) or f"is not a complete safetensors file ({first_line(error)}); fetch it again"
             raise ModelError(f"{path} {found}.") from error
+
+
+def text_name(stored: str) -> str | None:
+    """What the text model calls a tensor of a multimodal model; None for one of another part."""
+    found = ((pattern.match(stored), pattern, name) for pattern, name in _OF_TEXT)
+    return next((pattern.sub(name, stored, count=1) for match, pattern, name in found if match), None)
 
 
 def files_of(folder: Path) -> tuple[list[Path], Iterable[str]]:
