@@ -20,6 +20,7 @@ from embedgrad.engine.model import Model
 from embedgrad.exports.source import prompt_names
 from embedgrad.prompt.prompt import SoftPrompt
 from embedgrad.serve.app import Server
+from embedgrad.serve.connection import Connection
 from embedgrad.serve.http import Gate
 from embedgrad.serve.scheduler import Scheduler
 from embedgrad.serve.served import ServedModel
@@ -96,9 +97,9 @@ def serve(models: Sequence[ServedModel], settings: Settings, announce: Callable[
     with _listening(settings) as listener:
         host, port = listener.getsockname()[:2]
         announce(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
-        config = uvicorn.Config(  # h11 bounds the head of a request, which uvicorn's other parser does not
-            app, http="h11", log_level="warning", access_log=False, server_header=False, limit_concurrency=CONNECTIONS,
-            timeout_graceful_shutdown=_FAREWELL, timeout_keep_alive=30, lifespan="on",
+        config = uvicorn.Config(  # the log gets no line that a client can repeat at will
+            app, http=Connection, ws="none", log_level="error", access_log=False, server_header=False,
+            limit_concurrency=CONNECTIONS, timeout_graceful_shutdown=_FAREWELL, timeout_keep_alive=30, lifespan="on",
         )  # fmt: skip
         uvicorn.Server(config).run([listener])
 
