@@ -18,9 +18,12 @@ CHAT = "/v1/chat/completions"
 _KILLED = """
 import json, sys, urllib.request
 head = {"Content-Type": "application/json"}
-for _ in range(1000):
-    with urllib.request.urlopen(urllib.request.Request(sys.argv[1], sys.argv[2].encode(), head)) as response:
-        response.read()
+while True:
+    try:
+        with urllib.request.urlopen(urllib.request.Request(sys.argv[1], sys.argv[2].encode(), head)) as response:
+            response.read()
+    except OSError:  # too many answers wait
+        pass
 """
 
 
