@@ -20,7 +20,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from bench.harness.contenders import our_version
 from bench.harness.markdown import table
 from bench.harness.rows import Row, row
 from bench.harness.worker import environment, serve, workers
@@ -85,7 +84,7 @@ def _asked(folder: Path, prompt: Path, items: int, threads: int) -> list[Row]:
         chats = f"model={NAME},base_url={address},num_concurrent=4"
         command = [sys.executable, "-m", "lm_eval", "--model", "local-chat-completions", "--model_args", chats]
         answers[LLAMA] = _evaluate(command, folder, ("generated",), threads)
-        versions = {OURS: our_version(), HF: version, LLAMA: running[LLAMA].ready["version"]}
+        versions = {OURS: f"embedgrad {embedgrad.__version__}", HF: version, LLAMA: running[LLAMA].ready["version"]}
     harness = f"lm-eval {importlib.metadata.version('lm-eval')}"
     rows, right = [], {at: sample["filtered_resps"] for at, sample in answers[OURS]["generated"].items()}
     for contender, of_tasks in answers.items():
