@@ -26,8 +26,8 @@ from bench.harness.verify import verify
 
 HERE = Path(__file__).parent
 ALL = (
-    ("step",), ("decode",), ("serve",), ("load",), ("ops",), ("scale",), ("ablation",), ("quality",), ("memory",),
-    ("predict",), ("host",), ("kernels", "--static"), ("gpu",),
+    ("step",), ("decode",), ("serve",), ("load",), ("ops",), ("scale",), ("ablation",), ("quality",), ("exported",),
+    ("memory",), ("predict",), ("host",), ("kernels", "--static"), ("gpu",),
 )  # fmt: skip
 
 

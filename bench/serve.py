@@ -1,11 +1,11 @@
 """How fast does `embedgrad serve` answer many clients, beside `generate` and llama.cpp's server on the exported file?
 
-Clients send chats to a server of their own process, each the next one when it has its answer, and write what they get
-to the end. All contenders have the same prompt, queries, threads and number of answers at a time, and answer greedily.
-`generate` has no clients: it gets the queries of all of them in one call, which is the most that our server can
-reach. llama.cpp serves the GGUF file that `embedgrad export` makes of model and prompt, with its prompt cache on; it
-brings its own HTTP server. A rate is new tokens per second from the first request to the last answer, prefill
-included. "Equal" is the share of the answers that are those of `generate`.
+Clients send chats to a server of their own process, each the next one when it has its answer, and keep what they get,
+which is read when the clock has stopped. All contenders have the same prompt, queries, threads and number of answers at
+a time, and answer greedily. `generate` has no clients: it gets the queries of all of them in one call, which is the
+most that our server can reach. llama.cpp serves the GGUF file that `embedgrad export` makes of model and prompt, with
+its prompt cache on; it brings its own HTTP server. A rate is new tokens per second from the first request to the last
+answer, prefill included. "Equal" is the share of the answers that are those of `generate`.
 """
 
 from __future__ import annotations
@@ -159,36 +159,42 @@ def _queries(clients: int, requests: int, number: int) -> list[list[str]]:
 
 
 async def _clients(address: str, queries: Sequence[Sequence[str]], tokens: int, stream: bool) -> Answers:
-    import httpx
+    """Asks; what the clients have got is read after the clock has stopped, for they share the cores with the server."""
+    import aiohttp
 
-    answers = Answers(0.0)
-    limits = httpx.Limits(max_connections=None)
-    async with httpx.AsyncClient(base_url=address, timeout=None, limits=limits) as http:
+    answers, bodies = Answers(0.0), {}
+
+    async def client(http: aiohttp.ClientSession, own: Sequence[str]) -> None:
+        for query in own:
+            body = {"model": NAME, "messages": [{"role": "user", "content": query}], "temperature": 0.0,
+                    "max_tokens": tokens, "stream": stream}  # fmt: skip
+            if stream:
+                body["stream_options"] = {"include_usage": True}
+            async with http.post(f"{address}/v1/chat/completions", json=body, raise_for_status=True) as response:
+                bodies[query] = await response.read()
+
+    connector, timeout = aiohttp.TCPConnector(limit=0), aiohttp.ClientTimeout(total=None)
+    async with aiohttp.ClientSession(connector=connector, timeout=timeout) as http:
         started = time.perf_counter()
-        await asyncio.gather(*(_client(http, own, tokens, stream, answers) for own in queries))
+        await asyncio.gather(*(client(http, own) for own in queries))
         answers.seconds = time.perf_counter() - started
+    for query, content in bodies.items():
+        answers.texts[query], new = _read_stream(content) if stream else _read_whole(content)
+        answers.tokens += new
     return answers
 
 
-async def _client(http: Any, queries: Sequence[str], tokens: int, stream: bool, answers: Answers) -> None:
-    for query in queries:
-        body = {"model": NAME, "messages": [{"role": "user", "content": query}], "temperature": 0.0,
-                "max_tokens": tokens, "stream": stream}  # fmt: skip
-        if not stream:
-            response = (await http.post("/v1/chat/completions", json=body)).raise_for_status().json()
-            text, usage = response["choices"][0]["message"]["content"], response["usage"]
-        else:
-            text = ""
-            body["stream_options"] = {"include_usage": True}
-            async with http.stream("POST", "/v1/chat/completions", json=body) as lines:
-                async for line in lines.raise_for_status().aiter_lines():
-                    if line.startswith("data: {"):
-                        event = json.loads(line[6:])
-                        usage = event.get("usage") or {}
-                        for choice in event["choices"]:
-                            text += choice["delta"].get("content") or ""
-        answers.texts[query] = text
-        answers.tokens += usage["completion_tokens"]
+def _read_whole(content: bytes) -> tuple[str, int]:
+    """The text of a response, and its new tokens."""
+    response = json.loads(content)
+    return response["choices"][0]["message"]["content"], response["usage"]["completion_tokens"]
+
+
+def _read_stream(content: bytes) -> tuple[str, int]:
+    """The text of a stream, and its new tokens."""
+    events = [json.loads(line[6:]) for line in content.decode().splitlines() if line.startswith("data: {")]
+    text = "".join(choice["delta"].get("content") or "" for event in events for choice in event["choices"])
+    return text, events[-1]["usage"]["completion_tokens"]
 
 
 # ---- contenders ------------------------------------------------------------------------------------------------------

@@ -16,7 +16,9 @@ from bench.harness import rows
 from bench.harness.rows import ROOT, Row
 from embedgrad.util.files import write_atomic
 
-DOCUMENTS = tuple(ROOT / name for name in ("bench/README.md", "docs/kernels.md", "docs/performance.md"))
+DOCUMENTS = tuple(
+    ROOT / name for name in ("bench/README.md", "docs/deploy.md", "docs/kernels.md", "docs/performance.md")
+)
 PICTURES = ROOT / "bench/pictures"
 PLACE = re.compile(r"<!-- bench: (?P<name>[\w.-]+) -->\n.*?<!-- end of (?P=name) -->", re.DOTALL)
 

@@ -50,7 +50,8 @@ def requests(source: Source, named: NamedPrompt) -> dict[str, Any]:
             parts[-1] += text  # a query and the texts around it are tokenised together
     bos = source.tokenizer.bos_id
     begins = prompt.template.kind == "text" and source.tokenizer.adds_bos and bos is not None
-    data = encoded(prompt.embeddings.detach().float() * source.input_scale)
+    scale = _scale(source)
+    data = encoded(prompt.embeddings.detach().float() * scale)
     chat, refused = _chat(named, data)
     content = {
         "model": source.asked,
@@ -60,7 +61,7 @@ def requests(source: Source, named: NamedPrompt) -> dict[str, Any]:
         "chat": chat,
         "chat_refused": refused,
         "prompt_embeds": data,
-        "embedding_scale": source.input_scale,
+        "embedding_scale": scale,
     }
     for query in QUERIES:
         rendered = quietly_rendered(source, prompt, query)
@@ -71,6 +72,11 @@ def requests(source: Source, named: NamedPrompt) -> dict[str, Any]:
                 f"cannot do; export it as hf."
             )
     return content
+
+
+def _scale(source: Source) -> float:
+    """What vLLM expects embeddings to be multiplied by. Its Gemma 2 multiplies those that it is given itself."""
+    return 1.0 if source.config.family == "gemma2" else source.input_scale
 
 
 class _Calling:

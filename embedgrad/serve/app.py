@@ -111,11 +111,13 @@ class Server:
         began, name, usage = time.monotonic(), "", Usage()
         try:
             try:
-                body = read(kind, await self._gate.body(request))
-                served = self._served(body.model)
-                name = served.name
-                exchange = await self._in_renderer(partial(self._exchange, served, body))
-                exchange.submit()
+                content = await self._gate.body(request)
+                with self._scheduler.expecting():
+                    body = read(kind, content)
+                    served = self._served(body.model)
+                    name = served.name
+                    exchange = await self._in_renderer(partial(self._exchange, served, body))
+                    exchange.submit()
             except Full as error:
                 raise Refusal(429, str(error), code="rate_limit_exceeded") from None
             except _ASKED_WRONGLY as error:
@@ -126,12 +128,12 @@ class Server:
                 ended = partial(self._ended, name, began, usage)
                 first = partial(self._first_token, name, began)
                 return EventStream(exchange, envelope, body, ended, first)
-            content = await self._whole(exchange, envelope, body, request)
+            answer = await self._whole(exchange, envelope, body, request)
         except Refusal as refusal:
             self._ended(name, began, usage, str(refusal.status))
             raise
-        self._ended(name, began, usage, "gone" if content is None else "200")
-        return Response(status_code=204) if content is None else JSONResponse(content)
+        self._ended(name, began, usage, "gone" if answer is None else "200")
+        return Response(status_code=204) if answer is None else JSONResponse(answer)
 
     async def _whole(
         self, exchange: Exchange, envelope: Envelope, body: ChatBody | CompletionBody, request: Request
@@ -141,11 +143,12 @@ class Server:
         shown: list[list[Chosen]] = [[] for _ in range(len(exchange))]
         try:
             async with contextlib.aclosing(exchange.events(request.receive)) as events:
-                async for index, event in events:
-                    if isinstance(event, Chosen):
-                        shown[index].append(event)
-                    else:
-                        answers[index] = event
+                async for arrived in events:
+                    for index, event in arrived:
+                        if isinstance(event, Chosen):
+                            shown[index].append(event)
+                        else:
+                            answers[index] = event
         except Gone:
             return None
         except EmbedGradError as error:

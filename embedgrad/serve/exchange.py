@@ -41,7 +41,8 @@ class Exchange:
         top: int,
     ) -> None:
         self._scheduler = scheduler
-        self._queue: asyncio.Queue[tuple[int, Chosen | Generation | Exception]] = asyncio.Queue()
+        self._arrived: list[tuple[int, Chosen | Generation | Exception]] = []
+        self._wake = asyncio.Event()
         self._jobs: list[Job] = []
         self._open = 0
         self.usage = Usage()
@@ -52,10 +53,10 @@ class Exchange:
 
     def _job(self, served: ServedModel, rendered: Rendered, sampling: Sampling, choice: Any, index: int) -> Job:
         def take(id: int, log_probability: float, likeliest: Top | None) -> None:
-            self._queue.put_nowait((index, Chosen(id, log_probability, likeliest)))
+            self._arrive(index, Chosen(id, log_probability, likeliest))
 
         def end(result: Generation | EmbedGradError) -> None:
-            self._queue.put_nowait((index, result))
+            self._arrive(index, result)
 
         return Job(served, rendered, sampling, choice, index, end, take if self._tokens else None, self._top)
 
@@ -69,24 +70,33 @@ class Exchange:
     def __len__(self) -> int:
         return len(self._jobs)
 
-    async def events(self, receive: Receive) -> AsyncGenerator[tuple[int, Chosen | Generation], None]:
-        """(job, token or answer) until all jobs have ended. Whoever leaves early must `close`.
+    def _arrive(self, index: int, event: Chosen | Generation | Exception) -> None:
+        self._arrived.append((index, event))
+        self._wake.set()
 
-        Raises the error of a job that failed, and Gone where the client goes.
+    async def events(self, receive: Receive) -> AsyncGenerator[list[tuple[int, Chosen | Generation]], None]:
+        """What has arrived since the last time, as (job, token or answer), until all jobs have ended.
+
+        Whoever leaves early must `close`. Raises the error of a job that failed, and Gone where the client goes.
         """
         watch = asyncio.ensure_future(_gone(receive))
-        watch.add_done_callback(lambda _: self._queue.put_nowait((-1, Gone())))
+        watch.add_done_callback(lambda _: self._wake.set())
         try:
             while self._open:
-                index, event = await self._queue.get()
+                await self._wake.wait()
+                self._wake.clear()
+                arrived, self._arrived = self._arrived, []
                 if watch.done():  # what was written meanwhile has no reader
                     raise Gone
-                if isinstance(event, Exception):
-                    raise event
-                if isinstance(event, Generation):
-                    self._open -= 1
-                    self.usage.completion += len(event.log_probabilities)
-                yield index, event
+                events: list[tuple[int, Chosen | Generation]] = []
+                for index, event in arrived:
+                    if isinstance(event, Exception):
+                        raise event
+                    if isinstance(event, Generation):
+                        self._open -= 1
+                        self.usage.completion += len(event.log_probabilities)
+                    events.append((index, event))
+                yield events
         finally:
             watch.cancel()
 

@@ -6,7 +6,9 @@ import asyncio
 import contextlib
 import ipaddress
 import os
+import queue
 import socket
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ from embedgrad.engine.model import Model
 from embedgrad.exports.source import prompt_names
 from embedgrad.prompt.prompt import SoftPrompt
 from embedgrad.serve.app import Server
+from embedgrad.serve.connection import Connection
 from embedgrad.serve.http import Gate
 from embedgrad.serve.scheduler import Scheduler
 from embedgrad.serve.served import ServedModel
@@ -81,20 +84,22 @@ def serve(models: Sequence[ServedModel], settings: Settings, announce: Callable[
 
     @contextlib.asynccontextmanager
     async def lifespan(app: Any) -> AsyncIterator[None]:
-        calls.loop = asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
+        calls.start(loop)
         scheduler.start()
         try:
             yield
         finally:
-            await asyncio.get_running_loop().run_in_executor(None, scheduler.close)
+            await loop.run_in_executor(None, scheduler.close)
+            calls.close()
 
     app = Server(models, scheduler, gate, context=context, most=most).app(lifespan)
     with _listening(settings) as listener:
         host, port = listener.getsockname()[:2]
         announce(f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}")
-        config = uvicorn.Config(
-            app, log_level="warning", access_log=False, server_header=False, limit_concurrency=CONNECTIONS,
-            timeout_graceful_shutdown=_FAREWELL, timeout_keep_alive=30, lifespan="on",
+        config = uvicorn.Config(  # the log gets no line that a client can repeat at will
+            app, http=Connection, ws="none", log_level="error", access_log=False, server_header=False,
+            limit_concurrency=CONNECTIONS, timeout_graceful_shutdown=_FAREWELL, timeout_keep_alive=30, lifespan="on",
         )  # fmt: skip
         uvicorn.Server(config).run([listener])
 
@@ -125,14 +130,28 @@ def is_loopback(host: str) -> bool:
 
 
 class _Calls:
-    """Brings the scheduler's callbacks into the event loop."""
+    """Brings the scheduler's callbacks into the event loop, by a thread of its own.
 
-    loop: asyncio.AbstractEventLoop | None = None
+    The loop is woken by a system call, which gives the interpreter's lock away. The event loop would take it and write
+    to all clients before the scheduler's thread could go on to the next token.
+    """
 
-    def deliver(self, calls: Sequence[Callable[[], object]]) -> None:
-        if self.loop is not None:
+    def __init__(self) -> None:
+        self._queue: queue.SimpleQueue[Sequence[Callable[[], object]] | None] = queue.SimpleQueue()
+        self.deliver = self._queue.put  # which keeps the lock
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Starts the thread."""
+        threading.Thread(target=self._run, args=(loop,), name="embedgrad messenger", daemon=True).start()
+
+    def close(self) -> None:
+        """Ends the thread."""
+        self._queue.put(None)
+
+    def _run(self, loop: asyncio.AbstractEventLoop) -> None:
+        while (calls := self._queue.get()) is not None:
             with contextlib.suppress(RuntimeError):  # the loop is closed: the server ends
-                self.loop.call_soon_threadsafe(_all, calls)
+                loop.call_soon_threadsafe(_all, calls)
 
 
 def _all(calls: Sequence[Callable[[], object]]) -> None:

@@ -7,10 +7,11 @@ another thread waits for the model.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -30,6 +31,9 @@ from embedgrad.util.errors import EmbedGradError
 
 TURN = 0.1  # seconds of a group while another one waits; a switch costs one call into csrc/
 PATIENCE = 8  # steps that a newcomer waits at most for others to enter with; a prefill of one is a small matrix product
+BUSY = 8  # a newcomer waits a step for company for so many answers, which its prefill holds up
+GATHER = 0.05  # seconds that an idle group waits at most for requests that are being read
+RETURN = 0.005  # seconds after a step in which clients ask again; answers of one length end together
 PREFILL = 2048  # tokens of newcomers that are computed together; running answers wait meanwhile
 
 
@@ -69,6 +73,8 @@ class _Group:
     running: set[Job] = field(default_factory=set)
     writer: Writer | None = None
     since: int = 0  # steps since a job began to wait
+    ended: int = 0  # answers that ended together at the time `ended_at`
+    ended_at: float = 0.0
 
 
 class Scheduler:
@@ -97,6 +103,7 @@ class Scheduler:
         self._calls: list[Callable[[], object]] = []
         self._closing = False
         self._waiting = 0
+        self._expected = 0
         self._thread = threading.Thread(target=self._run, name="embedgrad scheduler", daemon=True)
 
     def know(self, served: ServedModel) -> None:
@@ -140,6 +147,18 @@ class Scheduler:
             self._waiting += len(jobs)
             self._lock.notify()
 
+    @contextlib.contextmanager
+    def expecting(self) -> Iterator[None]:
+        """While a request is made into jobs: a group that is idle waits a moment for it."""
+        with self._lock:
+            self._expected += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._expected -= 1
+                self._lock.notify()
+
     def cancel(self, jobs: Sequence[Job]) -> None:
         """Ends jobs that nobody waits for any more. Their callbacks are not called."""
         with self._lock:
@@ -179,6 +198,8 @@ class Scheduler:
         end = time.monotonic() + TURN
         try:
             while group.waiting or group.running:
+                if not group.running:
+                    self._gather(group)
                 with self._model.lock:
                     writer = self._writer(group)
                     self._enter(group, writer)
@@ -222,6 +243,20 @@ class Scheduler:
         )  # fmt: skip
         return group.writer
 
+    def _gather(self, group: _Group) -> None:
+        """Waits for requests that come together, before an idle group begins: one prefill costs less than several.
+
+        Those that are being read are known. Clients whose answers ended together ask again together.
+        """
+        until = time.monotonic() + GATHER
+        with self._lock:
+            while len(group.waiting) < self._slots and not (self._closing or self._cancelled or self._others(group)):
+                returning = group.ended_at + RETURN if len(group.waiting) < group.ended else 0.0
+                left = (until if self._expected else min(until, returning)) - time.monotonic()
+                if left <= 0:
+                    return
+                self._lock.wait(left)
+
     def _enter(self, group: _Group, writer: Writer) -> None:
         entering: list[Job] = []
         with self._lock:
@@ -240,6 +275,9 @@ class Scheduler:
     def _request(self, group: _Group, job: Job) -> Request:
         def end(result: Generation | EmbedGradError) -> None:
             group.running.discard(job)
+            now = time.monotonic()
+            group.ended = group.ended + 1 if now - group.ended_at < RETURN else 1
+            group.ended_at = now
             self._calls.append(lambda: job.on_end(result))
 
         def took(id: int, log_probability: float, logits: Tensor | None) -> None:
@@ -258,9 +296,9 @@ class Scheduler:
             return True
         if group.waiting:
             group.since += 1
-            free = len(writer.slots.free())
-            wanted = min(len(group.waiting), max(1, self._slots // REFILL))
-            if free >= wanted or (free and group.since >= PATIENCE):
+            free, waiting = len(writer.slots.free()), len(group.waiting)
+            patience = PATIENCE if waiting > free else len(group.running) // BUSY
+            if min(free, waiting) >= max(1, self._slots // REFILL) or (free and group.since >= patience):
                 return True
         return time.monotonic() >= end and self._others(group)
 

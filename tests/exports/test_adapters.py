@@ -31,12 +31,12 @@ from embedgrad.util.errors import ConfigError, ExportError, PromptError
 from tests.exports.shared import TEMPLATES, tiny_folder, tuned
 from tests.model.tiny import FAMILIES
 
-drawn = settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+drawn = settings(max_examples=2, deadline=None, suppress_health_check=list(HealthCheck))
 
 
+@pytest.mark.parametrize("family", sorted(FAMILIES))
 @drawn
 @given(
-    family=st.sampled_from(sorted(FAMILIES)),
     place=st.sampled_from(["system", "user before", "few-shot", "dated", "text"]),
     tied=st.booleans(),
 )
@@ -134,27 +134,35 @@ def test_adapters_that_hold_no_prompt_are_refused(tmp_path: Path) -> None:
         import_prompt(model, model=model)
 
 
+@pytest.mark.parametrize("family", sorted(FAMILIES))
 @drawn
-@given(family=st.sampled_from(["llama", "qwen2", "qwen3"]), place=st.sampled_from(sorted(TEMPLATES)))
+@given(place=st.sampled_from(sorted(TEMPLATES)))
 def test_vllms_requests_hold_our_sequence(family: str, place: str) -> None:
+    """vLLM's Gemma 3 takes embeddings that are multiplied already; its Gemma 2 and Granite multiply what they take."""
     with tempfile.TemporaryDirectory() as name:
         model = tiny_folder(Path(name) / "m", family)
         prompt = tuned(model, TEMPLATES[place])
-        export({"a": prompt}, to="vllm", model=model, out=Path(name) / "out")
+        try:
+            export({"a": prompt}, to="vllm", model=model, out=Path(name) / "out")
+        except ExportError as error:
+            assert "tokenised together" in str(error)
+            assert family not in ("llama", "qwen2", "qwen3", "smollm3", "granite")
+            return
         content = json.loads((Path(name) / "out" / "a.json").read_text())
         source, tokenizer = Source.open(model), transformers.AutoTokenizer.from_pretrained(model)
         rendered = render_query(source, prompt, "what a bore")
-        assert torch.equal(embeddings(content), prompt.embeddings)
+        scale = 64**0.5 if family == "gemma3_text" else 1.0
+        assert torch.equal(embeddings(content), prompt.embeddings * scale)
         shown = mixed(content, tokenizer, "what a bore")
         assert shown["prompt_token_ids"] == rendered.ids
         rows = torch.tensor(rendered.prompt_rows)
         assert shown["prompt_is_token_ids"] == (rows < 0).tolist()
-        assert torch.equal(shown["prompt_embeds"][rows >= 0], prompt.embeddings[rows[rows >= 0]])
+        assert torch.equal(shown["prompt_embeds"][rows >= 0], scale * prompt.embeddings[rows[rows >= 0]])
         body = completion(content, tokenizer, source.table, "what a bore", max_tokens=3)
         whole = torch.load(io.BytesIO(base64.b64decode(body["prompt_embeds"])), weights_only=True)
         wanted = source.embedding_rows(rendered.ids)
         wanted[rows >= 0] = prompt.embeddings[rows[rows >= 0]]
-        assert torch.equal(whole, wanted)
+        assert torch.equal(whole, scale * wanted)
         assert body["max_tokens"] == 3
         if place == "system":
             part = chat(content, "what a bore")["messages"][0]["content"][0]

@@ -29,7 +29,7 @@ from tests.exports.shared import IN_GGUF, TEMPLATES, tiny_folder, tuned
 from tests.model.tiny import CHAT_TEMPLATE, FAMILIES, write_gguf
 
 _MIXED = ["full_attention", "sliding_attention"]
-drawn = settings(max_examples=12, deadline=None, suppress_health_check=list(HealthCheck))
+drawn = settings(max_examples=2, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def gguf_of(folder: Path, path: Path, kind: str, **metadata: Any) -> Path:
@@ -37,9 +37,9 @@ def gguf_of(folder: Path, path: Path, kind: str, **metadata: Any) -> Path:
     return path
 
 
+@pytest.mark.parametrize("family", sorted(FAMILIES))
 @drawn
 @given(
-    family=st.sampled_from(sorted(FAMILIES)),
     tied=st.booleans(),
     untie=st.booleans(),
     kind=st.sampled_from(["folder", "F32", "F16", "Q8_0", "Q4_0", "Q5_0"]),

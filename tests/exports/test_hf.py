@@ -25,12 +25,12 @@ from embedgrad.util.errors import ConfigError, ExportError, PromptError, SaveErr
 from tests.exports.shared import TEMPLATES, tiny_folder, tuned
 from tests.model.tiny import EXTRA, FAMILIES, SMALL, STYLE_OF, write_gguf, write_tokenizer
 
-drawn = settings(max_examples=14, deadline=None, suppress_health_check=list(HealthCheck))
+drawn = settings(max_examples=3, deadline=None, suppress_health_check=list(HealthCheck))
 
 
+@pytest.mark.parametrize("family", sorted(FAMILIES))
 @drawn
 @given(
-    family=st.sampled_from(sorted(FAMILIES)),
     tied=st.booleans(),
     untie=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),

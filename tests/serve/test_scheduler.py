@@ -115,6 +115,37 @@ def test_jobs_beyond_the_bound_are_refused_together(models: list[ServedModel]) -
     found.close()
 
 
+def test_requests_that_come_together_share_a_prefill(
+    models: list[ServedModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An idle group waits for a request that is being read, and for the clients whose answers ended together."""
+    entered: list[int] = []
+    enter = module.Writer.enter
+
+    def counted(writer: module.Writer, requests: Any) -> None:
+        entered.append(len(requests))
+        enter(writer, requests)
+
+    monkeypatch.setattr(module.Writer, "enter", counted)
+    monkeypatch.setattr(module, "GATHER", 60.0)
+    monkeypatch.setattr(module, "RETURN", 60.0)
+    found, first, second = scheduler(models), Asked(), Asked()
+    one, other, again, last = (asked.job(models[0], "a", max_new_tokens=1) for asked in (first, first, second, second))
+    found.start()
+    with found.expecting():
+        found.submit([one])
+        time.sleep(0.05)
+        assert not entered
+        found.submit([other])
+    assert first.done.wait(60)
+    found.submit([again])
+    time.sleep(0.05)
+    found.submit([last])
+    assert second.done.wait(60)
+    found.close()
+    assert entered == [2, 2]
+
+
 def test_another_thread_uses_the_model_between_two_steps(models: list[ServedModel]) -> None:
     """While answers are written without a pause. Neither side's results change, nor does one wait for whole answers."""
     served, example = models[0], embedgrad.Example("a joy", "yes")
