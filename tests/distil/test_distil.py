@@ -19,6 +19,7 @@ from embedgrad.distil.ledger import FILE, Ledger
 from embedgrad.engine.model import load_model
 from embedgrad.prompt.prompt import SoftPrompt
 from embedgrad.util.errors import ConfigError
+from embedgrad.util.folder_lock import locked
 from tests.compare.test_compare import configure
 from tests.distil.fake_openai import said, server
 from tests.train.training import model_folder
@@ -116,6 +117,12 @@ def test_a_distillation_that_was_stopped_goes_on_to_the_same_result(
             pieces += 1
     assert pieces > 3
     assert json.loads((tmp_path / "cut/distil.json").read_text()) == whole
+
+
+def test_two_processes_do_not_share_a_folder(tuned: Path, tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(ConfigError, match=r"another process is working in .*; wait for it or choose"):
+        run(tuned, Options(output=tmp_path, quiet=True), QUICK)
+    assert [file.name for file in tmp_path.iterdir()] == [".lock"]
 
 
 def test_another_prompt_or_seed_needs_another_folder(tuned: Path, tmp_path: Path) -> None:

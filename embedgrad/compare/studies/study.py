@@ -74,15 +74,6 @@ def own(runner: Runner) -> SoftPrompt:
     return runner.plan.start(runner.model)
 
 
-def seeded(runner: Runner, arm: Arm, budgets: Mapping[int, int] | None = None) -> list[Outcome]:
-    """The outcomes of an arm with every seed of the configuration. budgets: {seed: tokens}, for a search."""
-    fold = runner.folds[0]
-    return [
-        runner.run(arm, seed, fold, None if budgets is None else budgets[seed])
-        for seed in runner.plan.config.compare.seeds
-    ]
-
-
 def _first(runner: Runner, arm: Arm) -> Outcome:
     return runner.run(arm, runner.plan.config.compare.seeds[0], runner.folds[0])
 
