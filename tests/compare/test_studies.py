@@ -16,6 +16,7 @@ from embedgrad.cli.commands.study import Chosen, run
 from embedgrad.compare import runner as runner_module
 from embedgrad.compare.studies import NAMES, curves, drift, find_study, similarity
 from embedgrad.compare.studies.study import own
+from embedgrad.evaluation.statistics import in_percent
 from embedgrad.train.plan import plan
 from embedgrad.train.settings import load_run_config
 from embedgrad.util.errors import ConfigError
@@ -101,6 +102,10 @@ def test_a_part_of_the_grid_has_the_runs_that_were_asked_for(
         assert found == {way: whole[name][way] for way in ("before", "cone 0.95", "pez")}
     words = (out / "prompt-quality.md").read_text()
     assert "pez ends" in words
+    rows = [line for line in words.splitlines() if line.startswith(("| good |", "| vague |"))]
+    assert [row.split(" | ")[1] for row in rows] == ["before", "cone 0.95", "pez"] * 2
+    generated = in_percent(whole["vague"]["pez"]["generated"])
+    assert rows[-1].startswith(f"| vague | pez | {generated} | {in_percent(whole['vague']['pez']['accuracy'])} | ")
     assert "gcg" not in words
     assert "ithout a region these" not in words
     assert "runs to do" not in capsys.readouterr().err  # all of them are there

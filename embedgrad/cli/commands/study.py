@@ -69,7 +69,8 @@ def _run(
                 content = {"study": one, "model": model.name, "test_items": len(runner.parts(0).test), **found.data}
                 write_text(folder / f"{one}.json", json.dumps(content, indent=1) + "\n")
                 save(found.figure, folder / f"{one}.svg")
-                pages.append(f"## {one}: {study.question}\n\n{found.paragraph}\n\n![{one}]({one}.svg)\n")
+                told = "\n\n".join(text for text in (found.paragraph, found.table) if text)
+                pages.append(f"## {one}: {study.question}\n\n{told}\n\n![{one}]({one}.svg)\n")
                 write_text(folder / f"{one}.md", pages[-1])
                 print(visible(f"{one}: {found.paragraph}\n"), flush=True)
         except (KeyboardInterrupt, Stopped) as stopped:

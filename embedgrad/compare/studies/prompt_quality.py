@@ -26,6 +26,7 @@ from embedgrad.compare.studies.prompt_quality_result import (
     figures,
     paragraph,
     picture,
+    table,
 )
 from embedgrad.compare.studies.study import Finding, Study, main_measure, own, starting
 from embedgrad.evaluation.evaluate import MEASURES
@@ -87,7 +88,7 @@ def run(runner: Runner, grid: Grid | None = None) -> Finding:
             for name, own_runs in found.items()
         },
     }  # fmt: skip
-    return Finding(data, paragraph(data), picture(data))
+    return Finding(data, paragraph(data), picture(data), table(data))
 
 
 def _outcomes(

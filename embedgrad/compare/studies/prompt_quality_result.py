@@ -12,7 +12,7 @@ from embedgrad.compare.outcome import Outcome
 from embedgrad.compare.studies.pictures import BLUE, GREEN, GREY, ORANGE, SKY, VERMILION
 from embedgrad.evaluation.evaluate import MEASURES
 from embedgrad.evaluation.paired import Estimate, gain
-from embedgrad.evaluation.statistics import McNemar, in_percent, wilson
+from embedgrad.evaluation.statistics import McNemar, in_percent, in_points, wilson
 
 GOOD = "good"
 BEFORE, HELD, WIDE, FREE = "before", "cone 0.95", "cone 0.8", "no region"
@@ -86,6 +86,26 @@ def paragraph(data: dict[str, Any]) -> str:
     seeds = len(data["seeds"])
     head = f"By {MEASURES[data['measure']]}, on the test items, means of {seeds} seed{'s' if seeds > 1 else ''}. "
     return head + "; ".join(told) + ". " + " ".join(ends)
+
+
+def table(data: Mapping[str, Any]) -> str:
+    """One row for each start and way, in Markdown. Gains are those of the paragraph's measure, in points."""
+    measure = MEASURES[data["measure"]]
+    lines = [
+        f"| start | arm | {MEASURES['generated_accuracy']} | {measure} | on its own start | on {HELD} | p, on {HELD} |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, found in data["starts"].items():
+        for way, one in found.items():
+            own = "–" if way == BEFORE else in_points(Estimate(**one["over_before"]))
+            compared = way not in (BEFORE, HELD)
+            over, p = (in_points(Estimate(**one["over_held"])), f"{one['p']:.2g}") if compared else ("–", "–")
+            shares = (in_percent(one[key]) for key in ("generated", "accuracy"))
+            lines.append(f"| {' | '.join((name, way, *shares, own, over, p))} |")
+    note = (
+        "Intervals: Wilson for accuracies, bootstrap over the items for gains. p: McNemar's, the largest of the seeds'."
+    )
+    return "\n".join([*lines, "", note])
 
 
 def _sides(starts: Mapping[str, Any], way: str) -> tuple[list[str], list[str]]:

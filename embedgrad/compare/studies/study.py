@@ -21,12 +21,13 @@ class Finding:
     """The result of a study.
 
     data: JSON values, which include all numbers in the paragraph. paragraph: the result in words. figure: a matplotlib
-    figure.
+    figure. table: a table of the figures in Markdown, or nothing.
     """
 
     data: dict[str, Any]
     paragraph: str
     figure: Any
+    table: str = ""
 
 
 @dataclass(frozen=True)
