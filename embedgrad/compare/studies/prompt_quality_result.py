@@ -89,10 +89,11 @@ def paragraph(data: dict[str, Any]) -> str:
 
 
 def table(data: Mapping[str, Any]) -> str:
-    """One row for each start and way, in Markdown. Gains are those of the paragraph's measure, in points."""
+    """One row for each start and way, in Markdown. Gains and p (of the gain on the narrow cone) are by the paragraph's
+    measure."""
     measure = MEASURES[data["measure"]]
     lines = [
-        f"| start | arm | {MEASURES['generated_accuracy']} | {measure} | on its own start | on {HELD} | p, on {HELD} |",
+        f"| start | arm | {MEASURES['generated_accuracy']} | {measure} | gain on its own start | gain on {HELD} | p |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, found in data["starts"].items():
