@@ -120,12 +120,23 @@ def study(
     config: ConfigFile,
     set_: Sets = None,
     data: TaskFolder = None,
+    start: Annotated[
+        list[str] | None,
+        typer.Option(help="prompt-quality: a start beside the good one; default: all. May be repeated."),
+    ] = None,
+    arm: Annotated[
+        list[str] | None,
+        typer.Option(help="prompt-quality: an arm beside 'cone 0.95'; default: all. May be repeated."),
+    ] = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="With all: prompt-quality with every seed, not the first one only.")
+    ] = False,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for data, pictures and texts.")] = None,
 ) -> None:
     """Answer a question of the paper by runs, with data, a picture and a paragraph. Shares its runs with `compare`."""
-    from embedgrad.cli.commands.study import run
+    from embedgrad.cli.commands.study import Chosen, run
 
-    raise typer.Exit(run(name, config, set_ or [], data, output))
+    raise typer.Exit(run(name, config, set_ or [], data, output, Chosen(start or (), arm or (), full)))
 
 
 @app.command()

@@ -8,7 +8,7 @@ import json
 import random
 import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 from embedgrad.compare.arm import Arm
 from embedgrad.compare.arms import OPTIMISED
+from embedgrad.compare.outcome import FILE as OUTCOME
 from embedgrad.compare.outcome import Outcome, item_hashes, verdicts
 from embedgrad.compare.peft_tuning import tune
 from embedgrad.data.example import Example
@@ -73,6 +74,7 @@ class Runner:
         """
         self.model, self.folder, self.ranks = model, folder, ranks
         self._parts = dict(parts or {})
+        self._evaluated: dict[Hashable, Evaluation] = {}
         known = self._from_first(lambda: _read_identity(folder / IDENTITY))
         self.plan = replace(plan, date=None if known is None else known.get("date"))  # the day on which it began
         own = self._identity()
@@ -133,6 +135,10 @@ class Runner:
         """The folder of an arm for one seed and fold."""
         inner = f"seed-{seed}" + (f"-fold-{fold}" if self.plan.config.data.folds else "")
         return self.folder / arm / inner
+
+    def done(self, arm: str, seed: int, fold: int) -> bool:
+        """Whether the outcome of an arm is stored."""
+        return bool(self._from_first(lambda: (self.place(arm, seed, fold) / OUTCOME).exists()))
 
     def check(self, arms: Sequence[Arm]) -> None:
         """Raises the errors of all arms before the first is run: data, prompts, templates, lengths.
@@ -211,9 +217,18 @@ class Runner:
         return records
 
     def evaluate(self, prompt: SoftPrompt, examples: Sequence[Example]) -> Evaluation:
-        """Evaluates a prompt with the configuration's labels, sampling and grader."""
+        """Evaluates a prompt with the configuration's labels, sampling and grader.
+
+        Each prompt is evaluated once on the same items: searches with other seeds start from the same text, and often
+        end there.
+        """
         plan = self.plan
-        return evaluate(self.model, prompt, examples, plan.labels, plan.sampling, plan.grader, self.ranks)
+        key = (tensor_hash(prompt.embeddings), _layout(prompt), tuple(item_hashes(examples)))
+        if key not in self._evaluated:
+            self._evaluated[key] = evaluate(
+                self.model, prompt, examples, plan.labels, plan.sampling, plan.grader, self.ranks
+            )
+        return self._evaluated[key]
 
     def budget(self, outcomes: Sequence[Outcome], fold: int) -> int | None:
         """Forward plus backward tokens of the optimised prompt on this fold, for its first seed; None before it ran."""

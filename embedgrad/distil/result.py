@@ -82,14 +82,16 @@ def _shares(correct: Verdicts) -> Values:
 
 
 def _warnings(gains: Mapping[str, Mapping[str, Values]]) -> list[str]:
-    """A sentence where the soft prompt's own gain is not known to be positive."""
-    return [
-        f"By {MEASURES[measure]}, the soft prompt's own gain on the {part} items is {in_points(one)}: its interval is "
-        "not above 0, so there may be nothing to distil, and no share of it is given."
-        for part, by_measure in gains.items()
-        for measure, one in by_measure.items()
-        if one["low"] <= 0
-    ]
+    """For each part of the data, a sentence where the soft prompt's own gain is not known to be positive."""
+    told = []
+    for part, by_measure in gains.items():
+        within = [f"{MEASURES[m]} ({in_points(one)})" for m, one in by_measure.items() if one["low"] <= 0]
+        if within:
+            told.append(
+                f"The interval of the soft prompt's own gain on the {part} items is not above 0 by "
+                f"{', by '.join(within)}: there may be nothing to distil, and no share of that gain is given."
+            )
+    return told
 
 
 def early_warning(done: Distillation) -> list[str]:
@@ -111,8 +113,9 @@ def header(found: Values) -> list[str]:
 
 def rows(found: Values) -> list[list[str]]:
     """The table of the soft prompt and the best texts, as cells of text; the texts themselves stand below it."""
-    soft = ["the soft prompt", *_cells(found, found["soft"]), *(["–"] if found["judge"] else []), "100 %", "–", "–"]
-    table = [soft]
+    judged = ["–"] if found["judge"] else []
+    whole = "100 %" if any("generated_accuracy" in one["share"] for one in found["texts"]) else "–"
+    table = [["the soft prompt", *_cells(found, found["soft"]), *judged, whole, "–", "–"]]
     for number, one in enumerate(listed(found), 1):
         judged = [_judged(one.get("judge"))] if found["judge"] else []
         share = one["share"].get("generated_accuracy")

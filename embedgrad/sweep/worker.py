@@ -25,10 +25,11 @@ from embedgrad.sweep.study import (
 from embedgrad.train.optimize import OptimizeResult, Run
 from embedgrad.train.paths import seen_from
 from embedgrad.train.plan import Plan, plan
-from embedgrad.train.run_folder import FolderInUse, read_metrics
+from embedgrad.train.run_folder import read_metrics
 from embedgrad.train.settings import RunConfig, SweepSection
 from embedgrad.train.together import optimize_together
 from embedgrad.util.errors import EmbedGradError
+from embedgrad.util.folder_lock import FolderInUse
 from embedgrad.util.interrupts import REASONS, Stopped
 from embedgrad.util.shown import short
 

@@ -21,19 +21,11 @@ import yaml
 from embedgrad.train.checkpoints import RunState, checkpoints, load_latest, save_state, step_of
 from embedgrad.util.errors import ConfigError, SaveError
 from embedgrad.util.files import write_atomic
+from embedgrad.util.folder_lock import lock
 from embedgrad.util.shown import short
-
-try:
-    import fcntl
-except ImportError:  # Windows has no flock, so a second process in the same folder is not detected there
-    fcntl = None  # type: ignore[assignment]
 
 Resume = bool | Literal["auto"]
 _PROBES = 4  # checkpoints for which a run needs space: two that are kept, one that is being written, and the prompt
-
-
-class FolderInUse(ConfigError):
-    """Another process works in the run folder."""
 
 
 @dataclass(frozen=True)
@@ -49,10 +41,10 @@ class Found:
 class RunFolder:
     """The files of a run. Made by `open`. Where a file cannot be written, a SaveError names it."""
 
-    def __init__(self, path: Path, lock: BinaryIO) -> None:
+    def __init__(self, path: Path, held: BinaryIO) -> None:
         self.path = path
         self.checkpoints = path / "checkpoints"
-        self._lock = lock
+        self._lock = held
         self._metrics: BinaryIO | None = None
 
     @classmethod
@@ -68,20 +60,9 @@ class RunFolder:
             if resume is True and not holds_run(path):
                 raise ConfigError(f"there is no run to resume in {path}; start it without resume.")
             (path / "checkpoints").mkdir(parents=True, exist_ok=True)
-            lock = open(path / ".lock", "ab")  # noqa: SIM115 (held open as long as the folder is in use)
         except OSError as error:
             raise SaveError(f"cannot write to the run folder {path}: {error.strerror or error}.") from error
-        folder = cls(path, lock)
-        try:
-            if fcntl is not None:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            folder.close()
-            if isinstance(error, BlockingIOError):
-                raise FolderInUse(
-                    f"another process is working in {path}; wait for it or choose another name."
-                ) from error
-            raise SaveError(f"cannot lock {path}: {error.strerror or error}.") from error
+        folder = cls(path, lock(path))
         if resume is False and holds_run(path):
             folder.close()
             raise ConfigError(f"{path} already holds a run: resume it, choose another name, or remove the folder.")

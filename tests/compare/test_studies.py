@@ -4,13 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from embedgrad.cli.commands.study import run
+from embedgrad.cli.commands import study as study_command
+from embedgrad.cli.commands.shared import open_configured
+from embedgrad.cli.commands.study import Chosen, run
 from embedgrad.compare import runner as runner_module
 from embedgrad.compare.studies import NAMES, curves, drift, find_study, similarity
+from embedgrad.compare.studies.study import own
+from embedgrad.evaluation.statistics import in_percent
+from embedgrad.train.plan import plan
+from embedgrad.train.settings import load_run_config
 from embedgrad.util.errors import ConfigError
 from tests.compare.test_compare import configure
 
@@ -80,6 +88,77 @@ def test_runs_are_shared_and_not_repeated(studied: dict[str, Any], monkeypatch: 
     assert before == {path: os.stat(path).st_mtime_ns for path in studied["runs"].rglob("result.json")}
     for name in NAMES:
         assert json.loads((studied["runs"].parent / f"again/{name}.json").read_text()) == studied["data"][name]
+
+
+def test_a_part_of_the_grid_has_the_runs_that_were_asked_for(
+    studied: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = studied["runs"].parent / "part"
+    assert run("prompt-quality", studied["config"], [], None, out, Chosen(("vague",), ("pez",))) == 0
+    data = json.loads((out / "prompt-quality.json").read_text())
+    whole = studied["data"]["prompt-quality"]["starts"]
+    assert set(data["starts"]) == {"good", "vague"}
+    for name, found in data["starts"].items():
+        assert found == {way: whole[name][way] for way in ("before", "cone 0.95", "pez")}
+    words = (out / "prompt-quality.md").read_text()
+    assert "pez ends" in words
+    rows = [line for line in words.splitlines() if line.startswith(("| good |", "| vague |"))]
+    assert [row.split(" | ")[1] for row in rows] == ["before", "cone 0.95", "pez"] * 2
+    generated = in_percent(whole["vague"]["pez"]["generated"])
+    assert rows[-1].startswith(f"| vague | pez | {generated} | {in_percent(whole['vague']['pez']['accuracy'])} | ")
+    assert "gcg" not in words
+    assert "ithout a region these" not in words
+    assert "runs to do" not in capsys.readouterr().err  # all of them are there
+
+
+def test_beside_all_studies_there_is_one_seed_unless_all_are_asked_for(
+    studied: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, ...]] = []
+    real = study_command.run_on_grid
+    monkeypatch.setattr(study_command, "run_on_grid", lambda runner, grid: asked.append(grid.seeds) or real(
+        runner, replace(grid, seeds=[3])))  # fmt: skip
+    for chosen in (Chosen(), Chosen(full=True)):
+        out = studied["runs"].parent / "seeds"
+        assert run("all", studied["config"], ["compare.seeds=[3,4]"], None, out, chosen) == 0
+    assert [list(seeds) for seeds in asked] == [[3], [3, 4]]
+
+
+def test_the_work_is_told_before_it_begins_and_as_it_goes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = configure(tmp_path, compare__seeds=[0, 1])
+    assert run("prompt-quality", config, [], None, None, Chosen(("vague",), ("gcg",))) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "start, " in line or "runs to do" in line]
+    assert told[0].startswith("prompt-quality: 10 of 10 runs to do, about ")
+    order = [line.split(": ")[0].split(" ", 1)[1] for line in told[1:]]
+    ways = ((0, "before"), (0, "cone 0.95"), (0, "gcg"), (1, "cone 0.95"), (1, "gcg"))
+    assert order == [f"{start} start, {way}, seed {seed}" for seed, way in ways for start in ("good", "vague")]
+    assert told[-1].endswith("about 0 min left")
+
+
+def test_the_same_prompt_is_evaluated_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    planned = plan(load_run_config(configure(tmp_path)))
+    runner = runner_module.Runner(planned, open_configured(planned.config), tmp_path / "arms")
+    calls: list[Any] = []
+    real = runner_module.evaluate
+    monkeypatch.setattr(runner_module, "evaluate", lambda *arguments: calls.append(1) or real(*arguments))
+    items, prompt = runner.parts(0).test, own(runner)
+    first = runner.evaluate(prompt, items)
+    assert runner.evaluate(prompt.replace(embeddings=prompt.embeddings.clone()), list(items)) == first
+    assert len(calls) == 1
+    runner.evaluate(prompt, items[1:])
+    runner.evaluate(prompt.replace(embeddings=prompt.embeddings + 1e-3), items)
+    assert len(calls) == 3
+
+
+def test_what_is_not_in_the_grid_is_refused(studied: dict[str, Any]) -> None:
+    for chosen, told in (
+        (Chosen(starts=("bad",)), "no start 'bad'; choose among good, vague"),
+        (Chosen(arms=("cone",)), "no arm 'cone'; choose among cone 0.95, cone 0.8, no region, gcg, pez"),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            run("prompt-quality", studied["config"], [], None, None, chosen)
+    with pytest.raises(ConfigError, match="choose the runs of the study prompt-quality; no other has them"):
+        run("drift", studied["config"], [], None, None, Chosen(full=True))
 
 
 def test_words_contradict_the_paper_where_figures_do() -> None:

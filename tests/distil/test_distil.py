@@ -16,9 +16,11 @@ from embedgrad.cli.commands.optimize import run as optimize
 from embedgrad.distil.candidates import clean
 from embedgrad.distil.distil import SOFT, SOURCES, Distillation, Settings
 from embedgrad.distil.ledger import FILE, Ledger
+from embedgrad.distil.result import rows
 from embedgrad.engine.model import load_model
 from embedgrad.prompt.prompt import SoftPrompt
 from embedgrad.util.errors import ConfigError
+from embedgrad.util.folder_lock import locked
 from tests.compare.test_compare import configure
 from tests.distil.fake_openai import said, server
 from tests.train.training import model_folder
@@ -79,7 +81,10 @@ def test_the_judge_decides_about_the_order(found: dict[str, Any]) -> None:
 def test_a_gain_within_its_interval_is_a_warning_and_has_no_shares(found: dict[str, Any]) -> None:
     gain = found["gain"]["test"]["generated_accuracy"]
     assert gain["low"] <= 0
-    assert any("there may be nothing to distil" in warning for warning in found["warnings"])
+    told = [warning for warning in found["warnings"] if "there may be nothing to distil" in warning]
+    assert len(told) == len({"validation", "test"})  # one for each part, with the measures that it is about
+    assert "on the test items is not above 0 by answer as generated (" in told[-1]
+    assert "100 %" not in rows(found)[0]
     assert all("generated_accuracy" not in one["share"] for one in found["texts"])
 
 
@@ -116,6 +121,12 @@ def test_a_distillation_that_was_stopped_goes_on_to_the_same_result(
             pieces += 1
     assert pieces > 3
     assert json.loads((tmp_path / "cut/distil.json").read_text()) == whole
+
+
+def test_two_processes_do_not_share_a_folder(tuned: Path, tmp_path: Path) -> None:
+    with locked(tmp_path), pytest.raises(ConfigError, match=r"another process is working in .*; wait for it or choose"):
+        run(tuned, Options(output=tmp_path, quiet=True), QUICK)
+    assert [file.name for file in tmp_path.iterdir()] == [".lock"]
 
 
 def test_another_prompt_or_seed_needs_another_folder(tuned: Path, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from embedgrad.transfer.result import area, steps_to
 from embedgrad.transfer.shared import shared_tokens, token_bytes
 from embedgrad.transfer.translators import NAMES, Linear, Relative, fit
 from embedgrad.util.errors import ConfigError
+from embedgrad.util.folder_lock import locked
 from tests.compare.test_compare import configure
 from tests.model.tiny import STYLES, tokenizer_json, write_folder
 from tests.train.training import model_folder
@@ -211,6 +212,8 @@ def test_what_cannot_be_done_is_refused_in_a_sentence(tuned: Path, other: Path, 
         transferred(alone, other, tmp_path / "out")
     with pytest.raises(ConfigError, match="needs validation and test data"):
         transferred(tuned, other, tmp_path / "out", overrides=["data.split.test=0"])
+    with locked(tmp_path / "used"), pytest.raises(ConfigError, match=r"another process is working in .*used"):
+        transferred(tuned, other, tmp_path / "used")
     folds = ["data.split=null", "data.folds=2"]
     with pytest.raises(ConfigError, match="not folds"):
         transferred(tuned, other, tmp_path / "out", overrides=folds)

@@ -24,6 +24,7 @@ from embedgrad.prompt.prompt import SoftPrompt
 from embedgrad.train.plan import Plan, plan
 from embedgrad.train.settings import load_run_config
 from embedgrad.util.errors import ConfigError
+from embedgrad.util.folder_lock import locked
 from embedgrad.util.interrupts import stop_on_signals
 from embedgrad.util.shown import visible
 
@@ -56,16 +57,18 @@ def run(prompt_path: Path, options: Options, settings: Settings) -> int:
     parts = planned.parts(model.tokenizer)
     parts = replace(parts, validation=parts.validation[: options.limit])
 
-    def say(text: str) -> None:
-        if not (options.quiet or options.as_json):
-            tell(text)
-
     judge = _judge(options, planned, prompt, parts.validation, model)
-    done = Distillation(planned, model, prompt, parts, settings, folder, judge)
+    with locked(folder):
+        return _distil(Distillation(planned, model, prompt, parts, settings, folder, judge), folder, options)
+
+
+def _distil(done: Distillation, folder: Path, options: Options) -> int:
+    """The work in a folder that is locked. Returns the exit code."""
     warned = False
     with stop_on_signals(terminate=True) as stop:
         for piece in done.pieces():
-            say(piece)
+            if not (options.quiet or options.as_json):
+                tell(piece)
             if not warned and (warnings := early_warning(done)):
                 warned = True
                 for warning in warnings:
@@ -76,7 +79,7 @@ def run(prompt_path: Path, options: Options, settings: Settings) -> int:
     found = result(done)
     write_text(folder / FILE, json.dumps(found, indent=1, ensure_ascii=False) + "\n")
     write_text(folder / "distil.md", markdown(found))
-    best = next((one["text"] for one in found["texts"]), prompt.text)
+    best = next((one["text"] for one in found["texts"]), done.prompt.text)
     write_text(folder / "best.txt", best + "\n")
     if options.as_json:
         print(json.dumps(found, ensure_ascii=False))

@@ -31,6 +31,7 @@ from embedgrad.transfer.carry import SHUFFLED, Bridge
 from embedgrad.transfer.result import FILE, Values, header, markdown, paragraph, result, rows
 from embedgrad.transfer.translators import NAMES
 from embedgrad.util.errors import ConfigError
+from embedgrad.util.folder_lock import locked
 from embedgrad.util.interrupts import Stopped
 from embedgrad.util.shown import visible
 
@@ -88,10 +89,11 @@ def run(prompt_path: Path, to: str, options: Options) -> int:
         runner.check(chosen)  # errors come now and not after hours
         outcomes: list[Outcome] = []
         try:
-            for arm in chosen:
-                for seed in runner.seeds(arm):
-                    outcomes.append(runner.run(arm, seed, 0))
-                    say(_told(outcomes[-1]))
+            with locked(folder):
+                for arm in chosen:
+                    for seed in runner.seeds(arm):
+                        outcomes.append(runner.run(arm, seed, 0))
+                        say(_told(outcomes[-1]))
         except (KeyboardInterrupt, Stopped) as stopped:
             return stopped_by(stopped)
         seeds = ours.config.compare.seeds

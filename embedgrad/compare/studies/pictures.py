@@ -41,8 +41,11 @@ def whole_numbers(*axes: Any) -> None:
 
 
 def save(figure: Any, path: Path) -> None:
-    """Writes a figure as SVG. The same figure gives the same bytes. Raises SaveError."""
+    """Writes a figure as SVG and closes it. The same figure gives the same bytes. Raises SaveError."""
+    import matplotlib.pyplot as plt
+
     path.parent.mkdir(parents=True, exist_ok=True)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="svg", metadata={"Date": None})
+    plt.close(figure)
     write_atomic(path, buffer.getvalue())

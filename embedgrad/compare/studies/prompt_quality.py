@@ -7,91 +7,162 @@ searched discretely by both searches, each of which may spend the tokens that th
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
 from embedgrad.compare.arm import Arm, Candidates, Training, only
-from embedgrad.compare.arms import OPTIMISED
+from embedgrad.compare.arms import OPTIMISED, ORIGINAL
 from embedgrad.compare.outcome import Outcome
-from embedgrad.compare.runner import Runner
-from embedgrad.compare.studies.pictures import BLUE, GREEN, GREY, ORANGE, SKY, VERMILION
-from embedgrad.compare.studies.study import (
-    Finding,
-    Study,
-    main_measure,
-    original,
-    own,
-    seeded,
-    starting,
-    untrained,
+from embedgrad.compare.runner import Runner, tokens
+from embedgrad.compare.studies.prompt_quality_result import (
+    BEFORE,
+    FREE,
+    GOOD,
+    HELD,
+    SEARCHES,
+    WIDE,
+    figures,
+    paragraph,
+    picture,
+    table,
 )
+from embedgrad.compare.studies.study import Finding, Study, main_measure, own, starting
 from embedgrad.evaluation.evaluate import MEASURES
-from embedgrad.evaluation.paired import Estimate, gain
-from embedgrad.evaluation.statistics import McNemar, in_percent, wilson
+from embedgrad.evaluation.statistics import Accuracy, in_percent
 from embedgrad.maths.trust_region import CosineCone, NoRegion, TrustRegion
 from embedgrad.prompt.prompt import SoftPrompt
+from embedgrad.util.errors import ConfigError
 
-GOOD, RANDOM = "good", "random tokens"
+RANDOM = "random tokens"
 TEXTS = {
     "vague": "Please look at this and answer.",
     "wrong": "Count the words of the text. Answer with one number.",
     "other task": "Write a short poem about the sea, the wind and the old harbour.",
     "adversarial": "Whatever you are asked, answer the opposite of what is right.",
 }
-HELD = "cone 0.95"
-REGIONS: dict[str, TrustRegion] = {HELD: CosineCone(0.95), "cone 0.8": CosineCone(0.8), "no region": NoRegion()}
-SEARCHES = {"gcg": "gcg", "pez": "pez"}
-COLOURS = dict(zip(("before", *REGIONS, *SEARCHES), (GREY, BLUE, SKY, VERMILION, GREEN, ORANGE), strict=True))
+STARTS = (GOOD, *TEXTS, RANDOM)
+REGIONS: dict[str, TrustRegion] = {HELD: CosineCone(0.95), WIDE: CosineCone(0.8), FREE: NoRegion()}
+WAYS = (*REGIONS, *SEARCHES)
 Start = Callable[[Runner], SoftPrompt]
 
 
-def run(runner: Runner) -> Finding:
-    """Each starting prompt: as it is, optimised in three regions, and searched in two ways, with every seed."""
-    before = original(runner)
-    measure = main_measure(before)
-    starts: dict[str, Start] = {
-        GOOD: starting(runner.plan.prompt),
-        **{name: starting(text) for name, text in TEXTS.items()},
-        RANDOM: _random,
-    }
+@dataclass(frozen=True)
+class Grid:
+    """What the study runs.
+
+    starts: some of STARTS; the good one is always among them. ways: some of WAYS; the narrow cone is always among them,
+    because the others are compared with it and spend what it spent. seeds: None: the configuration's. say: told the
+    size of the work before it begins, and each outcome.
+    """
+
+    starts: Sequence[str] = STARTS
+    ways: Sequence[str] = WAYS
+    seeds: Sequence[int] | None = None
+    say: Callable[[str], None] = lambda text: None
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError for a start or a way that there is not."""
+        for name, all_of, what in ((self.starts, STARTS, "start"), (self.ways, WAYS, "arm")):
+            unknown = [one for one in name if one not in all_of]
+            if unknown:
+                raise ConfigError(f"there is no {what} {unknown[0]!r}; choose among {', '.join(all_of)}.")
+
+
+def run(runner: Runner, grid: Grid | None = None) -> Finding:
+    """Each starting prompt: as it is, optimised in up to three regions, and searched in up to two ways."""
+    grid = Grid() if grid is None else grid
+    starts = [name for name in STARTS if name == GOOD or name in grid.starts]
+    ways = [way for way in WAYS if way == HELD or way in grid.ways]
+    seeds = runner.plan.config.compare.seeds if grid.seeds is None else grid.seeds
+    found: dict[str, dict[str, list[Outcome]]] = {name: {way: [] for way in (BEFORE, *ways)} for name in starts}
+    for name, way, outcome in _outcomes(runner, starts, ways, seeds, grid.say):
+        found[name][way].append(outcome)
+    measure = main_measure(found[GOOD][BEFORE][0])
+    texts = {GOOD: runner.plan.prompt, **TEXTS}
     data: dict[str, Any] = {
-        "measure": measure, "texts": {GOOD: runner.plan.prompt, **TEXTS},
-        "seeds": list(runner.plan.config.compare.seeds), "starts": {},
+        "measure": measure, "texts": {name: texts[name] for name in starts if name in texts}, "seeds": list(seeds),
+        "starts": {
+            name: {way: figures(runs, own_runs, found[GOOD][HELD], measure) for way, runs in own_runs.items()}
+            for name, own_runs in found.items()
+        },
     }  # fmt: skip
-    outcomes: dict[str, dict[str, list[Outcome]]] = {}
-    for name, start in starts.items():
-        folder = f"start-{name.replace(' ', '-')}"
-        found = {"before": [before if name == GOOD else untrained(runner, folder, f"{name} start", start)]}
-        begin = own if name == GOOD else start
-        for way, region in REGIONS.items():
-            arm = Arm(_known(runner, name, way) or f"{folder}-{way.replace(' ', '-')}", f"{name} start, {way}",
-                      _one(runner, begin), Training(region))  # fmt: skip
-            found[way] = seeded(runner, arm)
-        budgets = {one.seed: one.forward_tokens + one.backward_tokens for one in found[HELD]}
-        for way, search in SEARCHES.items():
-            arm = Arm(f"{folder}-{way}", f"{name} start, {way}", _one(runner, start), search=search)
-            found[way] = seeded(runner, arm, budgets)
-        outcomes[name] = found
-    good = outcomes[GOOD][HELD]
-    for name, found in outcomes.items():
-        data["starts"][name] = {way: _figures(runs, found, good, measure) for way, runs in found.items()}
-    return Finding(data, _paragraph(data), _picture(data))
+    return Finding(data, paragraph(data), picture(data), table(data))
+
+
+def _outcomes(
+    runner: Runner, starts: Sequence[str], ways: Sequence[str], seeds: Sequence[int], say: Callable[[str], None]
+) -> Iterator[tuple[str, str, Outcome]]:
+    """(start, way, outcome) of all runs. Seed by seed, so that what is there after each seed answers the question."""
+    jobs = [(name, BEFORE, runner.plan.config.compare.seeds[0]) for name in starts]
+    jobs += [(name, way, seed) for seed in seeds for way in ways for name in starts]
+    todo = [job for job in jobs if not runner.done(_arm(runner, *job[:2]).name, job[2], runner.folds[0])]
+    if todo:
+        say(f"prompt-quality: {len(todo)} of {len(jobs)} runs to do, {_size(runner, todo)}")
+    held: dict[tuple[str, int], int] = {}
+    began, over = time.monotonic(), 0
+    for name, way, seed in jobs:
+        outcome = runner.run(_arm(runner, name, way), seed, runner.folds[0], held.get((name, seed)))
+        if way == HELD:
+            held[name, seed] = outcome.forward_tokens + outcome.backward_tokens
+        if (name, way, seed) in todo:
+            over += 1
+            left = (time.monotonic() - began) / over * (len(todo) - over) / 60
+            say(f"{over}/{len(todo)} {name} start, {way}, seed {seed}: {_told(outcome)}; about {left:.0f} min left")
+        yield name, way, outcome
+
+
+def _arm(runner: Runner, name: str, way: str) -> Arm:
+    """The arm of one start and way. What is one of the comparison's own arms has its name, and is run once for both."""
+    folder, slug = f"start-{name.replace(' ', '-')}", way.replace(" ", "-")
+    start = _start(runner, name)
+    title = f"{name} start, {way}"
+    if way == BEFORE:
+        return Arm(ORIGINAL if name == GOOD else folder, f"{name} start", _one(runner, start))
+    if way in SEARCHES:
+        return Arm(f"{folder}-{way}", title, _one(runner, start), search=way)
+    region = REGIONS[way]
+    if name == GOOD:
+        known = {HELD: "tau-0.95", WIDE: "tau-0.8", FREE: "unconstrained"}[way]
+        known = OPTIMISED if region == runner.plan.config.optimize.trust_region else known
+        return Arm(known, title, _one(runner, own), Training(region))
+    return Arm(f"{folder}-{slug}", title, _one(runner, start), Training(region))
+
+
+def _start(runner: Runner, name: str) -> Start:
+    if name == RANDOM:
+        return _random
+    return starting(runner.plan.prompt if name == GOOD else TEXTS[name])
 
 
 def _one(runner: Runner, start: Start) -> Candidates:
     return only(lambda model: start(runner))
 
 
-def _known(runner: Runner, start: str, way: str) -> str | None:
-    """The name of the comparison's own arm that is the same as this one, so that it is not run twice."""
-    if start != GOOD:
-        return None
-    if REGIONS[way] == runner.plan.config.optimize.trust_region:
-        return OPTIMISED
-    return {"cone 0.95": "tau-0.95", "cone 0.8": "tau-0.8", "no region": "unconstrained"}[way]
+def _size(runner: Runner, todo: Sequence[tuple[str, str, int]]) -> str:
+    """The tokens of the runs that are to be done, by the lengths of the data with the good start."""
+    parts, config = runner.parts(runner.folds[0]), runner.plan.config.optimize
+    prompt = starting(runner.plan.prompt)(runner)
+    sample = parts.train[:64]
+    each = tokens(runner.model, prompt, sample) / len(sample)
+    steps = config.total_steps(len(parts.train))
+    validations = 1 + -(-steps // config.validation_interval(len(parts.train)))
+    trained = 2 * steps * config.batch_size * each + validations * tokens(runner.model, prompt, parts.validation)
+    tested = tokens(runner.model, prompt, parts.test)
+    total = sum(tested + (0 if way == BEFORE else trained) for _, way, _ in todo)
+    return (
+        f"about {total / 1e6:.2g} million tokens, of which each test takes {tested:,.0f} and each optimisation or "
+        f"search {trained:,.0f}, backward passes included. An estimate of the time follows the first run."
+    )
+
+
+def _told(outcome: Outcome) -> str:
+    return ", ".join(
+        f"{MEASURES[measure]} {in_percent(Accuracy.of(outcome.correct[measure]))}"
+        for measure in ("generated_accuracy", "choice_accuracy")
+        if measure in outcome.correct
+    )
 
 
 def _random(runner: Runner) -> SoftPrompt:
@@ -103,98 +174,6 @@ def _random(runner: Runner) -> SoftPrompt:
     ids = [i for i in draw.sample(range(model.config.vocab_size), 4 * count) if i not in special]
     words = [i for i in ids if model.tokenizer.decode([i]).strip()][:count]
     return SoftPrompt.from_ids(model, words or ids[:count], runner.plan.template(model))
-
-
-def _mean(runs: Sequence[Outcome], measure: str) -> list[float]:
-    """For each test item the share of the seeds that are right."""
-    return list(np.mean([run.correct[measure] for run in runs], axis=0))
-
-
-def _share(runs: Sequence[Outcome], measure: str) -> dict[str, float]:
-    """The mean accuracy of the seeds with the Wilson interval of that share, and their standard deviation."""
-    items = _mean(runs, measure)
-    value = float(np.mean(items))
-    each = [float(np.mean(run.correct[measure])) for run in runs]
-    low, high = wilson(value, len(items))
-    return {"value": value, "low": low, "high": high, "deviation": float(np.std(each, ddof=1)) if len(each) > 1 else 0}
-
-
-def _figures(
-    runs: Sequence[Outcome], found: dict[str, list[Outcome]], good: Sequence[Outcome], measure: str
-) -> dict[str, Any]:
-    """Accuracies, tokens, and the paired gains on the start as it is, on the narrow cone, and on the good start's.
-
-    p: McNemar's against the narrow cone with the same seed, the largest of the seeds'.
-    """
-    held = found[HELD]
-    pairs = zip(held, runs, strict=True) if len(runs) == len(held) else ()
-    tests = [McNemar.of(a.correct[measure], b.correct[measure]) for a, b in pairs]
-    similarities = [run.similarity for run in runs if run.similarity is not None]
-    return {
-        "accuracy": _share(runs, measure), "generated": _share(runs, "generated_accuracy"),
-        "similarity": min(similarities) if similarities else None,
-        "tokens": [run.forward_tokens + run.backward_tokens for run in runs], "steps": [run.steps for run in runs],
-        "over_before": asdict(gain(_mean(found["before"], measure), _mean(runs, measure))),
-        "over_held": asdict(gain(_mean(held, measure), _mean(runs, measure))),
-        "over_good": asdict(gain(_mean(good, measure), _mean(runs, measure))),
-        "p": max((test.p for test in tests), default=None),
-    }  # fmt: skip
-
-
-def _paragraph(data: dict[str, Any]) -> str:
-    """Per start its figures; then what they mean for the question, each claim by an interval that leaves 0 out."""
-    starts = data["starts"]
-    told = [
-        f"{name}: " + ", ".join(f"{way} {in_percent(one['accuracy'])}" for way, one in found.items())
-        for name, found in starts.items()
-    ]
-    flawed = [name for name in starts if name != GOOD]
-    gained = [n for n in flawed if Estimate(**starts[n][HELD]["over_before"]).low > 0]
-    mended = [n for n in flawed if Estimate(**starts[n][HELD]["over_good"]).high >= 0]
-    freed = [n for n in starts if Estimate(**starts[n]["no region"]["over_held"]).low > 0]
-    worse = [n for n in starts if Estimate(**starts[n]["no region"]["over_held"]).high < 0]
-    ends = [
-        _claim(gained, "In the cone of 0.95 these flawed starts gain on themselves", "no flawed start gains on itself"),
-        _claim(mended, "These end as high as the good start, within the interval", "all end below the good start"),
-        _claim(freed, "Without a region these end higher than in that cone", "no start ends higher without a region"),
-    ]
-    if worse:
-        ends.append(f"Without a region these end lower: {', '.join(worse)}.")
-    for way in SEARCHES:
-        over = [n for n in starts if Estimate(**starts[n][way]["over_held"]).low > 0]
-        under = [n for n in starts if Estimate(**starts[n][way]["over_held"]).high < 0]
-        ends.append(
-            f"At the same number of tokens {way} ends above the cone from {_named(over)}, below it from "
-            f"{_named(under)}."
-        )
-    seeds = len(data["seeds"])
-    head = f"By {MEASURES[data['measure']]}, on the test items, means of {seeds} seed{'s' if seeds > 1 else ''}. "
-    return head + "; ".join(told) + ". " + " ".join(ends)
-
-
-def _claim(names: Sequence[str], some: str, none: str) -> str:
-    return f"{some}: {', '.join(names)}." if names else f"{none[0].upper()}{none[1:]}."
-
-
-def _named(names: Sequence[str]) -> str:
-    return ", ".join(names) if names else "none"
-
-
-def _picture(data: dict[str, Any]) -> Any:
-    import matplotlib.pyplot as plt
-
-    starts = data["starts"]
-    figure, axes = plt.subplots(figsize=(8.5, 3.6))
-    for place, (way, colour) in enumerate(COLOURS.items()):
-        shares = [found[way]["accuracy"] for found in starts.values()]
-        at = [i + (place - (len(COLOURS) - 1) / 2) * 0.13 for i in range(len(shares))]
-        errors = [[a["value"] - a["low"] for a in shares], [a["high"] - a["value"] for a in shares]]
-        axes.errorbar(at, [a["value"] for a in shares], yerr=errors, color=colour, marker="o", capsize=2,
-                      markersize=4, linestyle="none", label=way)  # fmt: skip
-    axes.set_xticks(range(len(starts)), list(starts))
-    axes.set(ylabel="accuracy on the test items")
-    axes.legend(fontsize=8, ncols=3)
-    return figure
 
 
 STUDY = Study("starting prompts from good to adversarial: in cones, without a region, and by discrete search", run)

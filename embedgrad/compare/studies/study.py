@@ -21,12 +21,13 @@ class Finding:
     """The result of a study.
 
     data: JSON values, which include all numbers in the paragraph. paragraph: the result in words. figure: a matplotlib
-    figure.
+    figure. table: a table of the figures in Markdown, or nothing.
     """
 
     data: dict[str, Any]
     paragraph: str
     figure: Any
+    table: str = ""
 
 
 @dataclass(frozen=True)
@@ -72,15 +73,6 @@ def untrained(runner: Runner, name: str, title: str, prompt: Callable[[Runner], 
 def own(runner: Runner) -> SoftPrompt:
     """The configuration's start: a saved prompt, or that of its text."""
     return runner.plan.start(runner.model)
-
-
-def seeded(runner: Runner, arm: Arm, budgets: Mapping[int, int] | None = None) -> list[Outcome]:
-    """The outcomes of an arm with every seed of the configuration. budgets: {seed: tokens}, for a search."""
-    fold = runner.folds[0]
-    return [
-        runner.run(arm, seed, fold, None if budgets is None else budgets[seed])
-        for seed in runner.plan.config.compare.seeds
-    ]
 
 
 def _first(runner: Runner, arm: Arm) -> Outcome:
