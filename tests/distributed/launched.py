@@ -59,16 +59,24 @@ def free_port() -> int:
         return int(server.getsockname()[1])
 
 
-def start(size: int, *command: str, restarted: bool = False, cwd: Path | None = None) -> list[subprocess.Popen[str]]:
-    """`python COMMAND` as ranks 0 to size − 1, in sessions of their own."""
+def start(
+    size: int, *command: str, restarted: bool = False, cwd: Path | None = None, srun: bool = False
+) -> list[subprocess.Popen[str]]:
+    """`python COMMAND` as ranks 0 to size − 1, in sessions of their own. srun: by the variables that srun sets."""
     port = str(free_port())
-    common = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    common |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
-    common |= {"TORCHELASTIC_RESTART_COUNT": str(int(restarted))}
+    common = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", "MASTER_PORT": port}
+    if srun:
+        common |= {"SLURM_STEP_NUM_TASKS": str(size), "SLURM_STEP_NODELIST": "localhost", "SLURM_JOB_ID": "7"}
+        common |= {"SLURM_NTASKS_PER_NODE": str(size), "SLURM_RESTART_COUNT": str(int(restarted))}
+        own = ("SLURM_PROCID", "SLURM_LOCALID")
+    else:
+        common |= {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1"}
+        common |= {"TORCHELASTIC_RESTART_COUNT": str(int(restarted))}
+        own = ("RANK", "LOCAL_RANK")
     return [
         subprocess.Popen(
             [sys.executable, *command], cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            env={**os.environ, **common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, start_new_session=True,
+            env={**os.environ, **common, **dict.fromkeys(own, str(rank))}, start_new_session=True,
         )
         for rank in range(size)
     ]  # fmt: skip

@@ -77,6 +77,13 @@ def test_ctrl_c_saves_and_the_run_goes_on(work: Path, whole: dict[str, Any]) -> 
     assert result(work, "stopped") == whole
 
 
+def test_srun_starts_the_same_run(work: Path, whole: dict[str, Any]) -> None:
+    command = ("-m", "embedgrad", "optimize", "run.yaml", "-q", "--set", "run.folder=srun")
+    found = ends(start(2, *command, cwd=work, srun=True))
+    assert [code for code, _, _ in found] == [0, 0], found
+    assert result(work, "srun") == whole
+
+
 def test_an_error_is_said_once(work: Path, whole: dict[str, Any]) -> None:
     for more in (["--set", "run.folder=whole"], ["--set", "model.path=nowhere"]):
         found = ends(begin(work, "other", 2, *more))
