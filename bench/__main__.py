@@ -27,7 +27,7 @@ from bench.harness.verify import verify
 HERE = Path(__file__).parent
 ALL = (
     ("step",), ("decode",), ("serve",), ("load",), ("ops",), ("scale",), ("ablation",), ("quality",), ("exported",),
-    ("memory",), ("predict",), ("host",), ("kernels", "--static"), ("gpu",),
+    ("memory",), ("predict",), ("ranks",), ("host",), ("kernels", "--static"), ("gpu",),
 )  # fmt: skip
 
 

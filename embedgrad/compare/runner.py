@@ -27,8 +27,9 @@ from embedgrad.prompt.prompt import SoftPrompt
 from embedgrad.prompt.rendering import render
 from embedgrad.prompt.template import Template
 from embedgrad.search.plan import make_search
-from embedgrad.search.state_file import read_states, write_states
+from embedgrad.search.state_file import states_in, write_states
 from embedgrad.tasks.parts import Parts
+from embedgrad.train.agreement import SharedStop
 from embedgrad.train.checkpoints import tensor_hash
 from embedgrad.train.checks import check_parts
 from embedgrad.train.optimize import OptimizeResult, optimize
@@ -145,12 +146,6 @@ class Runner:
 
         Every example is rendered with an arm's first prompt, the longest few with its other candidates.
         """
-        searched = [arm.name for arm in arms if arm.search is not None]
-        if searched and self.ranks.size > 1:
-            raise ConfigError(
-                f"the arm {searched[0]} is a discrete search, which runs in one process; start the command without "
-                f"torchrun or srun."
-            )
         for fold in self.folds:
             parts, start = self.parts(fold), self.plan.start(self.model)
             check_parts(self.plan, self.model, start, parts)
@@ -264,13 +259,15 @@ class Runner:
         """(best of the start and the search's texts on the validation data, fields of `Outcome`)."""
         path = place / SEARCH
         size = min(_SEARCH_BATCH, self.plan.config.optimize.batch_size)
-        search = make_search(name, self.model, prompt, parts.train, batch_size=size, seed=seed)
-        state = read_states(path)[0][name] if path.exists() else search.begin()
+        search = make_search(name, self.model, prompt, parts.train, batch_size=size, seed=seed, ranks=self.ranks)
+        saved = self.ranks.share(self.ranks.only_first(lambda: path.read_bytes() if path.exists() else None))
+        state = search.begin() if saved is None else states_in(saved, path)[0][name]
         watched, texts = self._reserved(tokens(self.model, prompt, parts.validation), budget)
-        with stop_on_signals(terminate=True) as stop:
+        with stop_on_signals(terminate=True, once=self.ranks.size == 1) as asked:
+            stop = SharedStop(asked, self.ranks)
             while search.advance(state, budget - watched):
-                write_states(path, {name: state}, {})
-                if stop.reason is not None:
+                self.ranks.only_first(lambda: write_states(path, {name: state}, {}))
+                if stop.agree() and stop.reason is not None:
                     raise Stopped(stop.reason)
         found = [prompt]
         for text in search.texts(state, texts):

@@ -38,6 +38,8 @@ def join() -> Ranks:
         torch.cuda.set_device(gpu_of(place.local_rank, torch.cuda.device_count()))
     _meet_on_the_network(place)
     store = _store(place)
+    line, token = _lifeline(place, store)
+    store = torch.distributed.PrefixStore(f"embedgrad/{token}", store)  # it may hold what earlier attempts have left
     backend = "cpu:gloo,cuda:nccl" if gpus else "gloo"
     try:
         torch.distributed.init_process_group(
@@ -48,7 +50,8 @@ def join() -> Ranks:
             f"the {place.size} processes cannot be connected: {str(error).splitlines()[0]}; start all of them, with a "
             "network between their machines (GLOO_SOCKET_IFNAME names the interface to use)."
         ) from error
-    ranks = Group(place, store, _lifeline(place, store))
+    ranks = Group(place, store, line)
+    ranks.restarted = ranks.any(place.attempt > 0)  # torchrun counts on each machine for itself
     if gpus:
         _check_gpus(ranks)
     return ranks
@@ -70,7 +73,8 @@ def gpu_of(local_rank: int, count: int) -> int:
     if count == 1:
         return 0
     raise ConfigError(
-        f"this machine shows {count} GPUs, but a process has local rank {local_rank}; start one process for each GPU."
+        f"this machine shows {count} GPUs, but a process has local rank {local_rank}; start one process for each GPU, "
+        "or hide the GPUs (CUDA_VISIBLE_DEVICES=) to compute on CPUs."
     )
 
 
@@ -98,19 +102,28 @@ def _store(place: Place) -> Any:
             f"{str(error).splitlines()[0]}; start all of them, and choose a free MASTER_PORT."
         ) from error
     store.set_timeout(datetime.timedelta(seconds=_MEETING))
-    return torch.distributed.PrefixStore(f"embedgrad/{place.attempt}", store)
+    return store
 
 
-def _lifeline(place: Place, store: Any) -> lifeline.Lifeline:
+def _lifeline(place: Place, store: Any) -> tuple[lifeline.Lifeline, str]:
+    """(this process's lifeline, what names this attempt and no other). All processes of the attempt have come.
+
+    It comes before all else, so that a process that dies while the others connect ends them too.
+    """
     if place.rank == 0:
         token, server = secrets.token_hex(16), lifeline.listen(place.address)
-        store.set("lifeline", f"{server.getsockname()[1]} {token}")
-        return lifeline.accept(server, place.size - 1, token, _MEETING)
+        store.set("embedgrad/lifeline", f"{server.getsockname()[1]} {token}")
+        return lifeline.accept(server, place.size - 1, token, _MEETING), token
     until = time.monotonic() + _MEETING
     while True:  # the store may still hold the address of an attempt whose rank 0 has died
-        port, token = store.get("lifeline").decode().split()
         try:
-            return lifeline.connect(place.address, int(port), token)
+            port, token = store.get("embedgrad/lifeline").decode().split()
+        except RuntimeError as error:  # torch.distributed's errors are RuntimeErrors
+            raise EmbedGradError(
+                f"rank 0 has not come to {place.address}, port {place.port}; start all {place.size} processes."
+            ) from error
+        try:
+            return lifeline.connect(place.address, int(port), token), token
         except EmbedGradError:
             if time.monotonic() > until:
                 raise

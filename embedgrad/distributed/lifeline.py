@@ -104,14 +104,13 @@ def accept(server: socket.socket, others: int, token: str, seconds: float) -> Li
             server.settimeout(max(0.1, until - time.monotonic()))
             try:
                 connection, _ = server.accept()
-                connection.settimeout(5)
-                if _read(connection, len(token)) == token:
-                    found.append(connection)
-                else:
-                    connection.close()
             except TimeoutError:
-                if time.monotonic() > until:
-                    raise EmbedGradError(f"only {len(found)} of {others} other processes came; start all.") from None
+                raise EmbedGradError(f"only {len(found)} of {others} other processes came; start all.") from None
+            connection.settimeout(5)
+            if _read(connection, len(token)) == token:
+                found.append(connection)
+            else:
+                connection.close()
     return Lifeline(found)
 
 
@@ -130,6 +129,7 @@ def connect(address: str, port: int, token: str) -> Lifeline:
 
 def _read(connection: socket.socket, count: int) -> str:
     data = b""
-    while len(data) < count and (more := connection.recv(count - len(data))):
-        data += more
+    with contextlib.suppress(OSError):  # who says nothing, or hangs up, is sent away
+        while len(data) < count and (more := connection.recv(count - len(data))):
+            data += more
     return data.decode(errors="replace")

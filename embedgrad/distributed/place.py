@@ -11,6 +11,8 @@ from embedgrad.util.errors import ConfigError
 
 _FIRST_PORT, _PORTS = 20000, 20000  # below the ports that systems give to outgoing connections
 
+_NODES = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")  # the first that is set counts
+
 
 @dataclass(frozen=True)
 class Place:
@@ -63,9 +65,10 @@ def _by_torchrun(environment: Mapping[str, str]) -> Place | None:
 
 def _by_srun(environment: Mapping[str, str]) -> Place:
     job = _number(environment, "SLURM_JOB_ID", 0) + _number(environment, "SLURM_STEP_ID", 0)
-    address = environment.get("MASTER_ADDR") or first_host(environment.get("SLURM_STEP_NODELIST", ""))
+    nodes = next((environment[name] for name in _NODES if environment.get(name)), "")
+    address = environment.get("MASTER_ADDR") or first_host(nodes)
     if not address:
-        raise ConfigError("SLURM_STEP_NODELIST names no machine; set MASTER_ADDR to the address of the first one.")
+        raise ConfigError(f"{_NODES[0]} names no machine; set MASTER_ADDR to the address of the first one.")
     return _checked(
         Place(
             _number(environment, "SLURM_PROCID", 0),

@@ -76,7 +76,7 @@ class Group(Ranks):
     """Ranks that torch.distributed connects. Made by `embedgrad.distributed.join.join`."""
 
     def __init__(self, place: Place, store: Any, lifeline: Lifeline) -> None:
-        self.rank, self.size, self.restarted = place.rank, place.size, place.attempt > 0
+        self.rank, self.size = place.rank, place.size
         self._store, self._lifeline = store, lifeline
 
     def gather(self, value: Any) -> list[Any]:

@@ -20,6 +20,8 @@ import torch
 from torch import Tensor
 
 from embedgrad.data.example import Example
+from embedgrad.distributed.ranks import ALONE, Ranks, split_work
+from embedgrad.engine.batch_split import split_batch
 from embedgrad.engine.gradient import check_finite, launch_gradient, loss_of, pass_over
 from embedgrad.engine.model import Model
 from embedgrad.engine.scorer import Scorer
@@ -43,12 +45,16 @@ class Losses:
 class Objective:
     """The loss of prompts with as many tokens as `prompt` has, in its template."""
 
-    def __init__(self, model: Model, prompt: SoftPrompt, examples: Sequence[Example], fluency: float = 0.0) -> None:
+    def __init__(
+        self, model: Model, prompt: SoftPrompt, examples: Sequence[Example], fluency: float = 0.0,
+        ranks: Ranks = ALONE,
+    ) -> None:  # fmt: skip
         """examples: those that batches are drawn from; they are rendered once. fluency: weight of the nll, at least 0.
+        ranks: processes that share candidates and gradients; all make the same calls and get the same numbers.
 
         Raises what `render` raises.
         """
-        self.model, self.prompt, self.fluency = model, prompt, fluency
+        self.model, self.prompt, self.fluency, self.ranks = model, prompt, fluency, ranks
         self._frames = [render(model, prompt, e, e.where or f"example {i}") for i, e in enumerate(examples, 1)]
         self._weights = [example.weight for example in examples]
         self.text_frame = alone(model, prompt.token_ids)
@@ -60,8 +66,15 @@ class Objective:
     def losses(self, candidates: Sequence[Ids], batch: Sequence[int]) -> Losses:
         """The losses of all candidates, in one packed pass (of pieces of at most `SCORE_TOKENS` tokens).
 
-        The candidates' tokens are the rows of one pool of embeddings; sequences share what they begin with.
+        The candidates' tokens are the rows of one pool of embeddings; sequences share what they begin with. Several
+        ranks have a pass each, over their share of the candidates.
         """
+        found = split_work(candidates, self.ranks, lambda own: self._scored(own, batch))
+        task, nll = torch.tensor(found, dtype=torch.float64).view(-1, 2).T
+        return Losses(task, nll)
+
+    def _scored(self, candidates: Sequence[Ids], batch: Sequence[int]) -> list[list[float]]:
+        """For each candidate its mean loss on the examples and its nll as a text."""
         pool, rows = _pooled(candidates)
         frames = [self._frames[i] for i in batch]
         sequences = [_shown(frame, ids, rows) for ids in candidates for frame in frames]
@@ -75,7 +88,7 @@ class Objective:
         on_examples = found[: len(sequences)].view(len(candidates), len(frames))
         weights = torch.tensor([self._weights[i] for i in batch], dtype=torch.float64)
         nll = found[len(sequences) :] if self.fluency else torch.zeros(len(candidates), dtype=torch.float64)
-        return Losses(on_examples @ (weights / weights.sum()), nll)
+        return torch.stack([on_examples @ (weights / weights.sum()), nll], dim=1).tolist()
 
     def gradient(self, ids: Ids, batch: Sequence[int]) -> tuple[float, Tensor]:
         """L and its gradient [k, d] at the embeddings of the prompt's places, each as its own row, where they show
@@ -90,8 +103,24 @@ class Objective:
         if self.fluency:
             prepared.append(PreparedSequence(_placed(self.text_frame, ids, places), keep=False))
             weights.append(self.fluency)
+        if self.ranks.size == 1:
+            return self._gradient(ids, prepared, weights)
+        own = split_batch(prepared, self.ranks.size)[self.ranks.rank]
+        part = torch.zeros(len(ids) * self.prompt.embeddings.shape[1] + 1, dtype=torch.float64)
+        if own:
+            loss, grad = self._gradient(ids, [prepared[i] for i in own], [weights[i] for i in own])
+            part[0], part[1:] = loss, grad.flatten()
+        total = torch.zeros_like(part)
+        for row in self.ranks.gather_tensors(part):  # in the order of the ranks, so that all have the same bits
+            total += row
+        return float(total[0]), total[1:].view(len(ids), -1)
+
+    def _gradient(
+        self, ids: Ids, prepared: Sequence[PreparedSequence], weights: Sequence[float]
+    ) -> tuple[float, Tensor]:
+        """The weighted sum of these sequences' losses, and its gradient."""
         tree = build_tree(prepared, weights)
-        model, scale = self.model, 1.0 + self.fluency
+        model, scale = self.model, sum(weights)
         with model.lock:
             p = pass_over(model, tree)
             policy, nbytes = model.plan_memory([p.size], "auto")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from embedgrad.data.example import Example
+from embedgrad.distributed.ranks import ALONE, Ranks
 from embedgrad.engine.model import Model
 from embedgrad.prompt.prompt import SoftPrompt
 from embedgrad.search.gcg import GreedyCoordinate
@@ -22,9 +23,10 @@ FLUENCY = 0.1  # weight of a nat per token of the text, beside the nats per targ
 
 def make_search(
     name: str, model: Model, prompt: SoftPrompt, examples: Sequence[Example], *, batch_size: int, seed: int,
-    fluency: float = FLUENCY,
+    fluency: float = FLUENCY, ranks: Ranks = ALONE,
 ) -> Search:  # fmt: skip
-    """The search `name`, one of NAMES, from `prompt`'s tokens. fluency: weight in the searches that have it.
+    """The search `name`, one of NAMES, from `prompt`'s tokens. fluency: weight in the searches that have it. ranks:
+    processes that share each step.
 
     Each step takes the batch that a training with the same seed and batch size takes. Raises ConfigError for another
     name, and what rendering the examples raises.
@@ -33,6 +35,6 @@ def make_search(
         raise ConfigError(f"there is no search {name!r}; choose one of {', '.join(NAMES)}.")
     kind = KINDS[name.removesuffix(FLUENT)]
     usable = [example for example in examples if example.weight > 0]
-    objective = Objective(model, prompt, usable, fluency if name.endswith(FLUENT) else 0.0)
+    objective = Objective(model, prompt, usable, fluency if name.endswith(FLUENT) else 0.0, ranks)
     size = min(batch_size, len(usable))
     return kind(objective, lambda step: batch_indices(len(usable), size, step, seed), seed)

@@ -33,7 +33,16 @@ def write_states(path: Path, states: Mapping[str, SearchState], values: Mapping[
 def read_states(path: Path) -> tuple[dict[str, SearchState], dict[str, Any]]:
     """(states by name, further values) as `write_states` wrote them. Raises ConfigError for a damaged file."""
     try:
-        loaded, metadata = unpack(path.read_bytes())
+        data = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read ({first_line(error)}); remove it, or give another folder.") from error
+    return states_in(data, path)
+
+
+def states_in(data: bytes, path: Path) -> tuple[dict[str, SearchState], dict[str, Any]]:
+    """What `read_states` gives, of the bytes of the file at `path`. Raises ConfigError for a damaged file."""
+    try:
+        loaded, metadata = unpack(data)
         content = json.loads(metadata["content"])
         tensors = {tuple(name.split(_BETWEEN)): tensor for name, tensor in loaded.items()}
         states = {
@@ -41,5 +50,5 @@ def read_states(path: Path) -> tuple[dict[str, SearchState], dict[str, Any]]:
             for name, state in content["searches"].items()
         }
         return states, dict(content["values"])
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ConfigError(f"{path} cannot be read ({first_line(error)}); remove it, or give another folder.") from error

@@ -14,11 +14,15 @@ from typing import Any
 
 from embedgrad.sweep.space import grid
 from embedgrad.train.settings import SweepSection
-from embedgrad.util.errors import ConfigError
+from embedgrad.util.errors import ConfigError, EmbedGradError
 from embedgrad.util.shown import first_line
 
 BEAT, GRACE = 5, 30  # seconds between two signs of life of a worker, and until one without is taken for dead
 FOLDER, IDENTITY, PROBLEM, LOSS, WORKERS = "folder", "identity", "problem", "loss", "workers"
+
+
+class TakenOver(EmbedGradError):
+    """Another worker took this one for dead, as after a suspension, and goes on with its trial."""
 
 
 def open_study(section: SweepSection, folder: Path, identity: Mapping[str, Any], maximise: bool) -> Any:
@@ -26,7 +30,7 @@ def open_study(section: SweepSection, folder: Path, identity: Mapping[str, Any],
     used, a study of other settings)."""
     optuna = _optuna()
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    url = section.storage or f"sqlite:///{(folder / 'study.db').absolute()}"
+    url = _url(section, folder)
     options: dict[str, Any] = {"heartbeat_interval": BEAT, "grace_period": GRACE}
     known = inspect.signature(optuna.storages.RDBStorage.__init__).parameters
     name = "heartbeat_stale_trial_callback" if "heartbeat_stale_trial_callback" in known else "failed_trial_callback"
@@ -63,15 +67,52 @@ def take_over(study: Any, trial: Any) -> None:
     study.enqueue_trial(trial.params, user_attrs={FOLDER: trial.user_attrs.get(FOLDER)})
 
 
-def fail_stale(study: Any) -> None:
-    """Take over the trials of workers that died."""
+def fail_stale(study: Any, known: set[int]) -> None:
+    """Take over the trials of workers that died. known: the running trials that this worker has seen, which grows.
+
+    Optuna takes no trial for dead that never gave a sign of life, as where a worker died right after it had asked. So
+    each gets one when it is first seen.
+    """
     with quiet():
+        for trial in study.get_trials(deepcopy=False, states=[trial_state("RUNNING")]):
+            if trial._trial_id not in known:
+                known.add(trial._trial_id)
+                study._storage.record_heartbeat(trial._trial_id)
         _optuna().storages.fail_stale_trials(study)
 
 
 def trial_state(name: str) -> Any:
     """Optuna's state of this name, such as FAIL."""
     return _optuna().trial.TrialState[name]
+
+
+def end_trial(study: Any, trial: Any, *, value: float | None = None, state: str | None = None) -> Any:
+    """Tell Optuna that a trial has ended, with a value or in a state. Raises TakenOver."""
+    with still_ours():
+        if study._storage.get_trial(trial._trial_id).state.is_finished():
+            raise TakenOver
+        return study.tell(trial, value, None if state is None else trial_state(state))
+
+
+@contextlib.contextmanager
+def still_ours() -> Iterator[None]:
+    """Inside the block, what is told about a trial that another worker has ended raises TakenOver."""
+    try:
+        yield
+    except _optuna().exceptions.UpdateFinishedTrialError as error:
+        raise TakenOver from error
+
+
+@contextlib.contextmanager
+def storage_needed(section: SweepSection, folder: Path) -> Iterator[None]:
+    """Inside the block, a storage that can no longer be used becomes one sentence (ConfigError)."""
+    try:
+        yield
+    except _optuna().exceptions.StorageInternalError as error:
+        raise ConfigError(
+            f"the sweep's storage {_url(section, folder)} can no longer be used: "
+            f"{first_line(error.__cause__ or error)}; the trials' runs are saved, and the same command goes on."
+        ) from error
 
 
 @contextlib.contextmanager
@@ -88,12 +129,15 @@ def beating(study: Any, trials: Sequence[Any]) -> Iterator[None]:
     ended = threading.Event()
 
     def beat() -> None:
-        while True:
-            for trial in trials:
-                with contextlib.suppress(Exception):  # a database that is busy; the next beat comes in time
-                    study._storage.record_heartbeat(trial._trial_id)
-            if ended.wait(BEAT):
-                return
+        while not ended.wait(BEAT):
+            beat_once()
+
+    def beat_once() -> None:
+        for trial in trials:
+            with contextlib.suppress(Exception):  # a database that is busy; the next beat comes in time
+                study._storage.record_heartbeat(trial._trial_id)
+
+    beat_once()
 
     thread = threading.Thread(target=beat, daemon=True)
     thread.start()
@@ -102,6 +146,10 @@ def beating(study: Any, trials: Sequence[Any]) -> Iterator[None]:
     finally:
         ended.set()
         thread.join()
+
+
+def _url(section: SweepSection, folder: Path) -> str:
+    return section.storage or f"sqlite:///{(folder / 'study.db').absolute()}"
 
 
 def _optuna() -> Any:

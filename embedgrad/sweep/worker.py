@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -13,14 +14,18 @@ from embedgrad.engine.model import Model
 from embedgrad.sweep.space import grid, suggest, trial_config
 from embedgrad.sweep.study import (
     FOLDER,
+    GRACE,
     LOSS,
     PROBLEM,
+    TakenOver,
     beating,
+    end_trial,
     fail_stale,
     open_study,
     quiet,
+    still_ours,
+    storage_needed,
     take_over,
-    trial_state,
 )
 from embedgrad.train.optimize import OptimizeResult, Run
 from embedgrad.train.paths import seen_from
@@ -77,10 +82,15 @@ class Sweep:
     def work(self, together: int = 1) -> None:
         """Take trials until there are enough and all have ended. together: how many take their steps in one pass.
 
-        Raises Stopped, SaveError.
+        Raises Stopped, SaveError, ConfigError (the storage can no longer be used).
         """
+        with storage_needed(self.section, self.folder):
+            self._work(together)
+
+    def _work(self, together: int) -> None:
+        known: set[int] = set()
         while True:
-            fail_stale(self.study)
+            fail_stale(self.study, known)
             states = [trial.state for trial in self.trials() if trial.problem != _SURPLUS]
             ended = sum(state in ("complete", "pruned", "failed") for state in states)
             wanted = self.section.trials
@@ -120,7 +130,7 @@ class Sweep:
         for (trial, run), result in zip(runs, results, strict=True):
             if isinstance(result, FolderInUse):  # the worker that was taken for dead is still at it
                 self._leave(trial)
-                time.sleep(_PAUSE)
+                time.sleep(GRACE)
             elif isinstance(result, EmbedGradError):
                 self._failed(trial, result)
             elif result.stop_reason in REASONS:
@@ -133,27 +143,32 @@ class Sweep:
 
     def _leave(self, trial: Any) -> None:
         """Leave a trial to whoever asks next."""
-        frozen = self.study.tell(trial, state=trial_state("FAIL"))
-        take_over(self.study, frozen)
+        with contextlib.suppress(TakenOver):
+            take_over(self.study, end_trial(self.study, trial, state="FAIL"))
 
     def _failed(self, trial: Any, error: EmbedGradError) -> None:
-        trial.set_user_attr(PROBLEM, str(error))
-        self.study.tell(trial, state=trial_state("FAIL"))
-        if str(error) != _SURPLUS:
-            self._say(f"{trial.user_attrs.get(FOLDER)}: {error}")
+        if isinstance(error, TakenOver):
+            return
+        with contextlib.suppress(TakenOver):
+            with still_ours():
+                trial.set_user_attr(PROBLEM, str(error))
+            end_trial(self.study, trial, state="FAIL")
+            if str(error) != _SURPLUS:
+                self._say(f"{trial.user_attrs.get(FOLDER)}: {error}")
 
     def _ended(self, trial: Any, run: Run, result: OptimizeResult) -> None:
         assert result.after is not None
-        trial.set_user_attr(LOSS, result.after["loss"])
         told = ", ".join(f"{key.rpartition('.')[2]} {_short(value)}" for key, value in trial.params.items())
-        self._say(
-            f"{trial.user_attrs[FOLDER]}: {result.stop_reason} after {result.steps} steps, {told}: best validation "
-            f"accuracy {result.after['accuracy']:.4f}, loss {result.after['loss']:.4f}"
-        )
-        if result.stop_reason == "pruned":
-            self.study.tell(trial, state=trial_state("PRUNED"))
-        else:
-            self.study.tell(trial, float(result.after["loss" if self.by_loss else "accuracy"]))
+        pruned = result.stop_reason == "pruned"
+        value = float(result.after["loss" if self.by_loss else "accuracy"])
+        with contextlib.suppress(TakenOver):
+            with still_ours():
+                trial.set_user_attr(LOSS, result.after["loss"])
+            end_trial(self.study, trial, **({"state": "PRUNED"} if pruned else {"value": value}))
+            self._say(
+                f"{trial.user_attrs[FOLDER]}: {result.stop_reason} after {result.steps} steps, {told}: best validation "
+                f"accuracy {result.after['accuracy']:.4f}, loss {result.after['loss']:.4f}"
+            )
 
     def trials(self) -> list[Trial]:
         """All trials but those that were left to another worker."""
@@ -185,7 +200,8 @@ class Sweep:
         if trial.user_attrs.get(FOLDER) is None and len(earlier) >= self.section.trials:
             raise EmbedGradError(_SURPLUS)
         name = trial.user_attrs.get(FOLDER) or f"trial-{trial.number:04d}"
-        trial.set_user_attr(FOLDER, name)
+        with still_ours():
+            trial.set_user_attr(FOLDER, name)
         config = self.config(suggest(trial, self.section), name)
         planned = plan(config)
         parts = planned.parts(self.model.tokenizer)
@@ -194,7 +210,8 @@ class Sweep:
         seen_from(place, description)
 
         def prune(record: Mapping[str, Any]) -> bool:
-            trial.report(record["loss" if self.by_loss else "accuracy"], record["step"])
+            with still_ours():
+                trial.report(record["loss" if self.by_loss else "accuracy"], record["step"])
             return bool(trial.should_prune())
 
         for record in read_metrics(place)[0]:  # of a worker that died

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -13,50 +12,19 @@ from typing import Any
 
 import pytest
 
-from tests.distributed.launched import ends, start
-from tests.model.tiny import write_folder
-from tests.train.training import outcome
+from tests.distributed.launched import ends, result, start, wait_for_lines, write_task
 
-CONFIG = """
-model: {path: tiny, dtype: float32, device: cpu}
-prompt: Say what it is.
-data: {path: data.jsonl, labels: [positive, negative], split: {train: 13, validation: 7, test: 7}}
-optimize: {steps: 60, batch_size: 5, learning_rate: 2e-2, validate_every: 9, checkpoint_every: 2, select_by: loss,
-           trust_region: {kind: cosine, tau: 0.8}}
-"""
 SECONDS = 20  # in which the others must have ended
 
 
 @pytest.fixture(scope="module")
 def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("ranks")
-    write_folder(folder / "tiny")
-    rows = [
-        {"query": f"A film of {('joy', 'pain')[i % 2]}, number {i} " + "and so on " * (i % 4),
-         "target": ("positive", "negative")[i % 2]} for i in range(29)
-    ]  # fmt: skip
-    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    (folder / "run.yaml").write_text(CONFIG)
-    return folder
+    return write_task(tmp_path_factory.mktemp("ranks"))
 
 
 def begin(work: Path, folder: str, size: int = 2, *more: str, restarted: bool = False) -> list[subprocess.Popen[str]]:
     command = ("-m", "embedgrad", "optimize", "run.yaml", "-q", "--set", f"run.folder={folder}", *more)
     return start(size, *command, restarted=restarted, cwd=work)
-
-
-def result(work: Path, folder: str) -> dict[str, Any]:
-    found = outcome(work / folder / "run")
-    del found["files"]
-    found["summary"].pop("peak_memory_bytes")
-    return found
-
-
-def wait_for_lines(folder: Path, count: int, processes: list[subprocess.Popen[str]]) -> None:
-    metrics = folder / "run" / "metrics.jsonl"
-    while not (metrics.exists() and metrics.read_bytes().count(b"\n") > count):
-        assert all(process.poll() in (None, 0) for process in processes), ends(processes, 5)
-        time.sleep(0.005)
 
 
 @pytest.fixture(scope="module")
@@ -68,7 +36,7 @@ def whole(work: Path) -> dict[str, Any]:
 
 def killed_and_resumed(work: Path, folder: str, victim: int, lines: int, by_restart: bool) -> None:
     processes = begin(work, folder)
-    wait_for_lines(work / folder, lines, processes)
+    wait_for_lines([work], folder, lines, processes)
     processes[victim].send_signal(signal.SIGKILL)
     killed = time.monotonic()
     found = ends(processes, SECONDS)
@@ -98,7 +66,7 @@ def test_ranks_killed_at_twenty_moments(work: Path, whole: dict[str, Any]) -> No
 
 def test_ctrl_c_saves_and_the_run_goes_on(work: Path, whole: dict[str, Any]) -> None:
     processes = begin(work, "stopped")
-    wait_for_lines(work / "stopped", 15, processes)
+    wait_for_lines([work], "stopped", 15, processes)
     for process in processes:
         for _ in range(2):  # launchers send it more than once
             os.kill(process.pid, signal.SIGINT)
@@ -107,6 +75,13 @@ def test_ctrl_c_saves_and_the_run_goes_on(work: Path, whole: dict[str, Any]) -> 
     assert sum("all of it saved" in said for _, _, said in found) == 1
     assert [code for code, _, _ in ends(begin(work, "stopped", 2, "--resume"))] == [0, 0]
     assert result(work, "stopped") == whole
+
+
+def test_srun_starts_the_same_run(work: Path, whole: dict[str, Any]) -> None:
+    command = ("-m", "embedgrad", "optimize", "run.yaml", "-q", "--set", "run.folder=srun")
+    found = ends(start(2, *command, cwd=work, srun=True))
+    assert [code for code, _, _ in found] == [0, 0], found
+    assert result(work, "srun") == whole
 
 
 def test_an_error_is_said_once(work: Path, whole: dict[str, Any]) -> None:

@@ -25,6 +25,17 @@ def test_srun_and_torchrun_under_srun() -> None:
     assert find_place({**SRUN, **TORCHRUN}) == Place(3, 4, 1, "one", 29500)
 
 
+def test_srun_that_does_not_say_where() -> None:
+    without = {name: value for name, value in SRUN.items() if name != "SLURM_STEP_NODELIST"}
+    found = find_place({**without, "SLURM_JOB_NODELIST": "n[3-4]", "SLURM_NODELIST": "other"})
+    assert found is not None
+    assert found.address == "n3"
+    with pytest.raises(ConfigError, match="set MASTER_ADDR"):
+        find_place(without)
+    with pytest.raises(ConfigError, match="SLURM_PROCID is 'x'"):
+        find_place({**SRUN, "SLURM_PROCID": "x"})
+
+
 @pytest.mark.parametrize(
     "alone",
     [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import threading
 import time
@@ -12,9 +13,17 @@ import torch
 from torch import Tensor
 
 from embedgrad.distributed.ranks import Ranks
+from embedgrad.engine.model import Model, load_model
 from embedgrad.util.errors import EmbedGradError, ToldElsewhere
+from tests.train.training import model_folder
 
 T = TypeVar("T")
+
+
+@functools.cache
+def model_of(rank: int) -> Model:
+    """The tiny model; each rank has one of its own."""
+    return load_model(model_folder(), device="cpu")
 
 
 class _Table:
@@ -63,6 +72,8 @@ class ThreadRanks(Ranks):
 
 def on_ranks(size: int, work: Callable[[Ranks], T]) -> list[T]:
     """What `work` returns on each of `size` ranks; raises the first rank's error."""
+    for rank in range(size):
+        model_of(rank)  # opened before there are threads
     table, results, errors = _Table(size), [None] * size, [None] * size
 
     def run(rank: int) -> None:

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from embedgrad.data.example import Example
+from embedgrad.distributed.ranks import ALONE, Ranks
 from embedgrad.engine.gradient import loss_and_grad
 from embedgrad.engine.model import Model, load_model
 from embedgrad.engine.scorer import score
@@ -21,6 +22,7 @@ from embedgrad.search.plan import NAMES, make_search
 from embedgrad.search.search import SearchState
 from embedgrad.search.vocabulary import text_of, text_tokens
 from embedgrad.util.errors import ConfigError
+from tests.distributed.threads import model_of, on_ranks
 from tests.train.training import TRAIN, model_folder, start_prompt, tiny_model
 
 BATCH = [0, 1, 2, 3]
@@ -196,3 +198,26 @@ def test_an_unknown_search_is_refused() -> None:
     model = tiny_model()
     with pytest.raises(ConfigError, match="there is no search 'autoprompt'; choose one of gcg, gcg-fluent"):
         make_search("autoprompt", model, start_prompt(model), [Example("a", "b")], batch_size=1, seed=0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_ranks_share_a_search(name: str) -> None:
+    """All find the same; losses are those of one process, and the first step's choice is too."""
+
+    def found(rank: Ranks) -> tuple[SearchState, float, torch.Tensor]:
+        model = model_of(rank.rank)
+        search = make_search(name, model, start_prompt(model), TRAIN, batch_size=4, seed=0, ranks=rank)
+        loss, gradient = search.objective.gradient(search.objective.prompt.token_ids, BATCH)
+        state = search.begin()
+        for _ in range(3):
+            assert search.advance(state, 10**9)
+        return state, loss, gradient
+
+    one, loss, gradient = found(ALONE)
+    for state, its_loss, its_gradient in on_ranks(3, found):
+        assert state.to_json() == one.to_json() | {"visited": state.visited}
+        for mine, other in zip(state.visited, one.visited, strict=True):
+            assert mine["ids"] == other["ids"]
+            assert mine["loss"] == pytest.approx(other["loss"], rel=3e-6)
+        assert its_loss == pytest.approx(loss, rel=3e-6)
+        assert float((its_gradient - gradient).abs().max()) < 3e-6 * float(gradient.abs().max())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -14,8 +15,10 @@ pytest.importorskip("optuna")
 from embedgrad.cli.commands import sweep as command
 from embedgrad.engine.model import load_model
 from embedgrad.sweep import study as studies
+from embedgrad.sweep import worker as workers
 from embedgrad.sweep.space import check_space, overrides_of
 from embedgrad.sweep.worker import Sweep
+from embedgrad.train.optimize import Run
 from embedgrad.train.plan import plan
 from embedgrad.train.settings import load_run_config
 from embedgrad.util.errors import ConfigError
@@ -75,24 +78,79 @@ def test_trials_are_runs_and_the_best_is_tested_once(home: Path, together: int) 
     assert len(run(home, f"runs{together}", "sweep.trials=5")["trials"]) == 5
 
 
-def test_the_trial_of_a_dead_worker_is_gone_on_with(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(studies, "BEAT", 1)
-    monkeypatch.setattr(studies, "GRACE", 1)
-    given = [f"run.folder={home / 'dead'}"]
+def worker(home: Path, folder: str, *sets: str) -> Sweep:
+    """A worker of the sweep in home/folder."""
+    given = [f"run.folder={home / folder}", *sets]
     planned = plan(load_run_config(home / "run.yaml", given))
     model = load_model(home / "tiny", device="cpu")
-    folder = home / "dead" / "run-sweep"
-    dying = Sweep(planned, model, folder, home / "run.yaml", given, lambda _: None)
+    return Sweep(planned, model, home / folder / "run-sweep", home / "run.yaml", given, lambda _: None)
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Workers without a sign of life are dead after a second."""
+    monkeypatch.setattr(studies, "BEAT", 1)
+    monkeypatch.setattr(studies, "GRACE", 1)
+    monkeypatch.setattr(workers, "GRACE", 1)
+    monkeypatch.setattr(workers, "_PAUSE", 0.2)
+
+
+@pytest.mark.parametrize("died", ["asking", "beginning", "running"])
+def test_the_trial_of_a_dead_worker_is_gone_on_with(home: Path, impatient: None, died: str) -> None:
+    dying = worker(home, f"dead-{died}")
     trial = dying.study.ask()
-    begun = dying._begun(trial)
-    dying.study._storage.record_heartbeat(trial._trial_id)
-    assert begun.run_dir == folder / "trial-0000"
-    time.sleep(3)
-    found = run(home, "dead")
+    if died != "asking":
+        begun = dying._begun(trial)
+        assert begun.run_dir == home / f"dead-{died}" / "run-sweep" / "trial-0000"
+    if died == "running":
+        dying.study._storage.record_heartbeat(trial._trial_id)
+        time.sleep(3)
+    found = run(home, f"dead-{died}")
     assert len(found["trials"]) == 4
-    again = next(each for each in found["trials"] if each["name"] == "trial-0000")
-    assert again["values"] == trial.params
-    assert again["state"] in ("complete", "pruned")
+    assert all(each["state"] in ("complete", "pruned") for each in found["trials"])
+    if died != "asking":
+        again = next(each for each in found["trials"] if each["name"] == "trial-0000")
+        assert again["values"] == trial.params
+
+
+def test_a_worker_that_was_suspended_loses_its_trial_and_goes_on(
+    home: Path, impatient: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another worker has taken it for dead while it was in the middle of a trial, which is gone on with."""
+    suspended, other = worker(home, "suspended"), worker(home, "suspended")
+    monkeypatch.setattr(workers, "beating", lambda study, trials: contextlib.nullcontext())
+    begun = Sweep._begun
+    taken = []
+
+    def begin(self: Sweep, trial: Any) -> Run:
+        made = begun(self, trial)
+        if not taken:
+            taken.append(trial)
+            self.study._storage.record_heartbeat(trial._trial_id)
+            time.sleep(3)
+            studies.fail_stale(other.study, {trial._trial_id})
+        return made
+
+    monkeypatch.setattr(Sweep, "_begun", begin)
+    suspended.work()
+    found = suspended.trials()
+    assert sorted(trial.name for trial in found) == [f"trial-{number:04d}" for number in (0, 2, 3, 4)]
+    assert all(trial.state in ("complete", "pruned") for trial in found)
+    assert next(trial for trial in found if trial.name == "trial-0000").values == taken[0].params
+
+
+def test_a_storage_that_is_lost_while_a_trial_runs(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lost = worker(home, "lost")
+    begun = Sweep._begun
+
+    def begin(self: Sweep, trial: Any) -> Run:
+        made = begun(self, trial)
+        (home / "lost" / "run-sweep" / "study.db").write_bytes(b"nothing" * 10_000)
+        return made
+
+    monkeypatch.setattr(Sweep, "_begun", begin)
+    with pytest.raises(ConfigError, match="can no longer be used"):
+        lost.work()
 
 
 def test_a_grid_is_gone_through_once(home: Path) -> None:

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from embedgrad.data.example import Example
 from embedgrad.distributed.ranks import ALONE, Ranks
-from embedgrad.engine.model import Model, load_model
 from embedgrad.engine.prompt_trainer import PromptTrainer, StepResult
 from embedgrad.engine.tree import prepare
 from embedgrad.evaluation.evaluate import evaluate
@@ -26,16 +25,10 @@ from embedgrad.train.monitors import Judge
 from embedgrad.train.optimize import OptimizeResult, optimize
 from embedgrad.train.ranked_trainer import RankedTrainer
 from embedgrad.util.errors import ConfigError
-from tests.distributed.threads import on_ranks
-from tests.train.training import TRAIN, VALIDATION, model_folder, outcome, quick_config, start_prompt, tiny_model
+from tests.distributed.threads import model_of, on_ranks
+from tests.train.training import TRAIN, VALIDATION, outcome, quick_config, start_prompt, tiny_model
 
 TIMES = ("seconds", "tokens_per_second")
-
-
-@functools.cache
-def model_of(rank: int) -> Model:
-    """Each rank has a model of its own."""
-    return load_model(model_folder(), device="cpu")
 
 
 def one_step(rank: Ranks, batch: list[Example]) -> tuple[StepResult, torch.Tensor]:
@@ -52,13 +45,6 @@ def one_step(rank: Ranks, batch: list[Example]) -> tuple[StepResult, torch.Tenso
     weights = [example.weight for example in batch]
     result = trainer.read(trainer.launch(trainer.prepare((sequences, weights)), 1, 1.0))
     return result, e - trainer.state()[0]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _models() -> None:
-    """Opened before there are threads."""
-    for rank in range(5):
-        model_of(rank)
 
 
 IDS = st.integers(10, 60)
