@@ -38,8 +38,11 @@ def chat(prompt: dict[str, Any], query: str, **options: Any) -> dict[str, Any]:
 def sequence(prompt: dict[str, Any], tokenizer: Any, query: str) -> tuple[list[int], list[int]]:
     """(ids, for each the prompt row or −1) of a whole conversation. tokenizer: transformers' one of the model.
 
-    Every text between prompt and query is tokenised by itself.
+    Every text around the prompt is tokenised by itself, where it is not the first one behind `prompt["behind"]`, whose
+    tokens are removed: some tokenizers put a space before what begins a text.
     """
+    behind = prompt.get("behind", "")
+    before = _ids(tokenizer, behind) if behind else []
     ids: list[int] = list(prompt["begin"])
     rows = [-1] * len(ids)
     for part in prompt["parts"]:
@@ -47,10 +50,16 @@ def sequence(prompt: dict[str, Any], tokenizer: Any, query: str) -> tuple[list[i
             ids += prompt["token_ids"]
             rows += range(len(prompt["token_ids"]))
         else:
-            new = tokenizer(part.replace("{query}", query), add_special_tokens=False).input_ids
+            text = part.replace("{query}", query)
+            new = _ids(tokenizer, behind + text)[len(before) :] if ids else _ids(tokenizer, text)
             ids += new
             rows += [-1] * len(new)
     return ids, rows
+
+
+def _ids(tokenizer: Any, text: str) -> list[int]:
+    ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+    return ids
 
 
 def embeddings(prompt: dict[str, Any]) -> torch.Tensor:

@@ -63,15 +63,26 @@ def requests(source: Source, named: NamedPrompt) -> dict[str, Any]:
         "prompt_embeds": data,
         "embedding_scale": scale,
     }
-    for query in QUERIES:
-        rendered = quietly_rendered(source, prompt, query)
-        found = send_to_vllm.sequence(content, _Calling(source), query)
-        if found != (rendered.ids, rendered.prompt_rows):
-            raise ExportError(
-                f"the prompt {named.name} needs a text that is tokenised together with it, which a client of vLLM "
-                f"cannot do; export it as hf."
-            )
-    return content
+    wanted = [quietly_rendered(source, prompt, query) for query in QUERIES]
+    for own in ({}, {"behind": "\n"}, {"behind": "\n", "parts": _without_spaces(parts)}):
+        tried = {**content, **own}
+        if all(
+            send_to_vllm.sequence(tried, _Calling(source), query) == (rendered.ids, rendered.prompt_rows)
+            for query, rendered in zip(QUERIES, wanted, strict=True)
+        ):
+            return tried
+    raise ExportError(
+        f"the prompt {named.name} needs a text that is tokenised together with it, which a client of vLLM cannot do; "
+        f"export it as hf."
+    )
+
+
+def _without_spaces(parts: Sequence[str]) -> list[str]:
+    """The texts without a space in front of the prompt, which is in its first token."""
+    return [
+        part.removesuffix(" ") if behind == PROMPT else part
+        for part, behind in zip(parts, [*parts[1:], ""], strict=True)
+    ]
 
 
 def _scale(source: Source) -> float:
