@@ -86,6 +86,7 @@ def _asked(folder: Path, prompt: Path, items: int, threads: int) -> list[Row]:
         answers[LLAMA] = _evaluate(command, folder, ("generated",), threads)
         versions = {OURS: f"embedgrad {embedgrad.__version__}", HF: version, LLAMA: running[LLAMA].ready["version"]}
     harness = f"lm-eval {importlib.metadata.version('lm-eval')}"
+    about: dict[str, int | float | str] = {"items": items, "model": model.name, "harness": harness, "device": "cpu"}
     rows, right = [], {at: sample["filtered_resps"] for at, sample in answers[OURS]["generated"].items()}
     for contender, of_tasks in answers.items():
         for task, samples in of_tasks.items():
@@ -93,7 +94,7 @@ def _asked(folder: Path, prompt: Path, items: int, threads: int) -> list[Row]:
             accuracy = sum(sample[metric] for sample in samples.values()) / len(samples)
             equal = sum(sample["filtered_resps"] == right[at] for at, sample in samples.items()) / len(samples)
             more = {"equal": equal} if task == "generated" else {}
-            case = {"task": task, "items": items, "model": model.name, "harness": harness, "device": "cpu"}
+            case = {"task": task, **about}
             rows.append(row("exported", contender, versions[contender], [accuracy], case=case, unit="accuracy", **more))
     return rows
 

@@ -210,7 +210,8 @@ class Slots:
         if self._biases[row] is not bias:
             self._biases[row] = bias
             self.bias[row] = 0
-            self.bias[row, list(bias)] = list(bias.values())
+            with np.errstate(over="ignore"):  # what is beyond float32 forbids the token, as minus infinity does
+                self.bias[row, list(bias)] = list(bias.values())
         self.bias_rows[slot] = row
 
     def _set_choice(self, slot: int, choice: ForcedChoice | None) -> None:

@@ -226,11 +226,13 @@ Body = ChatBody | CompletionBody
 def read(kind: type[ChatBody] | type[CompletionBody], content: bytes) -> ChatBody | CompletionBody:
     """Reads a body. Raises DataError with one sentence that names the field."""
     try:
-        fields = json.loads(content, parse_constant=_no_number)
+        fields = json.loads(content, parse_constant=_no_number, parse_int=_integer)
         return kind.model_validate(_without_nulls(fields))
     except ValidationError as error:
         raise DataError(_sentence(error)) from None
-    except (ValueError, RecursionError) as error:
+    except RecursionError:
+        raise DataError("the body is nested too deeply.") from None
+    except ValueError as error:
         raise DataError(f"the body is not valid JSON: {str(error) or type(error).__name__}.") from None
 
 
@@ -248,6 +250,13 @@ def _without_nulls(fields: Any) -> Any:
             for message in messages
         ]
     return kept
+
+
+def _integer(digits: str) -> int:
+    """No field takes an integer of more than 20 digits; Python's own limit names a function of Python."""
+    if len(digits) > 1000:
+        raise ValueError("a number has too many digits")
+    return int(digits)
 
 
 def _no_number(name: str) -> None:

@@ -27,7 +27,7 @@ from embedgrad.generation.sampling import Sampling
 from embedgrad.generation.writer import Request, Writer
 from embedgrad.prompt.rendering import Rendered
 from embedgrad.serve.served import ServedModel
-from embedgrad.util.errors import EmbedGradError
+from embedgrad.util.errors import ConfigError, EmbedGradError
 
 TURN = 0.1  # seconds of a group while another one waits; a switch costs one call into csrc/
 PATIENCE = 8  # steps that a newcomer waits at most for others to enter with; a prefill of one is a small matrix product
@@ -138,7 +138,11 @@ class Scheduler:
         return self._thread.is_alive()
 
     def submit(self, jobs: Sequence[Job]) -> None:
-        """Queues jobs. Raises Full where more would wait than may."""
+        """Queues jobs. Raises Full where more would wait than may, ConfigError where so many never may."""
+        if len(jobs) > self._max_waiting:
+            raise ConfigError(
+                f"the request asks for {len(jobs)} answers, and at most {self._max_waiting} may wait; ask for fewer."
+            )
         with self._lock:
             if self._waiting + len(jobs) > self._max_waiting:
                 raise Full(f"{self._waiting} answers wait already; try again later.")

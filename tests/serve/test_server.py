@@ -228,11 +228,20 @@ def test_no_body_fells_the_server(server: Running, fields: dict[str, Any], chat:
     assert response.status_code in (200, 400, 404, 429)
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"model": NaN}'])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", b"{", b"[]", b"null", b"\xff\xfe", b"[" * 100_000, b'{"model": NaN}', b'{"seed": ' + b"9" * 5000 + b"}",
+        b'{"a":' * 50_000, b"\x1f\x8b" + b"0" * 100, b'{"model": "\\ud800"}',
+    ],
+)  # fmt: skip
 def test_a_body_that_is_no_json_object_is_refused(server: Running, content: bytes) -> None:
     headers = {"content-type": "application/json"}
     response = httpx.post(f"{server.address}/v1/completions", content=content, headers=headers)
     assert response.status_code == 400
+    message = response.json()["error"]["message"]
+    assert "recursion" not in message
+    assert "sys." not in message
 
 
 def test_other_refusals(server: Running) -> None:
@@ -278,10 +287,16 @@ def test_the_answers_of_a_client_that_goes_end(server: Running, engine: Any, str
 
 
 def test_more_answers_than_may_wait_are_refused(server: Running) -> None:
-    body = {"model": "bare", "prompt": ["go on"] * 20, "n": 16, "max_tokens": 50}
-    response = server.post("/v1/completions", body)
-    assert response.status_code == 429
-    assert response.headers["retry-after"] == "1"
+    """For the moment where others wait, and for good where the request alone asks for too many."""
+    body = {"model": "bare", "prompt": ["go on"] * 4, "n": 16, "max_tokens": 200, "logit_bias": {"0": -1e308}}
+    with ThreadPoolExecutor(8) as clients:
+        answers = list(clients.map(lambda _: server.post("/v1/completions", body), range(8)))
+    codes = [response.status_code for response in answers]
+    assert set(codes) == {200, 429}
+    assert answers[codes.index(429)].headers["retry-after"] == "1"
+    alone = server.post("/v1/completions", {**body, "prompt": ["go on"] * 20})
+    assert alone.status_code == 400
+    assert "asks for 320 answers, and at most 64 may wait" in alone.json()["error"]["message"]
     assert _quiet(server)
 
 
