@@ -112,10 +112,10 @@ class Objective:
         if own:
             loss, grad = self._gradient(ids, [prepared[i] for i in own], [weights[i] for i in own])
             part[0], part[1:] = loss, grad.flatten()
-        total = torch.zeros_like(part)
+        found = torch.zeros_like(part)
         for row in self.ranks.gather_tensors(part):  # in the order of the ranks, so that all have the same bits
-            total += row
-        return float(total[0]), total[1:].view(len(ids), -1)
+            found += row
+        return float(found[0]), found[1:].view(len(ids), -1)
 
     def _gradient(
         self, ids: Ids, prepared: Sequence[PreparedSequence], weights: Sequence[float]
