@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import json
 import os
 import secrets
 import socket
@@ -17,7 +18,8 @@ from embedgrad.distributed import lifeline
 from embedgrad.distributed.network import interface_to
 from embedgrad.distributed.place import Place, find_place
 from embedgrad.distributed.ranks import ALONE, Group, Ranks
-from embedgrad.util.errors import ConfigError, EmbedGradError
+from embedgrad.util.errors import ConfigError, EmbedGradError, SaveError
+from embedgrad.util.files import write_atomic
 
 _MEETING = 300.0  # seconds in which all processes must have come
 _EXCHANGE = 1800.0  # seconds that an exchange may wait for the slowest rank; a dead one is noticed much earlier
@@ -60,10 +62,23 @@ def join() -> Ranks:
 @contextlib.contextmanager
 def joined() -> Iterator[Ranks]:
     """The ranks, for one task. An error that leaves the block ends all of them, and one of them reports it."""
-    ranks = join()
-    with ranks.speaking():
-        yield ranks
+    try:
+        ranks = join()
+        with ranks.speaking():
+            yield ranks
+    except EmbedGradError as error:
+        _tell_launcher(error)
+        raise
     ranks.leave()
+
+
+def _tell_launcher(error: EmbedGradError) -> None:
+    """Leave the sentence for torchrun, whose list of failed processes shows a link to its manual otherwise."""
+    path = os.environ.get("TORCHELASTIC_ERROR_FILE")
+    if path:
+        content = {"message": {"message": str(error), "extraInfo": {"timestamp": str(int(time.time()))}}}
+        with contextlib.suppress(SaveError):
+            write_atomic(path, json.dumps(content).encode())
 
 
 def gpu_of(local_rank: int, count: int) -> int:

@@ -60,8 +60,8 @@ class Mark:
 class Panel:
     """A picture of curves.
 
-    axis: label of the y axis. band: indices of two lines between which the area is filled. percent: the values are
-    shares. note: explanation for readers.
+    axis, across: labels of the y and the x axis. band: indices of two lines between which the area is filled. percent:
+    the values are shares. note: explanation for readers.
     """
 
     key: str
@@ -73,6 +73,7 @@ class Panel:
     band: tuple[int, int] | None = None
     percent: bool = False
     note: str = ""
+    across: str = "step"
 
 
 @dataclass(frozen=True)
@@ -166,7 +167,8 @@ def overlays(runs: Sequence[Run], names: Sequence[str]) -> list[Panel]:
 
     def each(kind: str, key: str, **style: bool) -> list[Line]:
         return [
-            _line(n, getattr(r, kind), key, colour=i, **style) for i, (r, n) in enumerate(zip(runs, names, strict=True))
+            _line(n, getattr(r, kind), key, colour=i, dashed=i // len(COLOURS) % 2 == 1, **style)
+            for i, (r, n) in enumerate(zip(runs, names, strict=True))
         ]
 
     drawn = [

@@ -47,7 +47,7 @@ def curve_figure(panel: Panel) -> dict[str, Any]:
         template=None, height=340, hovermode="x unified", hoverlabel={"namelength": -1},
         margin={"l": 58, "r": 12, "t": 12, "b": 44},
         legend={"orientation": "h", "x": 0, "y": 1.02, "yanchor": "bottom"},
-        xaxis={"title": {"text": "step"}, "zeroline": False, "range": [0, 1.02 * last]},
+        xaxis={"title": {"text": panel.across}, "zeroline": False, "range": [0, 1.02 * last]},
         yaxis={
             "title": {"text": panel.axis, "standoff": 10}, "automargin": True, "zeroline": False,
             **({"tickformat": ".0%"} if panel.percent else {}),

@@ -52,7 +52,7 @@ def curve_picture(panel: Panel) -> bytes:
                 axes.plot([mark.step], [mark.value], "x", color="#d04545")
         if panel.percent:
             axes.yaxis.set_major_formatter(lambda value, _: f"{100 * value:.0f} %")
-        axes.set_xlabel("step")
+        axes.set_xlabel(panel.across)
         axes.set_ylabel(panel.axis)
         axes.legend(fontsize=8, frameon=False, ncols=4, loc="lower left", bbox_to_anchor=(0, 1))
         return _svg(figure)

@@ -65,5 +65,4 @@ def _history(trials: Sequence[Mapping[str, Any]]) -> list[Panel]:
     numbers, losses = [number for number, _ in told], [loss for _, loss in told]
     lowest = [min(losses[: place + 1]) for place in range(len(losses))]
     lines = [Line("trial", numbers, losses, 0, points=True, faint=True), Line("lowest so far", numbers, lowest, 1)]
-    note = "The axis below counts trials, not steps."
-    return [Panel("history", "Validation loss of the trials", "loss in nats per target token", lines, note=note)]
+    return [Panel("history", "Validation loss of the trials", "loss in nats per target token", lines, across="trial")]

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from embedgrad.data.example import Example
-from embedgrad.distributed.ranks import ALONE, Ranks, split_work
+from embedgrad.distributed.ranks import ALONE, Ranks, parts_of
 from embedgrad.engine.batch_split import split_batch
 from embedgrad.engine.gradient import check_finite, launch_gradient, loss_of, pass_over
 from embedgrad.engine.model import Model
@@ -69,7 +69,9 @@ class Objective:
         The candidates' tokens are the rows of one pool of embeddings; sequences share what they begin with. Several
         ranks have a pass each, over their share of the candidates.
         """
-        found = split_work(candidates, self.ranks, lambda own: self._scored(own, batch))
+        own = parts_of(len(candidates), self.ranks)[self.ranks.rank]
+        scored = self._scored(candidates[own.start : own.stop], batch) if own else []
+        found = [each for part in self.ranks.gather(scored) for each in part]
         task, nll = torch.tensor(found, dtype=torch.float64).view(-1, 2).T
         return Losses(task, nll)
 
@@ -110,10 +112,10 @@ class Objective:
         if own:
             loss, grad = self._gradient(ids, [prepared[i] for i in own], [weights[i] for i in own])
             part[0], part[1:] = loss, grad.flatten()
-        total = torch.zeros_like(part)
+        found = torch.zeros_like(part)
         for row in self.ranks.gather_tensors(part):  # in the order of the ranks, so that all have the same bits
-            total += row
-        return float(total[0]), total[1:].view(len(ids), -1)
+            found += row
+        return float(found[0]), found[1:].view(len(ids), -1)
 
     def _gradient(
         self, ids: Ids, prepared: Sequence[PreparedSequence], weights: Sequence[float]

@@ -210,7 +210,7 @@ class Sweep:
         seen_from(place, description)
 
         def prune(record: Mapping[str, Any]) -> bool:
-            with still_ours():
+            with quiet(), still_ours():  # a resumed run reports its last validation again
                 trial.report(record["loss" if self.by_loss else "accuracy"], record["step"])
             return bool(trial.should_prune())
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from embedgrad.distributed.ranks import Ranks
 from embedgrad.train.checkpoints import RunState, differences, tensor_hash
 from embedgrad.util.errors import ConfigError, TrainingError
@@ -50,6 +52,19 @@ def check_same_start(ranks: Ranks, identity: Mapping[str, Any], config: Mapping[
                 f"rank {rank} differs from rank 0 in: {', '.join(changed)}; give every process the same settings, "
                 "model, data and OMP_NUM_THREADS."
             )
+
+
+def check_devices(ranks: Ranks, device: torch.device) -> None:
+    """Raises ConfigError where the model of a rank is on another GPU than that of its local rank, which several would
+    share."""
+    if ranks.size == 1:
+        return
+    elsewhere = device.type == "cuda" and device.index not in (None, torch.cuda.current_device())
+    if ranks.any(elsewhere):
+        raise ConfigError(
+            f"model.device names one GPU ({device}) for {ranks.size} processes, each of which takes its own; give "
+            "device: cuda without a number."
+        )
 
 
 def check_alike(ranks: Ranks, state: RunState) -> None:

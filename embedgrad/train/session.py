@@ -22,7 +22,7 @@ from embedgrad.engine.tree import prepare
 from embedgrad.maths.optimizer import SGD, AdamW, Rule, learning_rate
 from embedgrad.prompt.prompt import SoftPrompt
 from embedgrad.prompt.rendering import Rendered, render
-from embedgrad.train.agreement import SharedStop, check_alike, check_same_start
+from embedgrad.train.agreement import SharedStop, check_alike, check_devices, check_same_start
 from embedgrad.train.alarms import Alarms
 from embedgrad.train.checkpoints import RunState, check_counts, identity, tensor_hash
 from embedgrad.train.monitors import Answered, Judge, Monitors, Stopped, step_figures, weighted_share
@@ -110,6 +110,7 @@ class Session:
     def begin(self, found: Found, description: Mapping[str, Any] | None, allow_other_bits: bool = False) -> None:
         """Go back to the checkpoint that was found, if there is one, and bring the folder in line with it."""
         if self.ranks.size > 1:
+            check_devices(self.ranks, self.model.device)
             check_same_start(self.ranks, self.state.identity, self.config.model_dump(mode="json"))
         saved, notes = found.state, []
         if saved is not None:

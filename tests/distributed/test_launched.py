@@ -6,13 +6,14 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.distributed.launched import ends, result, start, wait_for_lines, write_task
+from tests.distributed.launched import ROOT, ends, result, start, wait_for_lines, write_task
 
 SECONDS = 20  # in which the others must have ended
 
@@ -82,6 +83,19 @@ def test_srun_starts_the_same_run(work: Path, whole: dict[str, Any]) -> None:
     found = ends(start(2, *command, cwd=work, srun=True))
     assert [code for code, _, _ in found] == [0, 0], found
     assert result(work, "srun") == whole
+
+
+def test_torchrun_shows_the_sentence(work: Path) -> None:
+    command = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "embedgrad", "optimize")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    found = subprocess.run(
+        [sys.executable, *command, "run.yaml", "--set", "model.path=nowhere"], cwd=work, env=environment, text=True,
+        capture_output=True, check=False, timeout=120,
+    )  # fmt: skip
+    assert found.returncode == 1
+    assert "traceback : nowhere" in found.stderr, found.stderr
+    assert "To enable traceback see" not in found.stderr
+    assert found.stderr.count("Traceback") <= 1  # torchrun's own
 
 
 def test_an_error_is_said_once(work: Path, whole: dict[str, Any]) -> None:

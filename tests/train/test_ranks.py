@@ -21,6 +21,7 @@ from embedgrad.generation.sampling import Sampling
 from embedgrad.maths.optimizer import SGD
 from embedgrad.maths.trust_region import NoRegion
 from embedgrad.prompt.rendering import render
+from embedgrad.train.agreement import check_devices
 from embedgrad.train.monitors import Judge
 from embedgrad.train.optimize import OptimizeResult, optimize
 from embedgrad.train.ranked_trainer import RankedTrainer
@@ -143,6 +144,14 @@ def test_a_run_goes_on_with_as_many_ranks_as_before(tmp_path: Path) -> None:
 def test_ranks_that_begin_with_other_things_are_refused() -> None:
     with pytest.raises(ConfigError, match=r"rank 1 differs from rank 0 in: optimize.seed \(0, now 1\)"):
         on_ranks(2, lambda rank: run(rank, None, seed=rank.rank))
+
+
+def test_a_gpu_that_all_ranks_would_share_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    for device in ("cpu", "cuda", "cuda:0"):
+        on_ranks(2, functools.partial(check_devices, device=torch.device(device)))
+    with pytest.raises(ConfigError, match=r"one GPU \(cuda:.\) for 2 processes"):
+        on_ranks(2, lambda rank: check_devices(rank, torch.device("cuda", rank.rank)))
 
 
 def test_one_process_needs_no_launcher() -> None:
