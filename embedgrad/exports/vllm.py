@@ -86,8 +86,8 @@ def _without_spaces(parts: Sequence[str]) -> list[str]:
 
 
 def _scale(source: Source) -> float:
-    """What vLLM expects embeddings to be multiplied by. Its Gemma 2 multiplies those that it is given itself."""
-    return 1.0 if source.config.family == "gemma2" else source.input_scale
+    """What vLLM expects embeddings to be multiplied by."""
+    return 1.0 if source.config.kind.vllm_scales else source.input_scale
 
 
 class _Calling:

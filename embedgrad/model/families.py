@@ -40,7 +40,8 @@ class Family:
     windows: the rule of the sliding windows. local_theta: base of the rotations in layers that have a window, where it
     is another one. unrotated: every so many layers one is not rotated. partial_rotation: only a part of a head's
     columns may be rotated.
-    root_embedding: embeddings are multiplied by √d, rounded to the compute type.
+    root_embedding: embeddings are multiplied by √d, rounded to the compute type; vllm_scales: vLLM's class does so with
+    the embeddings that it is given, too.
     numbers, gguf_numbers: fields of `ModelConfig` and what a configuration calls them; query_scalar is the square of
     1 / query_scale. neutral: fields that are accepted with this value. ignored: fields that transformers never reads.
 
@@ -72,6 +73,7 @@ class Family:
     unrotated: int | None = None
     partial_rotation: bool = False
     root_embedding: bool = False
+    vllm_scales: bool = False
     numbers: Mapping[str, str] = field(default_factory=dict)
     neutral: Mapping[str, object] = field(default_factory=dict)
     ignored: tuple[str, ...] = ()
@@ -189,7 +191,7 @@ FAMILIES = (
         },
         windows=by_type(2), neutral={"use_bidirectional_attention": False},
         numbers=_GEMMA_NUMBERS | {"attention_softcap": "attn_logit_softcapping"},
-        gguf_every=2, gguf_query_scalar=_gemma_scalar(46), gguf_tied=True,
+        vllm_scales=True, gguf_every=2, gguf_query_scalar=_gemma_scalar(46), gguf_tied=True,
         gguf_numbers={"attention_softcap": "attn_logit_softcapping", "logit_softcap": "final_logit_softcapping"},
         **_GEMMA,
     ),

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -10,13 +13,15 @@ from embedgrad.compare.demonstrations import few_shot
 from embedgrad.compare.peft_tuning import tune
 from embedgrad.compare.runner import shuffled
 from embedgrad.data.example import Example
+from embedgrad.engine.model import load_model
 from embedgrad.maths.trust_region import NoRegion
-from embedgrad.prompt.prompt import PLAIN_TEXT, SYSTEM_TURN, USER_TURN
+from embedgrad.prompt.prompt import PLAIN_TEXT, SYSTEM_TURN, USER_TURN, SoftPrompt
 from embedgrad.prompt.rendering import render, render_query
 from embedgrad.prompt.template import Template
 from embedgrad.train.optimize import optimize
 from embedgrad.train.settings import OptimizeConfig
 from embedgrad.util.errors import ConfigError
+from tests.model.tiny import write_folder
 from tests.train.training import tiny_model
 
 TEXT = "Say what it is."
@@ -110,3 +115,17 @@ def test_peft_takes_our_unconstrained_steps() -> None:
     assert watched["validation"]["after"]["loss"] < watched["validation"]["before"]["loss"]
     assert watched["best_step"] > 0
     assert not torch.equal(theirs.embeddings, prompt.embeddings)
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3_text", "granite", "olmo2", "phi3"])
+def test_peft_takes_the_same_steps_with_other_families(tmp_path: Path, family: str) -> None:
+    """Gemma's embedding module multiplies by c, so that PEFT's rows and its steps are c times ours."""
+    write_folder(tmp_path, family)
+    model = load_model(tmp_path)
+    prompt = SoftPrompt.from_ids(model, [9, 30, 200, 31], template=Template.plain())
+    train = [Example([10 + i, 50 + i, 60], [20 + i]) for i in range(6)]
+    config = OptimizeConfig(steps=4, batch_size=3, learning_rate=1e-2, trust_region=NoRegion())
+    ours = optimize(model, prompt, train, [], config).last_prompt
+    theirs, _ = tune(model, prompt, train, [], replace(config, learning_rate=1e-2 * model.config.input_scale))
+    moved = (ours.embeddings - prompt.embeddings).norm()
+    assert float((theirs.embeddings - ours.embeddings).norm() / moved) < 2e-3
