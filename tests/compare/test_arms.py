@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -124,8 +123,9 @@ def test_peft_takes_the_same_steps_with_other_families(tmp_path: Path, family: s
     model = load_model(tmp_path)
     prompt = SoftPrompt.from_ids(model, [9, 30, 200, 31], template=Template.plain())
     train = [Example([10 + i, 50 + i, 60], [20 + i]) for i in range(6)]
-    config = OptimizeConfig(steps=4, batch_size=3, learning_rate=1e-2, trust_region=NoRegion())
-    ours = optimize(model, prompt, train, [], config).last_prompt
-    theirs, _ = tune(model, prompt, train, [], replace(config, learning_rate=1e-2 * model.config.input_scale))
+    rates = 1e-2, 1e-2 * model.config.input_scale
+    mine, peft = (OptimizeConfig(steps=4, batch_size=3, learning_rate=rate, trust_region=NoRegion()) for rate in rates)
+    ours = optimize(model, prompt, train, [], mine).last_prompt
+    theirs, _ = tune(model, prompt, train, [], peft)
     moved = (ours.embeddings - prompt.embeddings).norm()
     assert float((theirs.embeddings - ours.embeddings).norm() / moved) < 2e-3
