@@ -17,6 +17,10 @@ from embedgrad.util.errors import ConfigError, ExportError
 
 def no_twin(model: Model) -> str | None:
     """Why `model` cannot have a transformers twin, in one sentence; None where it can."""
+    if model.config.rope.long:
+        return (
+            "transformers takes LongRoPE's rotations for long texts by a text's length; load it without long_context."
+        )
     try:
         model_fields(model.config, model.name)
     except ExportError as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,9 +10,11 @@ import torch
 from hypothesis import HealthCheck, given, settings
 
 from embedgrad.compare.twin import no_twin, transformers_twin
+from embedgrad.engine.model import load_model
 from embedgrad.util.errors import ConfigError
 from tests.engine.drawn import configs, pair
-from tests.model.tiny import FAMILIES
+from tests.model.test_families import LONGROPE
+from tests.model.tiny import FAMILIES, write_folder
 
 IDS = torch.tensor([[5, 30, 200, 31, 77, 12, 9, 8, 7, 300, 41, 6]])
 
@@ -43,3 +46,10 @@ def test_other_forms_are_refused_in_a_sentence() -> None:
     )
     with pytest.raises(ConfigError, match="weights=fp32"):
         transformers_twin(pair("llama", {}, dtype=torch.bfloat16).model)
+
+
+def test_a_long_context_has_no_twin(tmp_path: Path) -> None:
+    write_folder(tmp_path, "phi3", **LONGROPE)
+    with pytest.raises(ConfigError, match="load it without long_context"):
+        transformers_twin(load_model(tmp_path, long_context=True))
+    assert no_twin(load_model(tmp_path)) is None

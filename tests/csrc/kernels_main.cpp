@@ -168,8 +168,12 @@ void the_rest(const Pool& pool, int64_t rows, int64_t d, std::vector<double>& re
         std::vector<double> similarity(rows), ratio(rows);
         auto projected = room<bool>(rows);
         const TrustRegion region{kind, 0.9, 0.9, 0.9, std::sqrt(0.19), 0, 0.5, 2, 0.3, true, 0x1p-22};
-        prompt_step(pool, {0.1f, 0.999f, 0.001f, 1.0f, 0.01f, 0.1f, 1e-8f}, region, e.all(), e0.all(), m.all(), v.all(),
-                    g.all(), similarity.data(), ratio.data(), projected.get(), rows, d);
+        auto before = room<float>(3 * rows * d);
+        double norm = 0;
+        bool alive = true;
+        const PromptRows prompt{e.all(), e0.all(), m.all(), v.all(), g.all(), before.get(), rows, d};
+        prompt_step(pool, {0.1f, 0.999f, 0.001f, 1.0f, 0.01f, 0.1f, 1e-8f}, region, 1.0, prompt,
+                    {similarity.data(), ratio.data(), projected.get(), &norm, &alive});
         e.into(results), results.insert(results.end(), similarity.begin(), similarity.end());
     }
 }
