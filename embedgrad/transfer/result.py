@@ -157,14 +157,14 @@ def _trained(found: Values) -> str:
         for name in found["fits"]
         if min(curves[name]["area"]) > max(text) and min(curves[name]["area"]) > max(control)
     ]
-    seeds = len(text)
+    seeds = "with the one seed" if len(text) == 1 else f"in every one of {len(text)} seeds"
     if not helped:
         return (
             "Training from a transferred prompt was not ahead of training from the text and from the shuffled control "
-            f"in every one of {seeds} seeds: that anything of the displacement transfers is not shown."
+            f"{seeds}: that anything of the displacement transfers is not shown."
         )
     return (
-        f"In every one of {seeds} seeds, training was ahead of that from the text and from the shuffled control (area "
+        f"{seeds[0].upper()}{seeds[1:]}, training was ahead of that from the text and from the shuffled control (area "
         f"of the curve) from: {', '.join(helped)}."
     )
 
