@@ -1,14 +1,17 @@
-"""The rooms of the package and who imports whom; `python -m tests.rooms` draws docs/pictures/rooms.svg from it."""
+"""The rooms of the package and who imports whom; `python -m tests.rooms` says so in docs/."""
 
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from html import escape
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PICTURE = ROOT / "docs" / "pictures" / "rooms.svg"
+DESIGN = ROOT / "docs" / "design.md"
+LINE = re.compile(r"^(\| \[(\w+/?)\]\([^)]*\) \|.*\| )([^|]*) \|$", re.MULTILINE)  # of the table of rooms
 # From the lowest floor up; a room's files may import from rooms before it.
 FLOORS = (
     "embedgrad.kernels", "embedgrad.util", "embedgrad.distributed", "embedgrad.maths", "embedgrad.backends",
@@ -16,7 +19,7 @@ FLOORS = (
     "embedgrad.evaluation", "embedgrad.tasks", "embedgrad.exports", "embedgrad.serve", "embedgrad.harness",
     "embedgrad.train", "embedgrad.search", "embedgrad.compare", "embedgrad.sweep", "embedgrad.distil",
     "embedgrad.transfer", "embedgrad.report", "embedgrad.cli", "embedgrad",
-    "bench",
+    "bench.harness", "bench.machine_code", "bench.tune", "bench.on_gpu", "bench",
 )  # fmt: skip
 
 Modules = dict[str, tuple[Path, set[str]]]
@@ -84,7 +87,8 @@ def room(name: str) -> str:
 
 def rooms(found: Modules) -> dict[str, set[str]]:
     """The rooms of the package from the lowest up, by the names of docs/design.md, and the rooms that each imports."""
-    names = {floor: floor.partition(".")[2] for floor in FLOORS if "." in floor} | {"embedgrad.kernels": "kernels/"}
+    names = {floor: floor.partition(".")[2] for floor in FLOORS if floor.startswith("embedgrad.")}
+    names["embedgrad.kernels"] = "kernels/"
     imports: dict[str, set[str]] = {name: set() for name in names.values()}
     for name, (_, imported) in found.items():
         here = room(name)
@@ -175,5 +179,24 @@ def _text(x: int, y: int, text: str, anchor: str) -> str:
     return f'<text class="dim" fill="#59636e" {place} font-size="12">{escape(text)}</text>'
 
 
+def listed(text: str) -> set[str]:
+    """The rooms in the table of docs/design.md."""
+    return {found[1] for found in LINE.findall(text)}
+
+
+def with_imports(text: str, imports: dict[str, set[str]]) -> str:
+    """docs/design.md with the imports of each room in its table."""
+    words = {"cli": "every room", "util": "nothing", "kernels/": "torch and triton only", "csrc/": "–"}
+
+    def line(found: re.Match[str]) -> str:
+        name = found[2]
+        below = [other.rstrip("/") for other in reversed(imports) if other in imports.get(name, ())]
+        told = words.get(name) or ", ".join(below) + ("; loads csrc/" if name == "backends" else "")
+        return f"{found[1]}{told} |"
+
+    return LINE.sub(line, text)
+
+
 if __name__ == "__main__":
     PICTURE.write_text(drawing(rooms(modules())), encoding="utf-8")
+    DESIGN.write_text(with_imports(DESIGN.read_text(encoding="utf-8"), rooms(modules())), encoding="utf-8")

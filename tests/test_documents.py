@@ -18,9 +18,7 @@ from embedgrad.cli.app import app
 from embedgrad.train.settings import run_config
 from tests.rooms import ROOT, modules, rooms
 
-DOCUMENTS = sorted(
-    path for place in ("*.md", "docs/**/*.md", "csrc/*.md", "bench/*.md") for path in ROOT.glob(place)
-)  # fmt: skip
+DOCUMENTS = sorted(path for place in ("*.md", "docs/**/*.md", "csrc/*.md", "bench/*.md") for path in ROOT.glob(place))
 LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)")
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))

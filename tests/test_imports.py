@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.model.tiny import write_folder
-from tests.rooms import FLOORS, PICTURE, ROOT, Modules, drawing, modules, room, rooms
+from tests.rooms import DESIGN, FLOORS, PICTURE, Modules, drawing, listed, modules, room, rooms, with_imports
 
 DIRECTLY_IN_EMBEDGRAD = {"__init__", "__main__"}
 
@@ -66,6 +65,11 @@ def test_no_imports_go_round_in_a_circle(found: Modules) -> None:
     assert circles(found) == []
 
 
+def test_no_question_of_bench_imports_another(found: Modules) -> None:
+    questions = {name for name in found if room(name) == "bench"}
+    assert not [(name, other) for name in questions for other in found[name][1] & questions]
+
+
 def test_every_module_lies_in_a_room(found: Modules) -> None:
     outside = {name.rpartition(".")[2] for name in found if room(name) == "embedgrad" and name != "embedgrad"}
     assert outside <= DIRECTLY_IN_EMBEDGRAD
@@ -77,15 +81,9 @@ def test_the_picture_shows_the_imports(found: Modules) -> None:
 
 
 def test_the_table_of_rooms_lists_the_imports(found: Modules) -> None:
-    text = (ROOT / "docs" / "design.md").read_text(encoding="utf-8")
-    shown = dict(re.findall(r"^\| \[(\w+/?)\]\([^)]*\) \|.*\| ([^|]*) \|$", text, re.MULTILINE))
-    words = {"cli": "every room", "util": "nothing", "kernels/": "torch and triton only"}
-    imports = rooms(found)
-    for name, below in imports.items():
-        listed = ", ".join(other.rstrip("/") for other in reversed(imports) if other in below)
-        listed += "; loads csrc/" if name == "backends" else ""
-        assert shown.pop(name) == words.get(name, listed), name
-    assert shown == {"csrc/": "–"}
+    text = DESIGN.read_text(encoding="utf-8")
+    assert listed(text) == {*rooms(found), "csrc/"}
+    assert text == with_imports(text, rooms(found)), "python -m tests.rooms writes it anew"
 
 
 def test_kernels_know_only_torch_and_triton(found: Modules) -> None:

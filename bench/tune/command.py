@@ -28,7 +28,7 @@ from embedgrad.kernels.launch_row import Row, Tuned
 from bench.tune.candidates import Question, questions
 from bench.tune.clock import Clock, CudaClock
 from bench.tune.search import Broken, Compiler, Found, Stopped, compile_calls, search
-from embedgrad.backends.launch_check.check import first_line
+from embedgrad.backends.launch_check.check import named_error
 from embedgrad.util.errors import EmbedGradError
 from embedgrad.util.files import write_atomic
 
@@ -110,7 +110,7 @@ class Tuning:
                 self._keep(stopped.found)
             raise KeyboardInterrupt from None
         except torch.OutOfMemoryError as error:
-            self.told(f"  not tuned: {first_line(error)}")
+            self.told(f"  not tuned: {named_error(error)}")
             return None
         if found is None:
             self.told("  nothing could be said in this time; the row in use stays")

@@ -19,7 +19,7 @@ from embedgrad.kernels import launch
 
 from bench.tune.candidates import Options, Question
 from bench.tune.clock import Clock, Timer
-from embedgrad.backends.launch_check.check import Checked, DeviceLost, first_line, is_lost
+from embedgrad.backends.launch_check.check import Checked, DeviceLost, is_lost, named_error
 from embedgrad.backends.launch_check.compiled import Compiled, compile_all
 
 MARGIN = 0.02
@@ -185,8 +185,8 @@ class _Search:
                 one.timers = [self._timer(i, one) for i in range(len(self._checked))]
             except Exception as error:
                 if is_lost(error):
-                    raise Broken(one.name, first_line(error)) from error
-                self._drop(one, f"it cannot be timed: {first_line(error)}")
+                    raise Broken(one.name, named_error(error)) from error
+                self._drop(one, f"it cannot be timed: {named_error(error)}")
                 continue
             one.seconds = [[] for _ in self._checked]
         self._alive = [one for one in self._alive if one.timers]
@@ -214,7 +214,7 @@ class _Search:
                     try:
                         one.seconds[i].append(one.timers[i]())
                     except Exception as error:
-                        raise Broken(one.name, first_line(error)) from error
+                        raise Broken(one.name, named_error(error)) from error
             self._rounds += 1
         return True
 

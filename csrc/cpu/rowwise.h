@@ -1,5 +1,5 @@
 // Row-wise ops of the frozen block: RMS norm, RoPE and SwiGLU, forward and backward. Numbers are stored as float or
-// Bf16 and computed in float32; weights of norms of Bf16 rows may be float. Equations: README, "One frozen block".
+// Bf16 and computed in float32; weights of norms of Bf16 rows may be float. Equations: docs/design.md, section 4.
 #pragma once
 
 #include <cstdint>

@@ -26,9 +26,9 @@ EMBEDGRAD_INLINE void scaled_at(
         put<NON_TEMPORAL>(out + r * out_stride, load(x + r * x_stride, count) * by[r] * weight, count);
 }
 
-// The norms of R rows from x on. Rows end before the hardware prefetcher has detected a stream. So lines of `out` are
-// prefetched while the squares are summed, and, where R more rows come `next`, their lines of x while results are
-// stored.
+// The norms of R rows from x on. A row ends before the hardware prefetcher has detected a stream, so this function
+// prefetches: lines of `out` while it sums the squares, and, if R more rows follow (`next`), their lines of x while it
+// stores results.
 template <int R, bool NON_TEMPORAL = false, typename T, typename W>
 static void rms_norm_block(
     const T* x, int64_t x_stride, const W* w, float eps, T* out, int64_t out_stride, int64_t d, bool next = false) {

@@ -1,5 +1,5 @@
 // The frozen decoder in float32, for new tokens of several sequences that share a prefix: one token of each sequence
-// (decoding), or many tokens of each (prefill). Equations: README, "One frozen block".
+// (decoding), or many tokens of each (prefill). Equations: docs/design.md, section 4.
 //
 // The threads of a team share each matrix by its rows, and the attention by tokens and heads. What one token gets does
 // not depend on the other tokens of the call, to the bit.

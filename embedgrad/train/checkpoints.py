@@ -27,7 +27,7 @@ from embedgrad.util.files import write_atomic
 from embedgrad.util.shown import short
 from embedgrad.util.tensor_bytes import unpack
 
-KEPT = 2  # the newest checkpoint, and the one before in case the newest is damaged
+CHECKPOINTS = 2  # the newest checkpoint, and the one before in case the newest is damaged
 FORMAT = 1
 _TENSORS = ("e", "m", "v", "best")
 _NAME = re.compile(r"step-(\d{8,})\.safetensors")
@@ -124,10 +124,10 @@ def tensor_hash(*tensors: Tensor) -> str:
 
 
 def save_state(folder: Path, state: RunState) -> Path:
-    """Write `state` to `folder`, then remove all but the `KEPT` newest checkpoints. Raises SaveError."""
+    """Write `state` to `folder`, then remove all but the `CHECKPOINTS` newest checkpoints. Raises SaveError."""
     path = folder / f"step-{state.step:08d}.safetensors"
     write_atomic(path, encode(state))
-    for old in checkpoints(folder)[KEPT:]:
+    for old in checkpoints(folder)[CHECKPOINTS:]:
         with contextlib.suppress(OSError):
             old.unlink()
     return path

@@ -218,9 +218,7 @@ def test_tree_attention(
     dq = None if wanted == "dkv" else guarded((queries, h, size))
     dk, dv = (None, None) if wanted == "dq" else (guarded((keys - mask.prefix, g, size)) for _ in range(2))
     with core.using(name):
-        native.tree_attention_backward(
-            do, q, k, v, o, l, mask, scale=size**-0.5, softcap=softcap, dq=dq, dk=dk, dv=dv
-        )  # fmt: skip
+        native.tree_attention_backward(do, q, k, v, o, l, mask, scale=size**-0.5, softcap=softcap, dq=dq, dk=dk, dv=dv)
     truth = dense_backward(do.double(), *wide, visible, size**-0.5, softcap)
     sizes = magnitudes(do.double(), *wide, visible, size**-0.5, softcap)
     firsts = (0, mask.prefix, mask.prefix)

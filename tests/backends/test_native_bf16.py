@@ -126,7 +126,7 @@ def test_tree_attention(seed: int, tree: Tree, heads: tuple[int, int, int], soft
         grads = [guarded((n, m, size), BF16) for n, m in ((queries, h), (own, g), (own, g))]
         native.tree_attention_backward(
             do, q, k, v, o, l, mask, scale=size**-0.5, softcap=softcap, dq=grads[0], dk=grads[1], dv=grads[2]
-        )  # fmt: skip
+        )
     plain = torch.empty(queries, h, size, dtype=BF16)
     reference.tree_attention(q, k, v, mask, scale=size**-0.5, softcap=softcap, out=plain, lse=torch.empty(queries, h))
     three_way(o, plain, truth)

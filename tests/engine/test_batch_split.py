@@ -39,8 +39,8 @@ def test_every_sequence_is_in_one_part_and_the_parts_are_even(tails: list[list[i
     largest = max(tokens(sequences, part) for part in division)
     whole, longest = tokens(sequences, list(range(len(tails)))), max(tokens(sequences, [i]) for i in range(len(tails)))
     # A run can be cut where it is full: what all have above a fair share is one sequence and the prompt at most.
-    trunk = 6
-    assert largest <= (whole - trunk) / parts + 2 * longest + trunk
+    common = 6
+    assert largest <= (whole - common) / parts + 2 * longest + common
 
 
 @settings(deadline=None, max_examples=30)

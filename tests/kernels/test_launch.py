@@ -1,4 +1,4 @@
-"""Launch parameters: lookup, fallback, overrides, and when autotuning may happen."""
+"""Launch parameters: lookup, fallback, overrides."""
 
 import itertools
 from fnmatch import fnmatchcase

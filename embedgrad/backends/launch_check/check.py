@@ -88,8 +88,8 @@ class Checked:
             first, second = self.result(), self.result()
         except Exception as error:
             if is_lost(error):
-                raise DeviceLost(f"{self.case.kernel} with {verdict.options}: {named(error)}") from error
-            return replace(verdict, fault=f"it cannot be run: {named(error)}")
+                raise DeviceLost(f"{self.case.kernel} with {verdict.options}: {named_error(error)}") from error
+            return replace(verdict, fault=f"it cannot be run: {named_error(error)}")
         differing = [name for name in first if not equal_bits(first[name], second[name])]
         if differing:
             return replace(verdict, fault=f"two runs give {differing[0]} with different bits")
@@ -141,7 +141,7 @@ def _double(x: Tensor) -> Tensor:
     return x.double() if x.is_floating_point() else x
 
 
-def named(error: BaseException) -> str:
+def named_error(error: BaseException) -> str:
     """An error in one line, behind the name of its type."""
     return f"{type(error).__name__}: {first_line(error)}"
 

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from embedgrad.backends.launch_check.check import Checked, named
+from embedgrad.backends.launch_check.check import Checked, named_error
 from embedgrad.kernels import launch
 from embedgrad.kernels.launch import Launch
 
@@ -54,7 +54,7 @@ def compile_all(
             try:
                 found = launches(checked, options)
             except Exception as error:
-                wanted.append(Compiled(fault=named(error)))
+                wanted.append(Compiled(fault=named_error(error)))
                 continue
             keys = [(_key(one), one) for one in found]
             for key, one in keys:
@@ -91,7 +91,7 @@ def _outcome(futures: list[Future[Any]]) -> Compiled | None:
                 kernel._init_handles()
                 spills = max(spills, int(kernel.n_spills))
         except Exception as error:
-            return Compiled(fault=named(error))
+            return Compiled(fault=named_error(error))
     return Compiled(spills=spills)
 
 
