@@ -28,6 +28,16 @@ def begin(work: Path, folder: str, size: int = 2, *more: str, restarted: bool = 
     return start(size, *command, restarted=restarted, cwd=work)
 
 
+def torchrun(work: Path, *more: str) -> subprocess.Popen[str]:
+    """The run on two ranks, started by torchrun in a process group of its own."""
+    command = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "embedgrad", "optimize")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.Popen(
+        [sys.executable, *command, "run.yaml", "-q", *more], cwd=work, env=environment, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+    )  # fmt: skip
+
+
 @pytest.fixture(scope="module")
 def whole(work: Path) -> dict[str, Any]:
     """An undisturbed run of two ranks."""
@@ -78,6 +88,22 @@ def test_ctrl_c_saves_and_the_run_goes_on(work: Path, whole: dict[str, Any]) -> 
     assert result(work, "stopped") == whole
 
 
+@pytest.mark.parametrize("whole_group", [True, False], ids=["a terminal's", "the launcher alone"])
+def test_ctrl_c_to_torchrun_saves(whole_group: bool, work: Path, whole: dict[str, Any]) -> None:
+    folder = f"torchrun-{whole_group}"
+    launcher = torchrun(work, "--set", f"run.folder={folder}")
+    try:
+        wait_for_lines([work], folder, 15, [launcher])
+        (os.killpg if whole_group else os.kill)(launcher.pid, signal.SIGINT)
+        _, said = launcher.communicate(timeout=120)
+    finally:
+        launcher.kill()
+    assert launcher.returncode != 0
+    assert said.count("all of it saved") == 1, said
+    assert [code for code, _, _ in ends(begin(work, folder, 2, "--resume"))] == [0, 0]
+    assert result(work, folder) == whole
+
+
 def test_srun_starts_the_same_run(work: Path, whole: dict[str, Any]) -> None:
     command = ("-m", "embedgrad", "optimize", "run.yaml", "-q", "--set", "run.folder=srun")
     found = ends(start(2, *command, cwd=work, srun=True))
@@ -86,16 +112,12 @@ def test_srun_starts_the_same_run(work: Path, whole: dict[str, Any]) -> None:
 
 
 def test_torchrun_shows_the_sentence(work: Path) -> None:
-    command = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "embedgrad", "optimize")
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    found = subprocess.run(
-        [sys.executable, *command, "run.yaml", "--set", "model.path=nowhere"], cwd=work, env=environment, text=True,
-        capture_output=True, check=False, timeout=120,
-    )  # fmt: skip
-    assert found.returncode == 1
-    assert "traceback : nowhere" in found.stderr, found.stderr
-    assert "To enable traceback see" not in found.stderr
-    assert found.stderr.count("Traceback") <= 1  # torchrun's own
+    launcher = torchrun(work, "--set", "model.path=nowhere")
+    _, said = launcher.communicate(timeout=120)
+    assert launcher.returncode == 1
+    assert "traceback : nowhere" in said, said
+    assert "To enable traceback see" not in said
+    assert said.count("Traceback") <= 1  # torchrun's own
 
 
 def test_an_error_is_said_once(work: Path, whole: dict[str, Any]) -> None:
